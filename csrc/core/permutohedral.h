@@ -1,0 +1,81 @@
+// Geometry of the permutohedral lattice A*_d (Adams, Baek, Davis: Fast High-Dimensional Filtering Using the Permutohedral
+// Lattice, Eurographics 2010, section 3): where a point of R^d lies, which d + 1 vertices enclose it, and with what
+// barycentric weights. Host and device; no memory is allocated.
+#pragma once
+
+#include "macros.h"
+
+namespace deeplab_kernels {
+
+constexpr int kMaxLatticeDimension = 16;
+
+// Scale of feature axis `axis` before embedding, so that one blur with [1/2, 1, 1/2]-type taps along every lattice axis
+// is a Gaussian of unit standard deviation in feature space: sqrt(2/3) * (d + 1) / sqrt((axis + 1) * (axis + 2)).
+template <typename T>
+DK_HOST_DEVICE T lattice_scale(int axis, int d, T inverse_root) {
+  return T(0.81649658092772603) * T(d + 1) * inverse_root;
+}
+
+// Embeds `position` (already divided by the standard deviations and multiplied by lattice_scale) and finds its simplex.
+//   greedy[d + 1]       the remainder-0 vertex of the simplex: integers, multiples of d + 1, summing to 0
+//   rank[d + 1]         order of the residuals: vertex k of the simplex is greedy[i] + k - (rank[i] > d - k ? d + 1 : 0)
+//   barycentric[d + 2]  weights of vertices 0..d; entry d + 1 is scratch. They sum to 1.
+template <typename T>
+DK_HOST_DEVICE void lattice_simplex(const T* position, int d, int32_t* greedy, int32_t* rank, T* barycentric) {
+  T elevated[kMaxLatticeDimension + 1];
+  T tail = T(0);
+  for (int i = d; i > 0; --i) {
+    const T value = position[i - 1];
+    elevated[i] = tail - T(i) * value;
+    tail += value;
+  }
+  elevated[0] = tail;
+
+  const T down = T(1) / T(d + 1);
+  int32_t sum = 0;
+  for (int i = 0; i <= d; ++i) {
+    const T scaled = elevated[i] * down;
+    const int32_t floor_index = static_cast<int32_t>(scaled) - (scaled < T(static_cast<int32_t>(scaled)) ? 1 : 0);
+    const T below = T(floor_index) * T(d + 1), above = below + T(d + 1);
+    const bool up = above - elevated[i] < elevated[i] - below;
+    const int32_t nearest = floor_index + (up ? 1 : 0);
+    greedy[i] = nearest * (d + 1);
+    sum += nearest;
+    rank[i] = 0;
+  }
+  for (int i = 0; i < d; ++i) {
+    const T residual = elevated[i] - T(greedy[i]);
+    for (int j = i + 1; j <= d; ++j) {
+      if (residual < elevated[j] - T(greedy[j])) {
+        ++rank[i];
+      } else {
+        ++rank[j];
+      }
+    }
+  }
+  // The rounded point may lie off the hyperplane sum = 0: move the coordinates with the largest (smallest) residuals.
+  for (int i = 0; i <= d; ++i) {
+    rank[i] += sum;
+    if (rank[i] < 0) {
+      rank[i] += d + 1;
+      greedy[i] += d + 1;
+    } else if (rank[i] > d) {
+      rank[i] -= d + 1;
+      greedy[i] -= d + 1;
+    }
+  }
+  for (int i = 0; i <= d + 1; ++i) barycentric[i] = T(0);
+  for (int i = 0; i <= d; ++i) {
+    const T delta = (elevated[i] - T(greedy[i])) * down;
+    barycentric[d - rank[i]] += delta;
+    barycentric[d + 1 - rank[i]] -= delta;
+  }
+  barycentric[0] += T(1) + barycentric[d + 1];
+}
+
+// Coordinate i of vertex `remainder` of the simplex.
+DK_HOST_DEVICE int32_t lattice_vertex(int32_t greedy, int32_t rank, int remainder, int d) {
+  return greedy + remainder - (rank > d - remainder ? d + 1 : 0);
+}
+
+}  // namespace deeplab_kernels

@@ -1,0 +1,62 @@
+// Atrous depthwise convolution, alone and fused with batch normalisation and activation, on the CPU.
+//
+// Storage types: float, double, BFloat16. Accumulation and per-channel vectors: double for double, float otherwise.
+// x, y and their gradients are dense in the layout shape.channels_last names; weight is (C*m, kh, kw), contiguous.
+#pragma once
+
+#include "../core/atrous_depthwise.h"
+#include "parallel.h"
+
+namespace deeplab_kernels::cpu {
+
+template <typename T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+template <typename T>
+using acc_t = typename Accumulate<T>::type;
+
+// Batch normalisation as the kernels take it; gamma and beta may be null (1 and 0).
+template <typename A>
+struct NormParameters {
+  const A* gamma;
+  const A* beta;
+  double eps;
+  Activation activation;
+};
+
+template <typename T>
+void atrous_depthwise_conv2d(const DepthwiseShape& shape, const T* x, const T* weight, T* y, const Parallel& parallel);
+
+// grad_x and grad_weight may each be null.
+template <typename T>
+void atrous_depthwise_conv2d_backward(const DepthwiseShape& shape, const T* grad_out, const T* x, const T* weight,
+                                      T* grad_x, T* grad_weight, const Parallel& parallel);
+
+template <typename T>
+void atrous_depthwise_bn_act_inference(const DepthwiseShape& shape, const T* x, const T* weight,
+                                       const NormParameters<acc_t<T>>& norm, const acc_t<T>* mean,
+                                       const acc_t<T>* var, T* out, const Parallel& parallel);
+
+// y may be null: then conv(x) is not kept. mean and var are outputs.
+template <typename T>
+void atrous_depthwise_bn_act_training(const DepthwiseShape& shape, const T* x, const T* weight,
+                                      const NormParameters<acc_t<T>>& norm, T* out, T* y, acc_t<T>* mean,
+                                      acc_t<T>* var, const Parallel& parallel);
+
+// y may be null: then conv(x) is recomputed. grad_x and grad_weight may each be null.
+template <typename T>
+void atrous_depthwise_bn_act_backward(const DepthwiseShape& shape, const T* grad_out, const T* x, const T* weight,
+                                      const T* y, const NormParameters<acc_t<T>>& norm, const acc_t<T>* mean,
+                                      const acc_t<T>* var, bool batch_statistics, T* grad_x, T* grad_weight,
+                                      acc_t<T>* grad_gamma, acc_t<T>* grad_beta, const Parallel& parallel);
+
+// Name of the instruction set in use ("avx512", "avx2", "portable"): the best this CPU has, or the one that the
+// environment variable DEEPLAB_KERNELS_CPU_ISA names, if this CPU has it.
+const char* instruction_set();
+
+}  // namespace deeplab_kernels::cpu

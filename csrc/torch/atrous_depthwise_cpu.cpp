@@ -1,0 +1,201 @@
+// CPU bindings of the atrous depthwise operators: checks, geometry, call.
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/BFloat16.h>
+
+#include <string>
+#include <tuple>
+
+#include "../cpu/atrous_depthwise.h"
+#include "tensors.h"
+
+namespace deeplab_kernels {
+namespace {
+
+using torch::headeronly::BFloat16;
+using Ints = std::vector<int64_t>;
+using OptionalTensor = std::optional<Tensor>;
+
+void run_on_torch_pool(int64_t count, int64_t grain, cpu::Parallel::Body body, void* context) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+const cpu::Parallel& torch_pool() {
+  static const cpu::Parallel pool(run_on_torch_pool);
+  return pool;
+}
+
+// Calls f with a value of the storage type, so that the kernels' template argument can be deduced from it.
+template <typename F>
+void dispatch(ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float());
+    case ScalarType::Double:
+      return f(double());
+    case ScalarType::BFloat16:
+      return f(BFloat16());
+    default:
+      STD_TORCH_CHECK(false, "the CPU kernels take float32, float64 and bfloat16");
+  }
+}
+
+template <typename T>
+const T* in(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <typename T>
+T* out(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+// Null where a gradient is not wanted or a tensor was not kept (shape (0,)).
+template <typename T>
+T* out_or_null(const Tensor& t, bool wanted) {
+  return wanted ? out<T>(t) : nullptr;
+}
+template <typename A>
+const A* in_or_null(const OptionalTensor& t) {
+  return t ? in<A>(*t) : nullptr;
+}
+
+Activation activation_of(int64_t code) {
+  STD_TORCH_CHECK(code >= 0 && code <= 2, "activation must be 0 (none), 1 (relu) or 2 (relu6)");
+  return static_cast<Activation>(code);
+}
+
+template <typename A>
+cpu::NormParameters<A> norm_parameters(const OptionalTensor& gamma, const OptionalTensor& beta, double eps,
+                                       int64_t activation) {
+  return {in_or_null<A>(gamma), in_or_null<A>(beta), eps, activation_of(activation)};
+}
+
+void check_norm(const OptionalTensor& gamma, const OptionalTensor& beta, const DepthwiseShape& shape,
+                ScalarType dtype) {
+  if (gamma) check_vector(*gamma, "gamma", shape, dtype);
+  if (beta) check_vector(*beta, "beta", shape, dtype);
+}
+
+Tensor conv2d(const Tensor& x_any, const Tensor& weight_any, const Ints& stride, const Ints& padding,
+              const Ints& dilation) {
+  const Tensor x = dense(x_any), weight = torch::stable::contiguous(weight_any);
+  const DepthwiseShape shape = depthwise_shape(x, weight, stride, padding, dilation);
+  Tensor y = empty_nchw(output_size(shape), x, shape.channels_last);
+  dispatch(x.scalar_type(), [&](auto value) {
+    using T = decltype(value);
+    cpu::atrous_depthwise_conv2d<T>(shape, in<T>(x), in<T>(weight), out<T>(y), torch_pool());
+  });
+  return y;
+}
+
+Tensor gradient_like(const Tensor& t, const DepthwiseShape& shape, bool wanted) {
+  if (!wanted) return torch::stable::empty({0}, t.scalar_type(), std::nullopt, t.device());
+  return empty_nchw({t.size(0), t.size(1), t.size(2), t.size(3)}, t, shape.channels_last && !t.is_contiguous());
+}
+
+std::tuple<Tensor, Tensor> conv2d_backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& weight_any,
+                                           const Ints& stride, const Ints& padding, const Ints& dilation,
+                                           bool need_grad_x, bool need_grad_weight) {
+  const Tensor x = dense(x_any), weight = torch::stable::contiguous(weight_any);
+  const DepthwiseShape shape = depthwise_shape(x, weight, stride, padding, dilation);
+  check_grad(grad_any, shape, x);
+  const Tensor grad = with_layout(grad_any, shape.channels_last);
+  Tensor grad_x = gradient_like(x, shape, need_grad_x);
+  Tensor grad_weight = gradient_like(weight, shape, need_grad_weight);
+  dispatch(x.scalar_type(), [&](auto value) {
+    using T = decltype(value);
+    cpu::atrous_depthwise_conv2d_backward<T>(shape, in<T>(grad), in<T>(x), in<T>(weight),
+                                             out_or_null<T>(grad_x, need_grad_x),
+                                             out_or_null<T>(grad_weight, need_grad_weight), torch_pool());
+  });
+  return {grad_x, grad_weight};
+}
+
+Tensor bn_act_inference(const Tensor& x_any, const Tensor& weight_any, const OptionalTensor& gamma,
+                        const OptionalTensor& beta, const Tensor& mean, const Tensor& var, double eps,
+                        int64_t activation, const Ints& stride, const Ints& padding, const Ints& dilation) {
+  const Tensor x = dense(x_any), weight = torch::stable::contiguous(weight_any);
+  const DepthwiseShape shape = depthwise_shape(x, weight, stride, padding, dilation);
+  const ScalarType acc = accumulation_type(x.scalar_type());
+  check_norm(gamma, beta, shape, acc);
+  check_vector(mean, "mean", shape, acc);
+  check_vector(var, "var", shape, acc);
+  Tensor result = empty_nchw(output_size(shape), x, shape.channels_last);
+  dispatch(x.scalar_type(), [&](auto value) {
+    using T = decltype(value);
+    using A = cpu::acc_t<T>;
+    cpu::atrous_depthwise_bn_act_inference<T>(shape, in<T>(x), in<T>(weight),
+                                              norm_parameters<A>(gamma, beta, eps, activation), in<A>(mean),
+                                              in<A>(var), out<T>(result), torch_pool());
+  });
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_training(const Tensor& x_any, const Tensor& weight_any,
+                                                           const OptionalTensor& gamma, const OptionalTensor& beta,
+                                                           double eps, int64_t activation, const Ints& stride,
+                                                           const Ints& padding, const Ints& dilation, bool save_conv) {
+  const Tensor x = dense(x_any), weight = torch::stable::contiguous(weight_any);
+  const DepthwiseShape shape = depthwise_shape(x, weight, stride, padding, dilation);
+  const ScalarType acc = accumulation_type(x.scalar_type());
+  check_norm(gamma, beta, shape, acc);
+  Tensor result = empty_nchw(output_size(shape), x, shape.channels_last);
+  Tensor y = save_conv ? empty_nchw(output_size(shape), x, shape.channels_last) : empty_vector(0, x, x.scalar_type());
+  Tensor mean = empty_vector(shape.out_channels(), x, acc);
+  Tensor var = empty_vector(shape.out_channels(), x, acc);
+  dispatch(x.scalar_type(), [&](auto value) {
+    using T = decltype(value);
+    using A = cpu::acc_t<T>;
+    cpu::atrous_depthwise_bn_act_training<T>(shape, in<T>(x), in<T>(weight),
+                                             norm_parameters<A>(gamma, beta, eps, activation), out<T>(result),
+                                             out_or_null<T>(y, save_conv), out<A>(mean), out<A>(var), torch_pool());
+  });
+  return {result, y, mean, var};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(
+    const Tensor& grad_any, const Tensor& x_any, const Tensor& weight_any, const Tensor& y_any,
+    const OptionalTensor& gamma, const OptionalTensor& beta, const Tensor& mean, const Tensor& var, double eps,
+    int64_t activation, bool batch_statistics, const Ints& stride, const Ints& padding, const Ints& dilation,
+    bool need_grad_x, bool need_grad_weight) {
+  const Tensor x = dense(x_any), weight = torch::stable::contiguous(weight_any);
+  const DepthwiseShape shape = depthwise_shape(x, weight, stride, padding, dilation);
+  const ScalarType acc = accumulation_type(x.scalar_type());
+  check_grad(grad_any, shape, x);
+  check_norm(gamma, beta, shape, acc);
+  check_vector(mean, "mean", shape, acc);
+  check_vector(var, "var", shape, acc);
+  const Tensor grad = with_layout(grad_any, shape.channels_last);
+  const bool have_y = y_any.dim() == 4;
+  if (have_y) check_grad(y_any, shape, x);
+  const Tensor y = have_y ? with_layout(y_any, shape.channels_last) : y_any;
+  Tensor grad_x = gradient_like(x, shape, need_grad_x);
+  Tensor grad_weight = gradient_like(weight, shape, need_grad_weight);
+  Tensor grad_gamma = empty_vector(shape.out_channels(), x, acc);
+  Tensor grad_beta = empty_vector(shape.out_channels(), x, acc);
+  dispatch(x.scalar_type(), [&](auto value) {
+    using T = decltype(value);
+    using A = cpu::acc_t<T>;
+    cpu::atrous_depthwise_bn_act_backward<T>(
+        shape, in<T>(grad), in<T>(x), in<T>(weight), have_y ? in<T>(y) : nullptr,
+        norm_parameters<A>(gamma, beta, eps, activation), in<A>(mean), in<A>(var), batch_statistics,
+        out_or_null<T>(grad_x, need_grad_x), out_or_null<T>(grad_weight, need_grad_weight), out<A>(grad_gamma),
+        out<A>(grad_beta), torch_pool());
+  });
+  return {grad_x, grad_weight, grad_gamma, grad_beta};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(deeplab_kernels, CPU, m) {
+  m.impl("atrous_depthwise_conv2d", TORCH_BOX(&conv2d));
+  m.impl("atrous_depthwise_conv2d_backward", TORCH_BOX(&conv2d_backward));
+  m.impl("atrous_depthwise_bn_act_inference", TORCH_BOX(&bn_act_inference));
+  m.impl("atrous_depthwise_bn_act_training", TORCH_BOX(&bn_act_training));
+  m.impl("atrous_depthwise_bn_act_backward", TORCH_BOX(&bn_act_backward));
+}
+
+}  // namespace deeplab_kernels
+
+// For `python -m deeplab_kernels info`, through ctypes.
+extern "C" __attribute__((visibility("default"))) const char* deeplab_kernels_cpu_instruction_set() {
+  return deeplab_kernels::cpu::instruction_set();
+}

@@ -1,0 +1,37 @@
+// Every operator's schema, in one place. Kernels are registered per backend in the other files of this folder;
+// fake kernels, autograd, autocast and FLOP formulas live in deeplab_kernels/ops/.
+//
+// Shared argument conventions
+//   x        (N, C, H, W)       contiguous or channels_last; anything else is copied
+//   weight   (C*m, 1, kh, kw)   dtype of x
+//   stride   (s_h, s_w), dilation (r_h, r_w), padding (top, bottom, left, right)
+//   gamma, beta, mean, var, invstd   (C*m,) in the accumulation dtype: float64 for float64 x, otherwise float32
+//   activation   0 none, 1 relu, 2 relu6
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(deeplab_kernels, m) {
+  // y = conv(x, weight)
+  m.def(
+      "atrous_depthwise_conv2d(Tensor x, Tensor weight, int[2] stride, int[4] padding, int[2] dilation) -> Tensor");
+  // Gradients of the above. A gradient that is not needed comes back as an empty tensor of shape (0,).
+  m.def(
+      "atrous_depthwise_conv2d_backward(Tensor grad_out, Tensor x, Tensor weight, int[2] stride, int[4] padding, "
+      "int[2] dilation, bool need_grad_x, bool need_grad_weight) -> (Tensor, Tensor)");
+  // out = act(gamma * (conv(x) - mean) / sqrt(var + eps) + beta) with given statistics (inference, frozen BN).
+  // gamma = None means 1, beta = None means 0.
+  m.def(
+      "atrous_depthwise_bn_act_inference(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var, "
+      "float eps, int activation, int[2] stride, int[4] padding, int[2] dilation) -> Tensor");
+  // The same with the batch's own statistics. Returns (out, y, mean, var): y = conv(x) if save_conv, otherwise an empty
+  // tensor of shape (0,); mean and biased var over (N, H, W), in the accumulation dtype.
+  m.def(
+      "atrous_depthwise_bn_act_training(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, float eps, int activation, "
+      "int[2] stride, int[4] padding, int[2] dilation, bool save_conv) -> (Tensor, Tensor, Tensor, Tensor)");
+  // Backward of both. y is conv(x) or an empty tensor, in which case it is recomputed from x. batch_statistics tells
+  // whether mean and var are functions of x. Returns (grad_x, grad_weight, grad_gamma, grad_beta), the last two in the
+  // accumulation dtype, always computed; the first two as in atrous_depthwise_conv2d_backward.
+  m.def(
+      "atrous_depthwise_bn_act_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor y, Tensor? gamma, Tensor? beta, "
+      "Tensor mean, Tensor var, float eps, int activation, bool batch_statistics, int[2] stride, int[4] padding, "
+      "int[2] dilation, bool need_grad_x, bool need_grad_weight) -> (Tensor, Tensor, Tensor, Tensor)");
+}

@@ -1,0 +1,3 @@
+"""Modules on top of the operators."""
+
+__all__: list[str] = []

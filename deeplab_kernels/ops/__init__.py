@@ -1,0 +1,6 @@
+"""The operators, as functions. Each is a ``torch.library`` operator underneath: it works under autograd, autocast,
+``torch.compile(fullgraph=True)`` and ``torch.export``, and has a FLOP formula for ``torch.utils.flop_counter``."""
+
+from .atrous_depthwise import atrous_depthwise_bn_act, atrous_depthwise_conv2d
+
+__all__ = ["atrous_depthwise_bn_act", "atrous_depthwise_conv2d"]

@@ -1,0 +1,71 @@
+"""Which backend serves each operator on each device: the one place where kernels are registered from Python.
+
+CPU: C++ (registered by the library _C). CUDA: CUDA C++ (_C_cuda), else Triton, else plain torch. Any other device: plain
+torch (deeplab_kernels.reference).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .. import _library, reference
+
+NAMESPACE = "deeplab_kernels"
+
+# operator -> module stem in triton/ that has a function of the same name
+OPERATORS: dict[str, str] = {
+    "atrous_depthwise_conv2d": "atrous_depthwise",
+    "atrous_depthwise_conv2d_backward": "atrous_depthwise",
+    "atrous_depthwise_bn_act_inference": "atrous_depthwise",
+    "atrous_depthwise_bn_act_training": "atrous_depthwise",
+    "atrous_depthwise_bn_act_backward": "atrous_depthwise",
+}
+
+_library_impl = torch.library.Library(NAMESPACE, "IMPL")
+_autocast_impl = torch.library.Library(NAMESPACE, "IMPL")
+
+
+def _lazy_triton(stem: str, name: str) -> Callable[..., Any]:
+    # Triton is imported at the first call: the import takes longer than that of the rest of the package.
+    def kernel(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"deeplab_kernels.triton.{stem}"), name)(*args)
+
+    kernel.__name__ = name
+    return kernel
+
+
+def cuda_backend() -> str:
+    """Backend of CUDA tensors: "cuda", "triton" or "reference"."""
+    missing = _library.missing()
+    return next((name for name in ("cuda", "triton") if name not in missing), "reference")
+
+
+def serving(operator: str) -> dict[str, str]:
+    """Backend that serves ``operator`` on each device type."""
+    return {"cpu": f"C++ ({_library.cpu_instruction_set()})", "cuda": cuda_backend(), "other": "reference"}
+
+
+def register_kernels() -> None:
+    for operator, stem in OPERATORS.items():
+        _library_impl.impl(operator, getattr(reference, operator), "CompositeExplicitAutograd")
+        if cuda_backend() == "triton":
+            _library_impl.impl(operator, _lazy_triton(stem, operator), "CUDA")
+
+
+def register_autocast(operator: str, cast_arguments: int) -> None:
+    """Under autocast the operator's first ``cast_arguments`` tensors take the autocast dtype, as torch's convolutions do;
+    per-channel vectors stay as they are, as in torch's batch normalisation."""
+    overload = getattr(torch.ops.deeplab_kernels, operator).default
+    for device_type, key in (("cpu", torch.DispatchKey.AutocastCPU), ("cuda", torch.DispatchKey.AutocastCUDA)):
+
+        def kernel(*args: Any, device_type: str = device_type, key: torch.DispatchKey = key) -> Any:
+            dtype = torch.get_autocast_dtype(device_type)
+            cast = [a.to(dtype) if a.dtype != torch.float64 else a for a in args[:cast_arguments]]
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+                return overload(*cast, *args[cast_arguments:])
+
+        _autocast_impl.impl(operator, kernel, key.name)

@@ -1,0 +1,354 @@
+"""Atrous depthwise convolution, alone and fused with batch normalisation and activation.
+
+    y[n, c*m + q, i, j] = sum_{u,v} x[n, c, s*i + r*u - p, s*j + r*v - p] w[c*m + q, 0, u, v]
+    out = act(gamma * (y - mean) / sqrt(var + eps) + beta)
+
+The depthwise half of DeepLab v3+'s atrous separable convolution (Chen et al., arXiv:1802.02611, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import reference
+from . import _backends, _validation
+from ._layout import output_memory_format
+
+_ops = torch.ops.deeplab_kernels
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _needs_autograd(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _call(operator: Any, tensors: Sequence[Tensor | None], *args: Any) -> Any:
+    # Without gradients the Python autograd key is skipped: it costs more than a small convolution.
+    if torch.compiler.is_compiling() or _needs_autograd(*tensors):
+        return operator(*tensors, *args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*tensors, *args)
+
+
+def _check_dtypes(x: Tensor, weight: Tensor) -> None:
+    if not torch.is_autocast_enabled(x.device.type):
+        _validation.same_dtype(x, weight)
+
+
+def atrous_depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """Atrous (dilated) depthwise convolution of ``x`` (N, C, H, W) with ``weight`` (C*m, 1, kh, kw).
+
+    Output channel ``c*m + q`` filters input channel ``c``, as ``torch.nn.functional.conv2d(..., groups=C)`` does.
+
+    Args:
+        x: floating point, contiguous or channels_last without a copy; any other layout is copied.
+        weight: dtype of ``x`` (under autocast both take the autocast dtype).
+        stride, dilation: positive int or (vertical, horizontal). The papers call dilation the rate.
+        padding: zeros around the image: int, (vertical, horizontal), (top, bottom, left, right), "valid", or "same"
+            (keeps the size at stride 1; with a stride (effective kernel - 1) // 2 before and the rest after).
+
+    Returns:
+        (N, C*m, H', W') in x's dtype and memory format; sums are formed in float32 (float64 for float64).
+
+    Raises:
+        ValueError, TypeError: an argument is not as above; the message names it.
+    """
+    g = _validation.depthwise(x, weight, stride, padding, dilation)
+    _check_dtypes(x, weight)
+    return _call(_ops.atrous_depthwise_conv2d.default, (x, weight), g.stride, g.padding, g.dilation)
+
+
+def atrous_depthwise_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = "relu",
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """``act(batch_norm(atrous_depthwise_conv2d(x, weight)))`` in one operator.
+
+    Args:
+        x, weight, stride, padding, dilation: as in :func:`atrous_depthwise_conv2d`.
+        gamma, beta: (C*m,) scale and shift of the normalisation, or None for 1 and 0.
+        running_mean, running_var: (C*m,). With ``training=False`` they normalise and must be given. With
+            ``training=True`` the batch's own mean and biased variance normalise, and those given are updated in place:
+            ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance
+            (``torch.nn.BatchNorm2d``).
+        eps: added to the variance.
+        activation: "relu", "relu6", or None / "none".
+
+    Returns:
+        (N, C*m, H', W') in x's dtype and memory format. Differentiable w.r.t. x, weight, gamma and beta in both modes;
+        for backward x and at most one more tensor of the output's size are kept.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above, or training on one value per channel.
+    """
+    g = _validation.depthwise(x, weight, stride, padding, dilation)
+    _check_dtypes(x, weight)
+    code = _validation.activation_code(activation)
+    _validation.channel_vector(gamma, "gamma", weight)
+    _validation.channel_vector(beta, "beta", weight)
+    _validation.channel_vector(running_mean, "running_mean", weight, required=not training)
+    _validation.channel_vector(running_var, "running_var", weight, required=not training)
+    acc = _accumulation_dtype(x.dtype)
+    gamma_acc = None if gamma is None else gamma.to(acc)
+    beta_acc = None if beta is None else beta.to(acc)
+    if not training:
+        assert running_mean is not None and running_var is not None
+        return _call(
+            _ops.atrous_depthwise_bn_act_inference.default,
+            (x, weight, gamma_acc, beta_acc, running_mean.to(acc), running_var.to(acc)),
+            eps, code, g.stride, g.padding, g.dilation,
+        )  # fmt: skip
+    height, width = _output_size(x, weight, g.stride, g.padding, g.dilation)
+    count = x.shape[0] * height * width
+    if count == 1:
+        raise ValueError(f"training needs more than 1 value per channel, got x of shape {tuple(x.shape)}")
+    out, _, mean, var = _call(
+        _ops.atrous_depthwise_bn_act_training.default,
+        (x, weight, gamma_acc, beta_acc),
+        eps, code, g.stride, g.padding, g.dilation, save_conv_default(x),
+    )  # fmt: skip
+    if count > 0:
+        with torch.no_grad():
+            if running_mean is not None:
+                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            if running_var is not None:
+                running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+    return out
+
+
+def save_conv_default(x: Tensor) -> bool:
+    """Whether training keeps conv(x) for backward, or recomputes it from x, whichever is faster on x's device."""
+    return x.device.type != "cpu"
+
+
+def _output_size(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int]:
+    top, bottom, left, right = padding
+    height = (x.shape[2] + top + bottom - dilation[0] * (weight.shape[2] - 1) - 1) // stride[0] + 1
+    width = (x.shape[3] + left + right - dilation[1] * (weight.shape[3] - 1) - 1) // stride[1] + 1
+    return height, width
+
+
+# Fake kernels: shapes, dtypes and layouts without data.
+
+
+def _fake_output(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    size = (x.shape[0], weight.shape[0], *_output_size(x, weight, stride, padding, dilation))
+    return x.new_empty(size).contiguous(memory_format=output_memory_format(x))
+
+
+@torch.library.register_fake("deeplab_kernels::atrous_depthwise_conv2d")
+def _(x, weight, stride, padding, dilation):  # type: ignore[no-untyped-def]
+    return _fake_output(x, weight, stride, padding, dilation)
+
+
+def _fake_grads(x: Tensor, weight: Tensor, need_grad_x: bool, need_grad_weight: bool) -> tuple[Tensor, Tensor]:
+    grad_x = torch.empty_like(x, memory_format=output_memory_format(x)) if need_grad_x else x.new_empty(0)
+    return grad_x, weight.new_empty(weight.shape if need_grad_weight else 0)
+
+
+@torch.library.register_fake("deeplab_kernels::atrous_depthwise_conv2d_backward")
+def _(grad_out, x, weight, stride, padding, dilation, need_grad_x, need_grad_weight):  # type: ignore[no-untyped-def]
+    return _fake_grads(x, weight, need_grad_x, need_grad_weight)
+
+
+@torch.library.register_fake("deeplab_kernels::atrous_depthwise_bn_act_inference")
+def _(x, weight, gamma, beta, mean, var, eps, activation, stride, padding, dilation):  # type: ignore[no-untyped-def]
+    return _fake_output(x, weight, stride, padding, dilation)
+
+
+def _fake_vector(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(weight.shape[0], dtype=_accumulation_dtype(x.dtype))
+
+
+@torch.library.register_fake("deeplab_kernels::atrous_depthwise_bn_act_training")
+def _(x, weight, gamma, beta, eps, activation, stride, padding, dilation, save_conv):  # type: ignore[no-untyped-def]
+    out = _fake_output(x, weight, stride, padding, dilation)
+    y = torch.empty_like(out) if save_conv else x.new_empty(0)
+    return out, y, _fake_vector(x, weight), _fake_vector(x, weight)
+
+
+@torch.library.register_fake("deeplab_kernels::atrous_depthwise_bn_act_backward")
+def _(
+    grad_out, x, weight, y, gamma, beta, mean, var, eps, activation, batch_statistics, stride, padding, dilation,
+    need_grad_x, need_grad_weight,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    return (*_fake_grads(x, weight, need_grad_x, need_grad_weight), _fake_vector(x, weight), _fake_vector(x, weight))
+
+
+# Autograd.
+
+
+def _conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, *ctx.geometry = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    need_x, need_weight = ctx.needs_input_grad[:2]
+    grad_x, grad_weight = _ops.atrous_depthwise_conv2d_backward(grad, x, weight, *ctx.geometry, need_x, need_weight)
+    return grad_x if need_x else None, grad_weight if need_weight else None, None, None, None
+
+
+def _conv2d_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grad, x, weight, *ctx.geometry, ctx.need_x, ctx.need_weight = inputs
+    ctx.save_for_backward(grad, x, weight)
+
+
+def _conv2d_double_backward(ctx: Any, ggx: Tensor, ggw: Tensor) -> tuple[Any, ...]:
+    # The gradients are bilinear in (grad, weight) and (grad, x), so their derivatives are the same three products.
+    grad, x, weight = ctx.saved_tensors
+    needs_grad, needs_x, needs_weight = ctx.needs_input_grad[:3]
+    grad_grad = grad_x = grad_weight = None
+    if ctx.need_x:
+        if needs_grad:
+            grad_grad = _ops.atrous_depthwise_conv2d(ggx, weight, *ctx.geometry)
+        if needs_weight:
+            grad_weight = _ops.atrous_depthwise_conv2d_backward(grad, ggx, weight, *ctx.geometry, False, True)[1]
+    if ctx.need_weight:
+        if needs_grad:
+            term = _ops.atrous_depthwise_conv2d(x, ggw, *ctx.geometry)
+            grad_grad = term if grad_grad is None else grad_grad + term
+        if needs_x:
+            grad_x = _ops.atrous_depthwise_conv2d_backward(grad, x, ggw, *ctx.geometry, True, False)[0]
+    return grad_grad, grad_x, grad_weight, *(None,) * 5
+
+
+def _bn_act_backward(
+    ctx: Any, grad: Tensor, y: Tensor | None, mean: Tensor, var: Tensor, batch_statistics: bool
+) -> tuple[Any, ...]:
+    x, weight, gamma, beta = ctx.saved_tensors[:4]
+    needs = ctx.needs_input_grad
+    if torch.is_grad_enabled():  # create_graph=True: differentiate the definition, which torch can differentiate again
+        return _bn_act_differentiable_backward(ctx, grad, mean, var, batch_statistics)
+    grad_x, grad_weight, grad_gamma, grad_beta = _ops.atrous_depthwise_bn_act_backward(
+        grad, x, weight, x.new_empty(0) if y is None else y, gamma, beta, mean, var, ctx.eps, ctx.activation,
+        batch_statistics, *ctx.geometry, needs[0], needs[1],
+    )  # fmt: skip
+    return (
+        grad_x if needs[0] else None,
+        grad_weight if needs[1] else None,
+        grad_gamma if needs[2] else None,
+        grad_beta if needs[3] else None,
+    )
+
+
+def _bn_act_differentiable_backward(
+    ctx: Any, grad: Tensor, mean: Tensor, var: Tensor, batch_statistics: bool
+) -> tuple[Any, ...]:
+    inputs = ctx.saved_tensors[:4]
+    if batch_statistics:
+        out = reference.atrous_depthwise_bn_act_training(*inputs, ctx.eps, ctx.activation, *ctx.geometry, False)[0]
+    else:
+        out = reference.atrous_depthwise_bn_act_inference(*inputs, mean, var, ctx.eps, ctx.activation, *ctx.geometry)
+    wanted = [i for i in range(4) if ctx.needs_input_grad[i]]
+    grads = torch.autograd.grad(out, [inputs[i] for i in wanted], grad, create_graph=True)
+    result: list[Any] = [None] * 4
+    for i, g in zip(wanted, grads, strict=True):
+        result[i] = g
+    return tuple(result)
+
+
+def _inference_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, gamma, beta, mean, var, ctx.eps, ctx.activation, *ctx.geometry = inputs
+    ctx.save_for_backward(x, weight, gamma, beta, mean, var)
+
+
+def _inference_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    mean, var = ctx.saved_tensors[4:]
+    if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
+        raise RuntimeError("running_mean and running_var have no gradient: call .detach() on them")
+    return (*_bn_act_backward(ctx, grad, None, mean, var, batch_statistics=False), *(None,) * 7)
+
+
+def _training_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, gamma, beta, ctx.eps, ctx.activation, *ctx.geometry, _ = inputs
+    _, y, mean, var = output
+    ctx.save_for_backward(x, weight, gamma, beta, y, mean, var)
+    ctx.mark_non_differentiable(y, mean, var)
+
+
+def _training_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    y, mean, var = ctx.saved_tensors[4:]
+    return (*_bn_act_backward(ctx, grad, y, mean, var, batch_statistics=True), *(None,) * 6)
+
+
+torch.library.register_autograd(
+    "deeplab_kernels::atrous_depthwise_conv2d", _conv2d_backward, setup_context=_conv2d_setup
+)
+torch.library.register_autograd(
+    "deeplab_kernels::atrous_depthwise_conv2d_backward", _conv2d_double_backward, setup_context=_conv2d_backward_setup
+)
+torch.library.register_autograd(
+    "deeplab_kernels::atrous_depthwise_bn_act_inference", _inference_backward, setup_context=_inference_setup
+)
+torch.library.register_autograd(
+    "deeplab_kernels::atrous_depthwise_bn_act_training", _training_backward, setup_context=_training_setup
+)
+
+for _operator in ("conv2d", "bn_act_inference", "bn_act_training"):
+    _backends.register_autocast(f"atrous_depthwise_{_operator}", cast_arguments=2)
+
+
+# FLOP formulas: two per multiply-add, convolutions only, as torch counts its own.
+
+
+def _conv_flops(x_shape: Sequence[int], w_shape: Sequence[int], out_shape: Sequence[int]) -> int:
+    batch, channels, height, width = out_shape
+    return 2 * batch * channels * height * width * w_shape[2] * w_shape[3]
+
+
+@register_flop_formula(_ops.atrous_depthwise_conv2d)
+def _(x_shape, w_shape, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
+    return _conv_flops(x_shape, w_shape, out_shape)
+
+
+@register_flop_formula(_ops.atrous_depthwise_bn_act_inference)
+def _(x_shape, w_shape, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
+    return _conv_flops(x_shape, w_shape, out_shape)
+
+
+@register_flop_formula(_ops.atrous_depthwise_bn_act_training)
+def _(x_shape, w_shape, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
+    return _conv_flops(x_shape, w_shape, out_shape[0])
+
+
+@register_flop_formula(_ops.atrous_depthwise_conv2d_backward)
+def _(grad_shape, x_shape, w_shape, stride, padding, dilation, need_x, need_weight, **kwargs):  # type: ignore[no-untyped-def]
+    return (int(need_x) + int(need_weight)) * _conv_flops(x_shape, w_shape, grad_shape)
+
+
+@register_flop_formula(_ops.atrous_depthwise_bn_act_backward)
+def _(grad_shape, x_shape, w_shape, *args, **kwargs):  # type: ignore[no-untyped-def]
+    return (int(args[-2]) + int(args[-1])) * _conv_flops(x_shape, w_shape, grad_shape)
+
+
+_backends.register_kernels()

@@ -1,0 +1,20 @@
+"""The definition of each operator in plain torch, for any dtype and device.
+
+Every backend is tested against these functions; they also serve where no kernel does, and as the export decomposition.
+"""
+
+from .atrous_depthwise import (
+    atrous_depthwise_bn_act_backward,
+    atrous_depthwise_bn_act_inference,
+    atrous_depthwise_bn_act_training,
+    atrous_depthwise_conv2d,
+    atrous_depthwise_conv2d_backward,
+)
+
+__all__ = [
+    "atrous_depthwise_bn_act_backward",
+    "atrous_depthwise_bn_act_inference",
+    "atrous_depthwise_bn_act_training",
+    "atrous_depthwise_conv2d",
+    "atrous_depthwise_conv2d_backward",
+]

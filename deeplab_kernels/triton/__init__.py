@@ -1,0 +1,1 @@
+"""Triton kernels, one file per operator family with the file names of ops/."""
