@@ -35,7 +35,7 @@ void dispatch(ScalarType dtype, F&& f) {
     case ScalarType::BFloat16:
       return f(BFloat16());
     default:
-      STD_TORCH_CHECK(false, "the CPU kernels take float32, float64 and bfloat16");
+      STD_TORCH_CHECK(false, "x must be float32, float64, float16 or bfloat16");
   }
 }
 
@@ -68,22 +68,31 @@ cpu::NormParameters<A> norm_parameters(const OptionalTensor& gamma, const Option
   return {in_or_null<A>(gamma), in_or_null<A>(beta), eps, activation_of(activation)};
 }
 
-void check_norm(const OptionalTensor& gamma, const OptionalTensor& beta, const DepthwiseShape& shape,
-                ScalarType dtype) {
-  if (gamma) check_vector(*gamma, "gamma", shape, dtype);
-  if (beta) check_vector(*beta, "beta", shape, dtype);
+void check_norm(const OptionalTensor& gamma, const OptionalTensor& beta, const DepthwiseShape& shape, const Tensor& x) {
+  if (gamma) check_vector(*gamma, "gamma", shape, x);
+  if (beta) check_vector(*beta, "beta", shape, x);
+}
+
+// float16 has no kernels of its own on the CPU: it is computed in float32, at the price of the conversions.
+Tensor widened(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Half ? torch::stable::to(t, ScalarType::Float) : t;
+}
+
+Tensor as_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
 
 Tensor conv2d(const Tensor& x_any, const Tensor& weight_any, const Ints& stride, const Ints& padding,
               const Ints& dilation) {
-  const Tensor x = dense(x_any), weight = torch::stable::contiguous(weight_any);
-  const DepthwiseShape shape = depthwise_shape(x, weight, stride, padding, dilation);
+  const DepthwiseShape shape = depthwise_shape(x_any, weight_any, stride, padding, dilation);
+  const Tensor x = with_layout(widened(x_any), shape.channels_last);
+  const Tensor weight = torch::stable::contiguous(widened(weight_any));
   Tensor y = empty_nchw(output_size(shape), x, shape.channels_last);
   dispatch(x.scalar_type(), [&](auto value) {
     using T = decltype(value);
     cpu::atrous_depthwise_conv2d<T>(shape, in<T>(x), in<T>(weight), out<T>(y), torch_pool());
   });
-  return y;
+  return as_dtype(y, x_any.scalar_type());
 }
 
 Tensor gradient_like(const Tensor& t, const DepthwiseShape& shape, bool wanted) {
@@ -94,10 +103,11 @@ Tensor gradient_like(const Tensor& t, const DepthwiseShape& shape, bool wanted) 
 std::tuple<Tensor, Tensor> conv2d_backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& weight_any,
                                            const Ints& stride, const Ints& padding, const Ints& dilation,
                                            bool need_grad_x, bool need_grad_weight) {
-  const Tensor x = dense(x_any), weight = torch::stable::contiguous(weight_any);
-  const DepthwiseShape shape = depthwise_shape(x, weight, stride, padding, dilation);
-  check_grad(grad_any, shape, x);
-  const Tensor grad = with_layout(grad_any, shape.channels_last);
+  const DepthwiseShape shape = depthwise_shape(x_any, weight_any, stride, padding, dilation);
+  const Tensor x = with_layout(widened(x_any), shape.channels_last);
+  const Tensor weight = torch::stable::contiguous(widened(weight_any));
+  check_like_output(grad_any, "grad_out", shape, x_any);
+  const Tensor grad = with_layout(widened(grad_any), shape.channels_last);
   Tensor grad_x = gradient_like(x, shape, need_grad_x);
   Tensor grad_weight = gradient_like(weight, shape, need_grad_weight);
   dispatch(x.scalar_type(), [&](auto value) {
@@ -106,18 +116,18 @@ std::tuple<Tensor, Tensor> conv2d_backward(const Tensor& grad_any, const Tensor&
                                              out_or_null<T>(grad_x, need_grad_x),
                                              out_or_null<T>(grad_weight, need_grad_weight), torch_pool());
   });
-  return {grad_x, grad_weight};
+  return {as_dtype(grad_x, x_any.scalar_type()), as_dtype(grad_weight, x_any.scalar_type())};
 }
 
 Tensor bn_act_inference(const Tensor& x_any, const Tensor& weight_any, const OptionalTensor& gamma,
                         const OptionalTensor& beta, const Tensor& mean, const Tensor& var, double eps,
                         int64_t activation, const Ints& stride, const Ints& padding, const Ints& dilation) {
-  const Tensor x = dense(x_any), weight = torch::stable::contiguous(weight_any);
-  const DepthwiseShape shape = depthwise_shape(x, weight, stride, padding, dilation);
-  const ScalarType acc = accumulation_type(x.scalar_type());
-  check_norm(gamma, beta, shape, acc);
-  check_vector(mean, "mean", shape, acc);
-  check_vector(var, "var", shape, acc);
+  const DepthwiseShape shape = depthwise_shape(x_any, weight_any, stride, padding, dilation);
+  const Tensor x = with_layout(widened(x_any), shape.channels_last);
+  const Tensor weight = torch::stable::contiguous(widened(weight_any));
+  check_norm(gamma, beta, shape, x);
+  check_vector(mean, "mean", shape, x);
+  check_vector(var, "var", shape, x);
   Tensor result = empty_nchw(output_size(shape), x, shape.channels_last);
   dispatch(x.scalar_type(), [&](auto value) {
     using T = decltype(value);
@@ -126,17 +136,18 @@ Tensor bn_act_inference(const Tensor& x_any, const Tensor& weight_any, const Opt
                                               norm_parameters<A>(gamma, beta, eps, activation), in<A>(mean),
                                               in<A>(var), out<T>(result), torch_pool());
   });
-  return result;
+  return as_dtype(result, x_any.scalar_type());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_training(const Tensor& x_any, const Tensor& weight_any,
                                                            const OptionalTensor& gamma, const OptionalTensor& beta,
                                                            double eps, int64_t activation, const Ints& stride,
                                                            const Ints& padding, const Ints& dilation, bool save_conv) {
-  const Tensor x = dense(x_any), weight = torch::stable::contiguous(weight_any);
-  const DepthwiseShape shape = depthwise_shape(x, weight, stride, padding, dilation);
+  const DepthwiseShape shape = depthwise_shape(x_any, weight_any, stride, padding, dilation);
+  const Tensor x = with_layout(widened(x_any), shape.channels_last);
+  const Tensor weight = torch::stable::contiguous(widened(weight_any));
+  check_norm(gamma, beta, shape, x);
   const ScalarType acc = accumulation_type(x.scalar_type());
-  check_norm(gamma, beta, shape, acc);
   Tensor result = empty_nchw(output_size(shape), x, shape.channels_last);
   Tensor y = save_conv ? empty_nchw(output_size(shape), x, shape.channels_last) : empty_vector(0, x, x.scalar_type());
   Tensor mean = empty_vector(shape.out_channels(), x, acc);
@@ -148,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_training(const Tensor& x_any, 
                                              norm_parameters<A>(gamma, beta, eps, activation), out<T>(result),
                                              out_or_null<T>(y, save_conv), out<A>(mean), out<A>(var), torch_pool());
   });
-  return {result, y, mean, var};
+  return {as_dtype(result, x_any.scalar_type()), as_dtype(y, x_any.scalar_type()), mean, var};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(
@@ -156,17 +167,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(
     const OptionalTensor& gamma, const OptionalTensor& beta, const Tensor& mean, const Tensor& var, double eps,
     int64_t activation, bool batch_statistics, const Ints& stride, const Ints& padding, const Ints& dilation,
     bool need_grad_x, bool need_grad_weight) {
-  const Tensor x = dense(x_any), weight = torch::stable::contiguous(weight_any);
-  const DepthwiseShape shape = depthwise_shape(x, weight, stride, padding, dilation);
+  const DepthwiseShape shape = depthwise_shape(x_any, weight_any, stride, padding, dilation);
+  const Tensor x = with_layout(widened(x_any), shape.channels_last);
+  const Tensor weight = torch::stable::contiguous(widened(weight_any));
   const ScalarType acc = accumulation_type(x.scalar_type());
-  check_grad(grad_any, shape, x);
-  check_norm(gamma, beta, shape, acc);
-  check_vector(mean, "mean", shape, acc);
-  check_vector(var, "var", shape, acc);
-  const Tensor grad = with_layout(grad_any, shape.channels_last);
-  const bool have_y = y_any.dim() == 4;
-  if (have_y) check_grad(y_any, shape, x);
-  const Tensor y = have_y ? with_layout(y_any, shape.channels_last) : y_any;
+  check_like_output(grad_any, "grad_out", shape, x_any);
+  check_norm(gamma, beta, shape, x);
+  check_vector(mean, "mean", shape, x);
+  check_vector(var, "var", shape, x);
+  const bool have_y = was_kept(y_any, shape, x_any);
+  const Tensor grad = with_layout(widened(grad_any), shape.channels_last);
+  const Tensor y = have_y ? with_layout(widened(y_any), shape.channels_last) : y_any;
   Tensor grad_x = gradient_like(x, shape, need_grad_x);
   Tensor grad_weight = gradient_like(weight, shape, need_grad_weight);
   Tensor grad_gamma = empty_vector(shape.out_channels(), x, acc);
@@ -180,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(
         out_or_null<T>(grad_x, need_grad_x), out_or_null<T>(grad_weight, need_grad_weight), out<A>(grad_gamma),
         out<A>(grad_beta), torch_pool());
   });
-  return {grad_x, grad_weight, grad_gamma, grad_beta};
+  return {as_dtype(grad_x, x_any.scalar_type()), as_dtype(grad_weight, x_any.scalar_type()), grad_gamma, grad_beta};
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 //   x        (N, C, H, W)       contiguous or channels_last; anything else is copied
 //   weight   (C*m, 1, kh, kw)   dtype of x
 //   stride   (s_h, s_w), dilation (r_h, r_w), padding (top, bottom, left, right)
-//   gamma, beta, mean, var, invstd   (C*m,) in the accumulation dtype: float64 for float64 x, otherwise float32
+//   gamma, beta, mean, var   (C*m,) in the accumulation dtype: float64 for float64 x, otherwise float32
 //   activation   0 none, 1 relu, 2 relu6
 #include <torch/csrc/stable/library.h>
 

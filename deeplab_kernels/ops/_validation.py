@@ -12,20 +12,34 @@ Pair = tuple[int, int]
 Sides = tuple[int, int, int, int]
 
 ACTIVATIONS = {None: 0, "none": 0, "relu": 1, "relu6": 2}
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+# Bound of stride, padding and dilation: index arithmetic in 64 bits then cannot overflow (csrc/torch/tensors.h).
+LARGEST = 2**31 - 1
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def _in_range(values: Sequence[int], name: str, minimum: int, given: object) -> None:
+    if min(values) < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {given!r}")
+    if max(values) > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST}, got {given!r}")
 
 
 def pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
     """``value`` as (vertical, horizontal), each at least ``minimum``."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        result: Pair = (value, value)
-    elif isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
+    if _is_int(value):
+        result: Pair = (value, value)  # type: ignore[assignment]
+    elif isinstance(value, Sequence) and not isinstance(value, str) and all(map(_is_int, value)):
+        if len(value) != 2:
+            raise ValueError(f"{name} must be an int or (vertical, horizontal), got {value!r}")
         result = (value[0], value[1])
     else:
-        raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}")
-    if any(not isinstance(v, int) or isinstance(v, bool) for v in result):
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
-    if min(result) < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+    _in_range(result, name, minimum, value)
     return result
 
 
@@ -42,18 +56,22 @@ def sides(padding: int | str | Sequence[int], kernel: Pair, stride: Pair, dilati
             raise ValueError(f'padding must be ints, "same" or "valid", got {padding!r}')
         total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         return (total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2)
-    if isinstance(padding, Sequence) and len(padding) == 4:
-        top_bottom, left_right = pair(padding[:2], "padding", 0), pair(padding[2:], "padding", 0)
-        return (*top_bottom, *left_right)
-    if isinstance(padding, Sequence) and len(padding) != 2:
-        raise ValueError(
-            f'padding must be an int, (vertical, horizontal), (top, bottom, left, right), "same" or "valid", got {padding!r}'
-        )
-    vertical, horizontal = pair(padding, "padding", 0)
-    return (vertical, vertical, horizontal, horizontal)
+    allowed = 'an int, (vertical, horizontal), (top, bottom, left, right), "same" or "valid"'
+    if _is_int(padding):
+        padding = (padding, padding)  # type: ignore[assignment]
+    elif not isinstance(padding, Sequence) or not all(map(_is_int, padding)):
+        raise TypeError(f"padding must be {allowed}, got {padding!r}")
+    if len(padding) not in (2, 4):
+        raise ValueError(f"padding must be {allowed}, got {padding!r}")
+    _in_range(padding, "padding", 0, padding)
+    if len(padding) == 2:
+        return (padding[0], padding[0], padding[1], padding[1])
+    return (padding[0], padding[1], padding[2], padding[3])
 
 
 def activation_code(activation: str | None) -> int:
+    if activation is not None and not isinstance(activation, str):
+        raise TypeError(f'activation must be "relu", "relu6", "none" or None, got {activation!r}')
     if activation not in ACTIVATIONS:
         raise ValueError(f'activation must be "relu", "relu6", "none" or None, got {activation!r}')
     return ACTIVATIONS[activation]
@@ -79,10 +97,11 @@ def depthwise(
     for name, tensor in (("x", x), ("weight", weight)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must have a floating point dtype, got {tensor.dtype}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            given = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+            raise TypeError(f"{name} must be a dense tensor, got {given}")
     if x.dim() != 4:
         raise ValueError(f"x must have shape (N, C, H, W), got {tuple(x.shape)}")
     if weight.dim() != 4 or weight.shape[1] != 1:
@@ -116,21 +135,52 @@ def depthwise(
 
 
 def same_dtype(x: Tensor, weight: Tensor) -> None:
-    if x.dtype != weight.dtype:
-        raise TypeError(f"weight must have x's dtype {x.dtype}, got {weight.dtype}")
+    if x.dtype == weight.dtype:
+        return
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        # Autocast casts every dtype but float64.
+        if torch.float64 not in (x.dtype, weight.dtype):
+            return
+        raise TypeError(f"weight must have x's dtype {x.dtype}, got {weight.dtype} (autocast leaves float64 as it is)")
+    raise TypeError(f"weight must have x's dtype {x.dtype}, got {weight.dtype}")
 
 
-def channel_vector(v: Tensor | None, name: str, weight: Tensor, required: bool = False) -> None:
+def channel_vector(v: Tensor | None, name: str, weight: Tensor) -> None:
     """Checks a per-output-channel vector such as gamma or running_mean."""
     if v is None:
-        if required:
-            raise ValueError(f"{name} must be given when training=False, got None")
         return
     if not isinstance(v, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor or None, got {type(v).__name__}")
+    if v.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {v.dtype}")
+    if v.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {v.layout}")
     if v.shape != weight.shape[:1]:
         raise ValueError(f"{name} must have shape ({weight.shape[0]},), got {tuple(v.shape)}")
-    if not v.is_floating_point():
-        raise TypeError(f"{name} must have a floating point dtype, got {v.dtype}")
     if v.device != weight.device:
         raise ValueError(f"{name} must be on x's device {weight.device}, got {v.device}")
+
+
+def running_statistics(mean: Tensor | None, var: Tensor | None, weight: Tensor, training: bool) -> None:
+    for name, v in (("running_mean", mean), ("running_var", var)):
+        channel_vector(v, name, weight)
+        if v is None and not training:
+            raise ValueError(f"{name} must be given when training=False, got None")
+        if v is not None and v.requires_grad:
+            raise ValueError(f"{name} must not require a gradient (there is none): pass {name}.detach()")
+    if (mean is None) != (var is None):
+        missing = "running_mean" if mean is None else "running_var"
+        raise ValueError(f"running_mean and running_var must both be given or both be None, got {missing}=None")
+
+
+def normalisation_constants(training: bool, momentum: float, eps: float) -> None:
+    if not isinstance(training, bool):
+        raise TypeError(f"training must be a bool, got {training!r}")
+    for name, value in (("momentum", momentum), ("eps", eps)):
+        if not isinstance(value, (int, float, torch.SymFloat)) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a float, got {value!r}")
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must be in [0, 1], got {momentum!r}")
+    if not (eps > 0 or (eps == 0 and not training)):
+        raise ValueError(f"eps must be positive{'' if training else ' or 0'} when training={training}, got {eps!r}")

@@ -30,17 +30,26 @@ def _needs_autograd(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _call(operator: Any, tensors: Sequence[Tensor | None], *args: Any) -> Any:
-    # Without gradients the Python autograd key is skipped: it costs more than a small convolution.
-    if torch.compiler.is_compiling() or _needs_autograd(*tensors):
+def _transforms_active() -> bool:
+    """Whether torch.func's transforms (vmap, grad, jvp ...) or forward-mode differentiation are at work."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _call(name: str, tensors: Sequence[Tensor | None], *args: Any) -> Any:
+    operator = getattr(_ops, name).default
+    if torch.compiler.is_compiling():
         return operator(*tensors, *args)
+    if _transforms_active():  # the operator has no rules for them and would drop tangents silently; its definition has
+        return getattr(reference, name)(*tensors, *args)
+    if _needs_autograd(*tensors):
+        return operator(*tensors, *args)
+    # Without gradients the Python autograd key is skipped: it costs more than a small convolution.
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*tensors, *args)
 
 
-def _check_dtypes(x: Tensor, weight: Tensor) -> None:
-    if not torch.is_autocast_enabled(x.device.type):
-        _validation.same_dtype(x, weight)
+def _vector(v: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if v is None else v.to(dtype).contiguous()
 
 
 def atrous_depthwise_conv2d(
@@ -68,8 +77,8 @@ def atrous_depthwise_conv2d(
         ValueError, TypeError: an argument is not as above; the message names it.
     """
     g = _validation.depthwise(x, weight, stride, padding, dilation)
-    _check_dtypes(x, weight)
-    return _call(_ops.atrous_depthwise_conv2d.default, (x, weight), g.stride, g.padding, g.dilation)
+    _validation.same_dtype(x, weight)
+    return _call("atrous_depthwise_conv2d", (x, weight), g.stride, g.padding, g.dilation)
 
 
 def atrous_depthwise_bn_act(
@@ -108,20 +117,18 @@ def atrous_depthwise_bn_act(
         ValueError, TypeError: an argument is not as above, or training on one value per channel.
     """
     g = _validation.depthwise(x, weight, stride, padding, dilation)
-    _check_dtypes(x, weight)
+    _validation.same_dtype(x, weight)
     code = _validation.activation_code(activation)
     _validation.channel_vector(gamma, "gamma", weight)
     _validation.channel_vector(beta, "beta", weight)
-    _validation.channel_vector(running_mean, "running_mean", weight, required=not training)
-    _validation.channel_vector(running_var, "running_var", weight, required=not training)
+    _validation.running_statistics(running_mean, running_var, weight, training)
+    _validation.normalisation_constants(training, momentum, eps)
     acc = _accumulation_dtype(x.dtype)
-    gamma_acc = None if gamma is None else gamma.to(acc)
-    beta_acc = None if beta is None else beta.to(acc)
+    gamma_acc, beta_acc = _vector(gamma, acc), _vector(beta, acc)
     if not training:
-        assert running_mean is not None and running_var is not None
         return _call(
-            _ops.atrous_depthwise_bn_act_inference.default,
-            (x, weight, gamma_acc, beta_acc, running_mean.to(acc), running_var.to(acc)),
+            "atrous_depthwise_bn_act_inference",
+            (x, weight, gamma_acc, beta_acc, _vector(running_mean, acc), _vector(running_var, acc)),
             eps, code, g.stride, g.padding, g.dilation,
         )  # fmt: skip
     height, width = _output_size(x, weight, g.stride, g.padding, g.dilation)
@@ -129,15 +136,14 @@ def atrous_depthwise_bn_act(
     if count == 1:
         raise ValueError(f"training needs more than 1 value per channel, got x of shape {tuple(x.shape)}")
     out, _, mean, var = _call(
-        _ops.atrous_depthwise_bn_act_training.default,
+        "atrous_depthwise_bn_act_training",
         (x, weight, gamma_acc, beta_acc),
         eps, code, g.stride, g.padding, g.dilation, save_conv_default(x),
     )  # fmt: skip
     if count > 0:
         with torch.no_grad():
-            if running_mean is not None:
+            if running_mean is not None and running_var is not None:
                 running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            if running_var is not None:
                 running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
     return out
 
@@ -161,7 +167,7 @@ def _output_size(
 
 def _fake_output(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
     size = (x.shape[0], weight.shape[0], *_output_size(x, weight, stride, padding, dilation))
-    return x.new_empty(size).contiguous(memory_format=output_memory_format(x))
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=output_memory_format(x))
 
 
 @torch.library.register_fake("deeplab_kernels::atrous_depthwise_conv2d")
