@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, order=True)
 class Layer:
-    """A 3 x 3 depthwise convolution on (N, channels, size, size) with padding = rate (so that stride 1 keeps the size)."""
+    """A 3 x 3 depthwise convolution on (N, channels, size, size) with padding = rate: stride 1 keeps the size."""
 
     channels: int
     size: int
@@ -97,7 +97,7 @@ def xception65_layers(
 def all_layers() -> list[Layer]:
     """The named shapes and every distinct layer at output strides 16 and 8, largest maps first."""
     distinct = {*NAMED.values(), *xception65_layers(16), *xception65_layers(8)}
-    return sorted(distinct, key=lambda l: (-l.size, l.channels, l.stride, l.rate))
+    return sorted(distinct, key=lambda layer: (-layer.size, layer.channels, layer.stride, layer.rate))
 
 
 @dataclass(frozen=True)

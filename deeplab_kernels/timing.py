@@ -63,7 +63,8 @@ def interleaved(
         visit_seconds: a visit repeats a short function until about this long, at most 16 times; its sample is the mean.
         settle: start every visit with a call that is not timed (for functions below 10 ms), so that the sample does
             not depend on what the candidate before left in the caches. Turn it off to time with cold caches.
-        candidate_seconds: a candidate that has used more than this leaves the rotation once it has 3 samples.
+        candidate_seconds: a candidate that has used more than this leaves the rotation once it has 3 samples; one whose
+            first call takes longer than this is not called again, that call is its only sample.
         seed: of the order.
 
     Returns:
@@ -73,24 +74,27 @@ def interleaved(
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     repeats: dict[str, int] = {}
     settles: dict[str, bool] = {}
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    spent = dict.fromkeys(candidates, 0.0)
     for name, function in candidates.items():
         seconds = float("inf")
         for _ in range(max(warmup, 1)):
             start = time.perf_counter()
             function()
             seconds = min(seconds, time.perf_counter() - start)
-            if seconds > 1:
+            if seconds > min(1.0, candidate_seconds):
                 break
+        if seconds > candidate_seconds:
+            samples[name].append(seconds * 1e3)
         repeats[name] = max(1, min(16, round(visit_seconds / max(seconds, 1e-9))))
         settles[name] = settle and seconds < 0.01
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    spent = dict.fromkeys(candidates, 0.0)
+    in_rotation = [name for name in candidates if not samples[name]]
     order = random.Random(seed)
     collecting = gc.isenabled()
     gc.disable()
     try:
         for _ in range(rounds):
-            active = [n for n in candidates if spent[n] < candidate_seconds or len(samples[n]) < min(3, rounds)]
+            active = [n for n in in_rotation if spent[n] < candidate_seconds or len(samples[n]) < min(3, rounds)]
             order.shuffle(active)
             for name in active:
                 function, count = candidates[name], repeats[name]

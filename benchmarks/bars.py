@@ -1,0 +1,91 @@
+"""What the operators are held to, computed from a record of measure.measure; no torch needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+LARGE = 64e6  # bytes of x from which a run is bound by memory
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One demand: ``value`` must be at least (or at most) ``limit``."""
+
+    name: str
+    layout: str
+    value: float
+    limit: float
+    at_least: bool
+
+    @property
+    def passed(self) -> bool:
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    @property
+    def shortfall(self) -> str:
+        return f"{self.name} {self.value:.2f} {'<' if self.at_least else '>'} {self.limit:g}"
+
+    def __str__(self) -> str:
+        relation = ">=" if self.at_least else "<="
+        verdict = "PASS" if self.passed else "FAIL"
+        return f"{verdict} {self.layout} {self.name}: {self.value:.2f} {relation} {self.limit:g}"
+
+
+def median(record: Mapping[str, Any], kind: str, dtype: str, layout: str) -> float | None:
+    timing = record["timings"].get(f"{kind} {dtype} {layout}")
+    return None if timing is None else timing["median_ms"]
+
+
+def best_pytorch(record: Mapping[str, Any], dtype: str, layouts: Iterable[str]) -> tuple[float, str] | None:
+    """(milliseconds, contender) of PyTorch's fastest."""
+    found = [
+        (ms, f"{kind} {layout}")
+        for kind in ("eager", "compile", "frozen")
+        for layout in layouts
+        if (ms := median(record, kind, dtype, layout)) is not None
+    ]
+    return min(found, default=None)
+
+
+def layouts_of(record: Mapping[str, Any]) -> list[str]:
+    return [
+        layout
+        for layout in ("nchw", "nhwc")
+        if any(key.startswith("ours") and key.endswith(layout) for key in record["timings"])
+    ]
+
+
+def yardstick(record: Mapping[str, Any], dtype: str, layout: str) -> tuple[float, str] | None:
+    """PyTorch's fastest that ours is compared with: of the same layout in inference, of both in training."""
+    return best_pytorch(record, dtype, [layout] if record["mode"] == "inference" else ["nchw", "nhwc"])
+
+
+def bars(record: Mapping[str, Any], last_level_cache_bytes: int = 32 << 20) -> list[Bar]:
+    """The demands on one record, for those contenders that were measured."""
+    rate = record["convolution"]["rate"]
+    found = []
+    for layout in layouts_of(record):
+        ours = median(record, "ours", "float32", layout)
+        rival = yardstick(record, "float32", layout)
+        clone = median(record, "clone", "float32", layout)
+        if record["mode"] == "training":
+            if ours is not None and rival is not None:
+                found.append(Bar("training speed-up", layout, rival[0] / ours, 10 if rate >= 2 else 2, True))
+            if "kept_bytes" in record:
+                # Vectors of one number per channel are not of the activation's size: a hundredth is left for them.
+                allowed = 1.01 * (record["input_bytes"] + record["output_bytes"])
+                found.append(Bar("bytes kept / (x + out)", layout, record["kept_bytes"][layout] / allowed, 1, False))
+            continue
+        if ours is not None and rival is not None:
+            found.append(Bar("speed-up", layout, rival[0] / ours, 8 if rate >= 6 else 1, True))
+        if ours is not None and clone is not None:
+            if record["input_bytes"] > LARGE:
+                found.append(Bar("time / clone", layout, ours / clone, 1.5, False))
+            elif record["input_bytes"] <= last_level_cache_bytes:
+                found.append(Bar("time / clone", layout, ours / clone, 3, False))
+        half = median(record, "ours", "bfloat16", layout)
+        if ours is not None and half is not None:
+            found.append(Bar("bf16 / fp32", layout, half / ours, 2, False))
+    return found

@@ -1,0 +1,129 @@
+"""Depthwise + batch normalisation + ReLU: ours against PyTorch's eager and compiled, shape by shape, with the bars.
+
+    python benchmarks/bench_atrous_depthwise.py                     # all shapes, both modes; writes results/<machine>/
+    python benchmarks/bench_atrous_depthwise.py --quick             # the named shapes, few rounds, under 2 minutes
+    python benchmarks/bench_atrous_depthwise.py --shapes A6,A12,728x65r2 --mode inference --layout nchw --no-compile
+    python benchmarks/bench_atrous_depthwise.py --list
+    pytest benchmarks --benchmark-only                              # the named shapes, under pytest-benchmark
+
+PYTHONPATH=<folder> measures another build of the package. Shapes: layers.py; what is timed and how: measure.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import bars
+import layers
+import measure
+import report
+import torch
+
+FILE = "atrous_depthwise.json"
+
+
+def select(names: str | None, batches: list[int], quick: bool) -> list[layers.Shape]:
+    """Shapes by alias (A12), by description (2048x33r12), either with /N4; all of them without names."""
+    if not names:
+        chosen = list(layers.NAMED.values()) if quick else None
+        return layers.shapes(chosen, batches)
+    by_name = {layer.name.split(":")[-1]: layer for layer in layers.all_layers()} | layers.NAMED
+    chosen = []
+    for name in names.split(","):
+        stem, _, batch = name.partition("/N")
+        stem = stem.split(":")[-1]
+        if stem not in by_name:
+            raise SystemExit(f"--shapes: {name!r} is none of {', '.join(by_name)}")
+        chosen += [layers.Shape(by_name[stem], n) for n in ([int(batch)] if batch else batches)]
+    return chosen
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", metavar="A6,728x65r2/N4,...", help="default: all (see --list)")
+    parser.add_argument("--batch", type=int, nargs="+", help="default: 1 and 4; with --quick or --shapes 1")
+    parser.add_argument("--mode", choices=["inference", "training", "both"], default="both")
+    parser.add_argument("--inference", dest="mode", action="store_const", const="inference")
+    parser.add_argument("--training", dest="mode", action="store_const", const="training")
+    parser.add_argument("--layout", choices=["nchw", "nhwc", "both"], default="both")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "both"], default="both", help="of inference")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-pytorch", action="store_true", help="time ours and x.clone() only")
+    parser.add_argument("--default-allocator", action="store_true", help="do not raise malloc's thresholds")
+    parser.add_argument(
+        "--quick", action="store_true", help="the named shapes with N = 1, few rounds, no torch.compile"
+    )
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--threads", type=int, help="default: all cores")
+    parser.add_argument("--json", type=Path, help="merge the records into this file; a full run has a default")
+    parser.add_argument("--list", action="store_true", help="print the shapes and stop")
+    return parser.parse_args(arguments)
+
+
+def options_of(args: argparse.Namespace) -> measure.Options:
+    return measure.Options(
+        layouts=tuple(measure.LAYOUTS) if args.layout == "both" else (args.layout,),
+        dtypes=tuple(measure.DTYPES) if args.dtype == "both" else (args.dtype,),
+        compile=not (args.no_compile or args.quick),
+        pytorch=not args.no_pytorch,
+        rounds=args.rounds or (5 if args.quick else 15),
+        candidate_seconds=0.3 if args.quick else 1.0,
+    )
+
+
+def progress(message: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{message}", end="", file=sys.stderr, flush=True)
+
+
+def run(args: argparse.Namespace) -> list[dict]:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    batches = args.batch or ([1] if args.quick or args.shapes else [1, 4])
+    shapes = select(args.shapes, batches, args.quick)
+    if args.list:
+        print("\n".join(shape.name for shape in shapes))
+        return []
+    path = args.json
+    if path is None and not (args.quick or args.shapes or args.no_pytorch):
+        path = measure.results_folder() / FILE
+    document = measure.load(path) if path else {"records": []}
+    document["machine"] = measure.machine()
+    options, start, done = options_of(args), time.monotonic(), []
+    print(f"measuring {Path(measure.ops.__file__).parent.parent} ({document['machine']['instruction_set']})")
+    for mode in ("inference", "training") if args.mode == "both" else (args.mode,):
+        records = []
+        for i, shape in enumerate(shapes):
+            progress(f"{mode} {i + 1}/{len(shapes)} {shape.name}")
+            record = measure.measure(measure.Convolution.of(shape), mode, options, shape.name)
+            records.append(record)
+            if path:
+                document["records"] = measure.merge(document["records"], record)
+                measure.save(path, document)
+        progress("")
+        table = report.rows(records, document["machine"])
+        print(f"{mode}, ms, medians, {document['machine']['threads']} threads, {measure.allocator()} allocator")
+        print(report.text(table, report.used_columns(report.COLUMNS[mode], table)))
+        print(*report.summary(records, document["machine"]), "", sep="\n")
+        done += records
+    if path:
+        path.with_suffix(".md").write_text(report.document(document))
+        print(f"written: {path}, {path.with_suffix('.md')}")
+    print(f"copy {document['machine']['copy_gb_per_s']} GB/s; {time.monotonic() - start:.0f} s in all")
+    return done
+
+
+def main() -> None:
+    args = parse()
+    if not args.default_allocator:
+        measure.use_tuned_allocator()
+    records = run(args)
+    if not all(bar.passed for record in records for bar in bars.bars(record)):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

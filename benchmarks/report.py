@@ -1,0 +1,163 @@
+"""Tables, as text or Markdown, from the records of measure.measure.
+
+python benchmarks/report.py             # rewrites every results/<machine>/atrous_depthwise.md from its .json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import bars
+
+RESULTS = Path(__file__).parent / "results"
+
+_COMMON = ["shape", "layout", "ours", "best PyTorch", "which", "ratio", "clone", "/clone"]
+COLUMNS = {
+    "inference": [
+        *_COMMON,
+        "floor",
+        "eager",
+        "compile",
+        "frozen",
+        "bf16",
+        "bf16/fp32",
+        "PyTorch bf16",
+        "spread",
+        "bars",
+    ],
+    "training": [
+        *_COMMON,
+        "floor",
+        "forward",
+        "eager nchw",
+        "eager nhwc",
+        "compile nchw",
+        "compile nhwc",
+        "kept",
+        "spread",
+        "bars",
+    ],
+}
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _ratio(numerator: float | None, denominator: float | None) -> str:
+    return f"{numerator / denominator:.2f}" if numerator is not None and denominator else ""
+
+
+def cells(record: Mapping[str, Any], layout: str, machine: Mapping[str, Any]) -> dict[str, str]:
+    """One row of the table: column -> text. Milliseconds unless the column is a ratio."""
+    ours = bars.median(record, "ours", "float32", layout)
+    half = bars.median(record, "ours", "bfloat16", layout)
+    main = "float32" if ours is not None else "bfloat16"
+    time = ours if ours is not None else half
+    rival = bars.yardstick(record, main, layout)
+    clone = bars.median(record, "clone", main, layout)
+    demands = [b for b in bars.bars(record, machine.get("last_level_cache_bytes", 32 << 20)) if b.layout == layout]
+    failed = [b.shortfall for b in demands if not b.passed]
+    size = 4 if main == "float32" else 2
+    x, out = (record[key] // 4 * size for key in ("input_bytes", "output_bytes"))
+    moved = x + out if record["mode"] == "inference" else 5 * x + 3 * out
+    bandwidth = machine.get("copy_gb_per_s")
+    timing = record["timings"].get(f"ours {main} {layout}")
+    row = {
+        "shape": record["name"],
+        "layout": layout + ("" if main == "float32" else " bf16"),
+        "ours": _ms(time),
+        "best PyTorch": _ms(rival[0] if rival else None),
+        "which": rival[1].removesuffix(f" {layout}") if rival else "",
+        "ratio": _ratio(rival[0] if rival else None, time),
+        "clone": _ms(clone),
+        "/clone": _ratio(time, clone),
+        "floor": _ms(moved / bandwidth / 1e6 if bandwidth else None),
+        "spread": f"{timing['iqr_ms'] / timing['median_ms']:.0%}" if timing else "",
+        "bars": "; ".join(failed) if failed else "PASS" if demands else "",
+        "bf16": _ms(half),
+        "bf16/fp32": _ratio(half, ours),
+        "PyTorch bf16": _ms((bars.best_pytorch(record, "bfloat16", [layout]) or (None,))[0]),
+        "forward": _ms(bars.median(record, "ours forward", main, layout)),
+    }
+    for kind in ("eager", "compile", "frozen"):
+        row[kind] = _ms(bars.median(record, kind, main, layout))
+        for other in ("nchw", "nhwc"):
+            row[f"{kind} {other}"] = _ms(bars.median(record, kind, main, other))
+    if "kept_bytes" in record:
+        row["kept"] = f"{record['kept_bytes'][layout] / record['input_bytes']:.2f} x"
+    return row
+
+
+def rows(records: Iterable[Mapping[str, Any]], machine: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [cells(record, layout, machine) for record in records for layout in bars.layouts_of(record)]
+
+
+def used_columns(columns: Sequence[str], table: Sequence[Mapping[str, str]]) -> list[str]:
+    return [c for c in columns if any(row.get(c) for row in table)]
+
+
+def text(table: Sequence[Mapping[str, str]], columns: Sequence[str]) -> str:
+    """Aligned columns for a terminal."""
+    lines = [list(columns), *([row.get(c, "") for c in columns] for row in table)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def markdown(table: Sequence[Mapping[str, str]], columns: Sequence[str]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join([*lines, *("| " + " | ".join(row.get(c, "") for c in columns) + " |" for row in table)])
+
+
+def summary(records: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]) -> list[str]:
+    """One line per kind of bar: how many hold, and the worst."""
+    found: dict[tuple[str, float], list[tuple[bars.Bar, str]]] = {}
+    for record in records:
+        for bar in bars.bars(record, machine.get("last_level_cache_bytes", 32 << 20)):
+            found.setdefault((f"{record['mode']}: {bar.name}", bar.limit), []).append((bar, record["name"]))
+    lines = []
+    for (name, limit), entries in found.items():
+        passed = sum(bar.passed for bar, _ in entries)
+        worst, where = min(entries, key=lambda e: e[0].value if e[0].at_least else -e[0].value)
+        verdict = "PASS" if passed == len(entries) else "FAIL"
+        relation = ">=" if worst.at_least else "<="
+        count = f"{passed} of {len(entries)}, worst {worst.value:.2f} ({where} {worst.layout})"
+        lines.append(f"{verdict} {name} {relation} {limit:g}: {count}")
+    return lines
+
+
+def document(results: Mapping[str, Any]) -> str:
+    """The whole Markdown page of one results file."""
+    machine = results["machine"]
+    facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in machine.items())
+    parts = ["# Depthwise + batch normalisation + ReLU on the CPU", "", f"Machine: {facts}.", ""]
+    parts += [
+        "Milliseconds (medians of interleaved rounds), fp32 unless said otherwise; clone is `x.clone()`, floor the",
+        "bytes that must be moved at the machine's copy bandwidth, spread the interquartile range over the median.",
+        "Bars: `bars.py`.",
+        "",
+    ]
+    for allocator in ("tuned", "default"):
+        for mode, columns in COLUMNS.items():
+            records = [r for r in results["records"] if r["mode"] == mode and r["allocator"] == allocator]
+            if not records:
+                continue
+            table = rows(records, machine)
+            commits = sorted({f"{r['commit']} ({r['date']})" for r in records})
+            parts += [f"## {mode.capitalize()}, {allocator} allocator", "", f"Commit {', '.join(commits)}.", ""]
+            parts += [*(f"- {line}" for line in summary(records, machine)), ""]
+            parts += [markdown(table, used_columns(columns, table)), ""]
+    return "\n".join(parts)
+
+
+def main() -> None:
+    for path in sorted(RESULTS.glob("*/atrous_depthwise.json")):
+        path.with_suffix(".md").write_text(document(json.loads(path.read_text())))
+        print(path.with_suffix(".md"))
+
+
+if __name__ == "__main__":
+    main()
