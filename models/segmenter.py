@@ -1,0 +1,256 @@
+"""Segmentation of any image with trained weights, and the file that holds such weights."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+
+from deeplab_kernels.errors import UserError
+
+from .data import read_image, to_input, to_rgb
+from .registry import build
+
+_FORMAT = "deeplab_kernels weights"
+_FORMAT_VERSION = 1
+_SMALLEST_SIDE = 33  # smaller images are continued by their border: below that the deepest feature map is one pixel
+
+
+def save_weights(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    name: str,
+    class_names: Sequence[str],
+    palette: Sequence[Sequence[int]],
+    options: dict[str, Any] | None = None,
+    notes: dict[str, Any] | None = None,
+) -> None:
+    """Writes what :meth:`Segmenter.from_file` needs: tensors and plain values, nothing that runs code when loaded.
+
+    Args:
+        name, options: ``build(name, num_classes=len(class_names), **options)`` made the model.
+        palette: (red, green, blue) in 0..255 for each class.
+        notes: plain values that are kept with the weights, such as how they were trained.
+    """
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    content = {
+        "format": _FORMAT,
+        "version": _FORMAT_VERSION,
+        "model": name,
+        "options": dict(options or {}),
+        "class_names": list(class_names),
+        "palette": [[int(value) for value in colour] for colour in palette],
+        "notes": dict(notes or {}),
+        "state_dict": state,
+    }
+    target = Path(path)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.part")  # never leave half a file under the final name
+    try:
+        torch.save(content, partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a weights file, checked; tensors on the CPU. Code inside a file is never run.
+
+    Raises:
+        UserError: the file is damaged, holds something else, or holds code.
+        OSError: there is no such file, or it may not be read.
+    """
+    where = os.fspath(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{where}: not a weights file, or one with code in it, which is never run") from None
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise UserError(f"{where}: the weights file is damaged ({_first_line(error)})") from None
+    except Exception as error:  # torch and pickle raise nearly anything on damaged files
+        raise UserError(f"{where}: not a weights file, or a damaged one ({_first_line(error)})") from None
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise UserError(f"{where}: not a weights file of this package (one is written by 'deeplab_kernels demo')")
+    if content.get("version") != _FORMAT_VERSION:
+        version = content.get("version")
+        raise UserError(f"{where}: weights of format version {version}; this package reads {_FORMAT_VERSION}")
+    kinds = {"model": str, "options": dict, "class_names": list, "palette": list, "state_dict": dict}
+    names, palette = content.get("class_names"), content.get("palette")
+    sound = (
+        all(isinstance(content.get(key), kind) for key, kind in kinds.items())
+        and 0 < len(names) == len(palette) <= 256
+        and all(isinstance(name, str) for name in names)
+        and all(isinstance(c, list) and len(c) == 3 and all(v in range(256) for v in c) for c in palette)
+    )
+    if not sound:
+        raise UserError(f"{where}: the weights file lacks its model, classes or palette")
+    return content
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0][:160]
+
+
+class Segmenter:
+    """A trained network, ready for images of any size::
+
+        segmenter = Segmenter.from_file("demo/weights.pt")
+        labels = segmenter("photo.jpg")              # (H, W) uint8, indices into segmenter.class_names
+        segmenter.colourise(labels).save("labels.png")
+
+    Images larger than ``tile`` are cut into tiles that see ``margin`` more pixels on every side, so that memory does
+    not grow with the image; the network's context (the image pooling of the ASPP, too) then ends at that margin.
+
+    Args:
+        model: (1, 3, H, W) in [-1, 1] -> logits (1, K, H, W).
+        class_names: K names, K at most 256.
+        palette: K colours (red, green, blue) in 0..255.
+        tile: largest side, in pixels, of what the network sees at once, ``2 * margin`` included.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        class_names: Sequence[str],
+        palette: Sequence[Sequence[int]],
+        *,
+        tile: int = 769,
+        margin: int = 96,
+    ) -> None:
+        if not 0 < len(class_names) <= 256 or len(class_names) != len(palette):
+            raise ValueError(
+                f"class_names and palette must have one length from 1 to 256, got {len(class_names)} and {len(palette)}"
+            )
+        if margin < 0 or tile <= 2 * margin:
+            raise ValueError(f"tile must exceed twice the margin, got {tile=}, {margin=}")
+        self.model = model.eval()
+        self.class_names = tuple(class_names)
+        self.palette = np.array(palette, np.uint8).reshape(-1, 3)
+        self.tile, self.margin = tile, margin
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu", **options: Any) -> Segmenter:
+        """Builds the model that the weights file names and loads the weights. ``options``: ``tile``, ``margin``.
+
+        Raises:
+            UserError: see :func:`load_weights`; or the weights do not fit the model.
+        """
+        content = load_weights(path)
+        names = content["class_names"]
+        try:
+            model = build(content["model"], num_classes=len(names), **content["options"])
+            model.load_state_dict(content["state_dict"])
+        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{os.fspath(path)}: the weights do not fit {content['model']} ({reason[:200]})") from None
+        return cls(model.to(device), names, content["palette"], **options)
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        image: str | os.PathLike[str] | Image.Image | NDArray[np.generic],
+        *,
+        max_side: int | None = None,
+        on_tile: Callable[[int, int], object] = lambda done, total: None,
+    ) -> NDArray[np.uint8]:
+        """The label map (H, W) uint8 of ``image``: a file, a Pillow image, or an array as in ``data.to_rgb``.
+
+        Args:
+            max_side: an image with a longer side is shrunk to it first, and its labels are enlarged again (nearest
+                neighbour): faster, and better where things are much larger than in the training images.
+            on_tile: called with (tiles done, tiles in all).
+
+        Raises:
+            UserError: what is given is no image.
+        """
+        rgb = to_rgb(image) if isinstance(image, (Image.Image, np.ndarray)) else read_image(image)
+        height, width = rgb.shape[:2]
+        if max_side is not None and max(height, width) > max_side:
+            if max_side < 1:
+                raise ValueError(f"max_side must be at least 1, got {max_side}")
+            scale = max_side / max(height, width)
+            small = max(1, round(width * scale)), max(1, round(height * scale))
+            labels = self._segment(np.asarray(Image.fromarray(rgb).resize(small, Image.Resampling.BOX)), on_tile)
+            return np.asarray(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST))
+        return self._segment(rgb, on_tile)
+
+    def _segment(self, rgb: NDArray[np.uint8], on_tile: Callable[[int, int], object]) -> NDArray[np.uint8]:
+        height, width = rgb.shape[:2]
+        rows, columns = _tiles(height, self.tile, self.margin), _tiles(width, self.tile, self.margin)
+        labels = np.empty((height, width), np.uint8)
+        done = 0
+        for top, bottom, outer_top, outer_bottom in rows:
+            for left, right, outer_left, outer_right in columns:
+                part = self._labels_of(rgb[outer_top:outer_bottom, outer_left:outer_right])
+                inner = part[top - outer_top : bottom - outer_top, left - outer_left : right - outer_left]
+                labels[top:bottom, left:right] = inner
+                done += 1
+                on_tile(done, len(rows) * len(columns))
+        return labels
+
+    def _labels_of(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        height, width = rgb.shape[:2]
+        missing = max(0, _SMALLEST_SIDE - height), max(0, _SMALLEST_SIDE - width)
+        if any(missing):
+            rgb = np.pad(rgb, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
+        parameter = next(self.model.parameters())
+        logits = self.model(to_input(rgb).to(parameter.device, parameter.dtype))
+        return logits[0, :, :height, :width].argmax(0).to(torch.uint8).cpu().numpy()
+
+    def shares(self, labels: NDArray[np.uint8]) -> dict[str, float]:
+        """Class name -> share of the pixels, 0..1."""
+        counts = np.bincount(labels.ravel(), minlength=len(self.class_names))
+        return {name: int(count) / labels.size for name, count in zip(self.class_names, counts, strict=True)}
+
+    def colourise(self, labels: NDArray[np.uint8]) -> Image.Image:
+        """The label map as a palette image: pixel values are class indices, shown in the classes' colours."""
+        return colourise(labels, self.palette)
+
+    def overlay(
+        self, image: str | os.PathLike[str] | Image.Image | NDArray[np.generic], labels: NDArray[np.uint8]
+    ) -> Image.Image:
+        """The image with each class but the first tinted in its colour."""
+        rgb = to_rgb(image) if isinstance(image, (Image.Image, np.ndarray)) else read_image(image)
+        return overlay(rgb, labels, self.palette)
+
+
+def colourise(labels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> Image.Image:
+    """A palette image: pixel values are ``labels`` (H, W), shown in the colours of ``palette`` (K, 3)."""
+    image = Image.fromarray(np.ascontiguousarray(labels, np.uint8))
+    image.putpalette(np.ascontiguousarray(palette, np.uint8).tobytes())
+    return image
+
+
+def overlay(rgb: NDArray[np.uint8], labels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> Image.Image:
+    """``rgb`` (H, W, 3) with every pixel whose label is not 0 tinted in the colour of its class."""
+    if rgb.shape[:2] != labels.shape:
+        raise ValueError(f"image {rgb.shape[:2]} and labels {labels.shape} must have the same size")
+    out = rgb.copy()
+    for top in range(0, out.shape[0], 256):  # in strips, so that the mixture takes little memory
+        strip = out[top : top + 256]
+        marked = labels[top : top + 256] > 0
+        colours = palette[labels[top : top + 256][marked]].astype(np.uint16)
+        strip[marked] = (2 * strip[marked].astype(np.uint16) + 3 * colours) // 5
+    return Image.fromarray(out)
+
+
+def _tiles(length: int, tile: int, margin: int) -> list[tuple[int, int, int, int]]:
+    """(start, end, outer start, outer end) along one axis: the first two partition 0 .. length, the outer ones add up
+    to ``margin`` on both sides and are at most ``tile`` long."""
+    if length <= tile:
+        return [(0, length, 0, length)]
+    step = tile - 2 * margin
+    count = -(-length // step)
+    edges = [round(i * length / count) for i in range(count + 1)]
+    return [(a, b, max(0, a - margin), min(length, b + margin)) for a, b in itertools.pairwise(edges)]
