@@ -1,3 +1,5 @@
 """Modules on top of the operators."""
 
-__all__: list[str] = []
+from .atrous_separable import AtrousDepthwiseConv2d, AtrousSeparableConv2d
+
+__all__ = ["AtrousDepthwiseConv2d", "AtrousSeparableConv2d"]
