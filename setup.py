@@ -1,4 +1,4 @@
-"""Builds the package's native libraries with ninja. See docs/building.md.
+"""Builds the package's native libraries with ninja. docs/building.md explains the choices.
 
 deeplab_kernels/_C          C++ operators for the CPU, always
 deeplab_kernels/_C_cuda     CUDA operators, where nvcc is found
@@ -7,7 +7,9 @@ deeplab_kernels/_densecrf   the numpy module, always
 The first two use only PyTorch's stable ABI: one file serves torch >= 2.10 and any Python.
 
 Environment: DEEPLAB_KERNELS_CUDA = auto (default: where nvcc is found) | 1 (fail without nvcc) | 0
-             DEEPLAB_KERNELS_CUDA_ARCHITECTURES = "80;90;100;120"   MAX_JOBS   CXX   CUDA_HOME
+             DEEPLAB_KERNELS_CUDA_ARCHITECTURES = "80;90;100;120"
+             DEEPLAB_KERNELS_PORTABLE = 1 leaves out the sources for particular x86 instruction sets
+             MAX_JOBS   CXX   CUDA_HOME
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -27,45 +31,77 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
-TORCH_ABI = "0x020a000000000000"  # 2.10
+OLDEST_TORCH = (2, 10)
+TORCH_ABI = f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
 CUDA_ARCHITECTURES = ("80", "90", "100", "120")
-# Instruction sets chosen at run time: the same source compiled once for each.
-ISA_FLAGS = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]}
+# Instruction sets chosen at run time: csrc/cpu/x_avx2.cpp is compiled for AVX2, files without suffix for any CPU.
+ISA_FLAGS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
+}
+
+
+def torch_version(directory: Path) -> str:
+    match = re.search(r"__version__ = ['\"]([^'\"]+)", (directory / "version.py").read_text())
+    return match.group(1) if match else "0.0"
 
 
 def find_torch() -> Path | None:
-    """The torch package directory of the environment that is installed into, also from within an isolated build."""
-    candidates = [Path(p) / "torch" for p in (*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))]
-    for path in candidates:
-        if (path / "include" / "torch" / "csrc" / "stable").is_dir():
-            return path
+    """Directory of a new enough torch, in the environment that is installed into even from within an isolated build."""
+    for path in (*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+        directory = Path(path) / "torch"
+        if not (directory / "include" / "torch" / "csrc" / "stable").is_dir():
+            continue
+        if tuple(int(n) for n in re.findall(r"\d+", torch_version(directory))[:2]) >= OLDEST_TORCH:
+            return directory
     return None
+
+
+def output_of(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home and (Path(home) / "bin" / "nvcc").exists():
-        return str(Path(home) / "bin" / "nvcc")
-    found = shutil.which("nvcc")
-    return found or ("/usr/local/cuda/bin/nvcc" if Path("/usr/local/cuda/bin/nvcc").exists() else None)
+    candidates = [Path(home) / "bin" / "nvcc"] if home else []
+    if on_path := shutil.which("nvcc"):
+        candidates.append(Path(on_path))
+    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+    return next((str(path) for path in candidates if path.exists()), None)
+
+
+def cuda_root(nvcc: str) -> Path:
+    """Where nvcc's toolkit lies. Asked of nvcc itself, because the file on PATH may be a link or a script."""
+    dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    match = re.search(r"^#\$ TOP=(.+)$", dry_run.stderr, re.MULTILINE)
+    return Path(match.group(1)).resolve() if match else Path(nvcc).resolve().parent.parent
 
 
 def cuda_choice() -> tuple[str | None, str]:
-    """(path of nvcc or None, why)."""
+    """(path of nvcc or None, why None)."""
     mode = os.environ.get("DEEPLAB_KERNELS_CUDA", "auto").lower()
     if mode not in ("0", "1", "auto"):
         raise SystemExit(f"DEEPLAB_KERNELS_CUDA={mode!r}: allowed are 0, 1 and auto")
     if mode == "0":
-        return None, "built with DEEPLAB_KERNELS_CUDA=0"
+        return None, "the package was built with DEEPLAB_KERNELS_CUDA=0"
     nvcc = find_nvcc()
     if nvcc is None and mode == "1":
-        raise SystemExit("DEEPLAB_KERNELS_CUDA=1, but no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda")
+        raise SystemExit("DEEPLAB_KERNELS_CUDA=1, but no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda")
+    if nvcc is not None and not sources("cuda/*.cu"):
+        return None, "there were no CUDA sources when the package was built"
     return nvcc, "" if nvcc else "no nvcc was found when the package was built"
 
 
-def cuda_architectures() -> list[str]:
-    value = os.environ.get("DEEPLAB_KERNELS_CUDA_ARCHITECTURES", ";".join(CUDA_ARCHITECTURES))
-    return [a for a in re.split(r"[;, ]+", value) if a]
+def cuda_architectures(nvcc: str) -> list[str]:
+    """Those of the environment variable, else the default ones that this nvcc knows."""
+    value = os.environ.get("DEEPLAB_KERNELS_CUDA_ARCHITECTURES")
+    if value is None:
+        known = output_of(nvcc, "--list-gpu-arch").split()
+        return [a for a in CUDA_ARCHITECTURES if f"compute_{a}" in known]
+    architectures = [a.replace(".", "") for a in re.split(r"[;, ]+", value) if a]
+    if not architectures or not all(re.fullmatch(r"\d{2,3}[af]?", a) for a in architectures):
+        raise SystemExit(f'DEEPLAB_KERNELS_CUDA_ARCHITECTURES={value!r}: give compute capabilities like "80;90"')
+    return architectures
 
 
 def sources(*patterns: str) -> list[str]:
@@ -73,13 +109,30 @@ def sources(*patterns: str) -> list[str]:
 
 
 def source_isa(source: str) -> str | None:
-    """csrc/cpu/x_avx2.cpp is compiled for AVX2; files without such a suffix for any CPU."""
     return next((isa for isa in ISA_FLAGS if Path(source).stem.endswith(f"_{isa}")), None)
 
 
-def cpu_sources() -> list[str]:
+def portable_only() -> bool:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return [s for s in sources("torch/schema.cpp", "torch/*_cpu.cpp", "cpu/*.cpp") if x86 or source_isa(s) is None]
+    return not x86 or os.environ.get("DEEPLAB_KERNELS_PORTABLE", "0") == "1"
+
+
+def cpu_sources() -> list[str]:
+    found = sources("torch/schema.cpp", "torch/*_cpu.cpp", "cpu/*.cpp")
+    return [s for s in found if not (portable_only() and source_isa(s))]
+
+
+def isystem(*directories: str | Path) -> list[str]:
+    return [flag for directory in directories for flag in ("-isystem", str(directory))]
+
+
+def escaped(flags: Iterable[str | Path]) -> str:
+    """Command line arguments for the shell, inside a ninja file."""
+    return shlex.join(map(str, flags)).replace("$", "$$")
+
+
+def escaped_path(path: str | Path) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 class BuildNative(build_ext):
@@ -88,117 +141,137 @@ class BuildNative(build_ext):
     def build_extensions(self) -> None:
         torch_dir = find_torch()
         if torch_dir is None:
-            raise SystemExit("torch >= 2.10 is needed to build deeplab_kernels: pip install torch, then try again")
-        import pybind11
-
+            oldest = ".".join(map(str, OLDEST_TORCH))
+            raise SystemExit(f"torch >= {oldest} is needed to build deeplab_kernels: pip install torch, then try again")
+        # setuptools throws an editable install's build_temp away; with this one the next install compiles what changed.
         build_dir = Path(self.build_temp).resolve()
+        if self.editable_mode:
+            build_dir = ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
         build_dir.mkdir(parents=True, exist_ok=True)
-        cxx = os.environ.get("CXX", "g++")
+        cxx = shlex.split(os.environ.get("CXX", "g++"))
         nvcc, _ = cuda_choice()
-        common = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-DNDEBUG"]
-        torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_ABI}", f"-isystem{torch_dir / 'include'}"]
-        torch_libs = [f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
-        numpy_flags = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
-        lines = [
-            "ninja_required_version = 1.5",
-            "rule cxx",
-            f"  command = {cxx} $flags -MD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d\n  deps = gcc\n  description = CXX $in",
-            "rule link",
-            f"  command = {cxx} -shared -o $out $in $libs",
-            "  description = LINK $out",
-        ]
-        if nvcc:
-            lines += [
-                "rule nvcc",
-                f"  command = {nvcc} $flags -MD -MF $out.d -c $in -o $out",
-                "  depfile = $out.d\n  deps = gcc\n  description = NVCC $in",
-            ]
-        for ext in self.extensions:
-            output = Path(self.get_ext_fullpath(ext.name)).resolve()
-            output.parent.mkdir(parents=True, exist_ok=True)
-            is_cuda = ext.name.endswith("_C_cuda")
-            is_numpy = ext.name.endswith("_densecrf")
-            objects = []
-            for source in ext.sources:
-                obj = build_dir / ext.name.rsplit(".", 1)[1] / (source.replace("/", "_") + ".o")
-                if source.endswith(".cu"):
-                    rule = "nvcc"
-                    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in cuda_architectures()]
-                    newest = cuda_architectures()[-1]
-                    codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
-                    flags = ["-std=c++20", "-O3", "-DNDEBUG", "-DUSE_CUDA", "--expt-relaxed-constexpr", "--threads=4",
-                             "-Xcompiler=-fPIC,-fvisibility=hidden", *codes, *torch_flags]
-                    flags = [f.replace("-isystem", "-isystem ", 1) if f.startswith("-isystem") else f for f in flags]
-                else:
-                    rule = "cxx"
-                    flags = list(common)
-                    flags += numpy_flags if is_numpy else torch_flags
-                    if is_cuda:
-                        flags += ["-DUSE_CUDA", f"-isystem{Path(nvcc).resolve().parent.parent / 'include'}"]
-                    isa = source_isa(source)
-                    flags += ISA_FLAGS.get(isa, []) if isa else []
-                    if is_numpy:
-                        flags.append("-pthread")
-                lines += [f"build {obj}: {rule} {ROOT / source}", f"  flags = {' '.join(flags)}"]
-                objects.append(str(obj))
-            libs = [] if is_numpy else list(torch_libs)
-            if is_cuda:
-                cuda_root = Path(nvcc).resolve().parent.parent
-                libs += [f"-L{cuda_root / 'lib64'}", f"-L{cuda_root / 'targets/x86_64-linux/lib'}", "-lcudart_static", "-ldl", "-lrt", "-pthread"]
-            lines += [f"build {output}: link {' '.join(objects)}", f"  libs = {' '.join(libs)}", f"default {output}"]
-        (build_dir / "build.ninja").write_text("\n".join(lines) + "\n")
+        (build_dir / "build.ninja").write_text("\n".join(self.ninja_lines(build_dir, torch_dir, cxx, nvcc)) + "\n")
+        subprocess.run([*self.ninja_command(), "-C", str(build_dir)], check=True)
+        self.remove_stale_cuda(self.build_info_path().parent)
+        self.write_build_info(torch_dir, cxx, nvcc)
+
+    def ninja_command(self) -> list[str]:
         ninja = shutil.which("ninja")
         if ninja is None:
             import ninja as ninja_package
 
             ninja = str(Path(ninja_package.BIN_DIR) / "ninja")
-        command = [ninja, "-C", str(build_dir)]
-        if os.environ.get("MAX_JOBS"):
-            command += ["-j", os.environ["MAX_JOBS"]]
-        subprocess.run(command, check=True)
-        self.write_build_info(torch_dir, cxx, nvcc)
+        jobs = os.environ.get("MAX_JOBS")
+        return [ninja, "-j", jobs] if jobs else [ninja]
 
-    def write_build_info(self, torch_dir: Path, cxx: str, nvcc: str | None) -> None:
+    def ninja_lines(self, build_dir: Path, torch_dir: Path, cxx: list[str], nvcc: str | None) -> list[str]:
+        import pybind11
+
+        toolkit = cuda_root(nvcc) if nvcc else Path()
+        torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_ABI}", *isystem(torch_dir / "include")]
+        torch_libs = ["-L", torch_dir / "lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+        cuda_libs = [f"-L{path}" for path in (toolkit / "lib64", *sorted(toolkit.glob("targets/*/lib")))]
+        cuda_libs += ["-lcudart_static", "-ldl", "-lrt", "-pthread"]
+        numpy_flags = [*isystem(pybind11.get_include(), sysconfig.get_path("include")), "-pthread"]
+        cxx_flags = ["-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"]
+        cxx_flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"]
+        if portable_only():
+            cxx_flags.append("-DDEEPLAB_KERNELS_PORTABLE")
+        nvcc_flags = ["-std=c++20", "-O3", "-DNDEBUG", "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        nvcc_flags += ["--expt-relaxed-constexpr", "--threads=4"]
+        if nvcc:
+            architectures = cuda_architectures(nvcc)
+            nvcc_flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+            nvcc_flags.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
+
+        lines = ["ninja_required_version = 1.5"]
+        for rule, compiler in (("cxx", cxx), ("nvcc", [nvcc] if nvcc else None)):
+            if compiler:
+                lines += [
+                    f"rule {rule}",
+                    f"  command = {escaped(compiler)} $flags -MD -MF $out.d -c $in -o $out",
+                    "  depfile = $out.d\n  deps = gcc",
+                    f"  description = {rule} $in",
+                ]
+        lines += ["rule link", f"  command = {escaped(cxx)} -shared -o $out $in $libs", "  description = link $out"]
+        for ext in self.extensions:
+            name = ext.name.rsplit(".", 1)[1]
+            objects = []
+            for source in ext.sources:
+                if source.endswith(".cu"):
+                    rule, flags = "nvcc", [*nvcc_flags, *torch_flags]
+                else:
+                    isa = source_isa(source)
+                    rule, flags = "cxx", [*cxx_flags, *(ISA_FLAGS[isa] if isa else [])]
+                    flags += numpy_flags if name == "_densecrf" else torch_flags
+                    if name == "_C_cuda":
+                        flags += ["-DUSE_CUDA", *isystem(toolkit / "include")]
+                objects.append(escaped_path(build_dir / name / (source.replace("/", "_") + ".o")))
+                lines += [f"build {objects[-1]}: {rule} {escaped_path(ROOT / source)}", f"  flags = {escaped(flags)}"]
+            libs = {"_C": torch_libs, "_C_cuda": [*torch_libs, *cuda_libs], "_densecrf": ["-pthread"]}[name]
+            output = Path(self.get_ext_fullpath(ext.name)).resolve()
+            output.parent.mkdir(parents=True, exist_ok=True)
+            lines += [f"build {escaped_path(output)}: link {' '.join(objects)}", f"  libs = {escaped(libs)}"]
+        return lines
+
+    def build_info_path(self) -> Path:
+        return Path(self.build_lib) / "deeplab_kernels" / "_build_info.json"
+
+    def write_build_info(self, torch_dir: Path, cxx: list[str], nvcc: str | None) -> None:
         """What `python -m deeplab_kernels info` tells about the build."""
-
-        def first_line(*command: str, index: int = 0) -> str:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[index]
-
-        version = re.search(r"__version__ = ['\"]([^'\"]+)", (torch_dir / "version.py").read_text())
         info = {
-            "torch": version.group(1) if version else "unknown",
+            "torch": torch_version(torch_dir),
             "python": platform.python_version(),
             "machine": platform.machine(),
-            "compiler": first_line(cxx, "--version"),
+            "compiler": output_of(*cxx, "--version").splitlines()[0],
             "cpu_instruction_sets": ["portable", *sorted({i for s in cpu_sources() if (i := source_isa(s))})],
             "cuda": None,
             "cuda_missing_because": cuda_choice()[1],
         }
         if nvcc:
-            info["cuda"] = {"nvcc": first_line(nvcc, "--version", index=-2), "architectures": cuda_architectures()}
-        target = Path(self.get_ext_fullpath("deeplab_kernels._C")).parent / "_build_info.json"
-        target.write_text(json.dumps(info, indent=2) + "\n")
+            release = re.search(r"release .*", output_of(nvcc, "--version"))
+            info["cuda"] = {
+                "nvcc": f"nvcc {release.group()}" if release else "nvcc",
+                "architectures": cuda_architectures(nvcc),
+            }
+        self.build_info_path().write_text(json.dumps(info, indent=2) + "\n")
+
+    def copy_extensions_to_source(self) -> None:
+        """In-place and editable builds: the record goes where the libraries go."""
+        super().copy_extensions_to_source()
+        self.copy_file(str(self.build_info_path()), str(ROOT / "deeplab_kernels"))
+        self.remove_stale_cuda(ROOT / "deeplab_kernels")
+
+    def remove_stale_cuda(self, package: Path) -> None:
+        """What an earlier build with CUDA left must not be installed with one without."""
+        if not any(ext.name.endswith("._C_cuda") for ext in self.extensions):
+            (package / "_C_cuda.abi3.so").unlink(missing_ok=True)
+
+
+def packages() -> dict[str, str]:
+    """Package name -> directory. models/ is installed as deeplab_kernels.models."""
+    found = {}
+    for top, prefix in (("deeplab_kernels", ""), ("models", "deeplab_kernels.")):
+        for init in sorted((ROOT / top).rglob("__init__.py")):
+            directory = init.parent.relative_to(ROOT)
+            found[prefix + ".".join(directory.parts)] = str(directory)
+    return found
 
 
 extensions = [
     Extension("deeplab_kernels._C", cpu_sources(), py_limited_api=True),
     Extension("deeplab_kernels._densecrf", sources("numpy/*.cpp")),
 ]
-if cuda_choice()[0] and sources("cuda/*.cu"):
+if cuda_choice()[0]:
     extensions.append(
         Extension("deeplab_kernels._C_cuda", sources("torch/*_cuda.cpp", "cuda/*.cu"), py_limited_api=True)
     )
 
-model_packages = {
-    "deeplab_kernels." + ".".join(p.parent.relative_to(ROOT).parts): str(p.parent.relative_to(ROOT))
-    for p in sorted((ROOT / "models").rglob("__init__.py"))
-}
-
 setup(
     ext_modules=extensions,
     cmdclass={"build_ext": BuildNative},
-    packages=["deeplab_kernels", *(f"deeplab_kernels.{s}" for s in ("densecrf", "nn", "ops", "reference", "triton")), *model_packages],
-    package_dir=model_packages,
-    setup_requires=[] if find_torch() else ["torch>=2.10"],
+    packages=list(packages()),
+    package_dir={name: path for name, path in packages().items() if path.startswith("models")},
+    # Only where the environment has no usable torch: an isolated build must not download a second one.
+    setup_requires=[] if find_torch() else ["torch>=" + ".".join(map(str, OLDEST_TORCH))],
 )
