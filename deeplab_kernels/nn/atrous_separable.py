@@ -384,7 +384,10 @@ class AtrousSeparableConv2d(nn.Module):
         if mean is None or var is None or y.dtype not in (torch.float32, torch.float64) or mean.dtype != y.dtype:
             return None
         # Folding touches out * in numbers, normalising out * N * H * W.
-        if y.numel() < conv.in_channels**2 or torch.is_autocast_enabled(y.device.type):
+        if y.numel() < conv.in_channels**2:
+            return None
+        device = y.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             return None
         if _needs_grad(y, weight, bias, norm.weight, norm.bias):
             return None
