@@ -1,0 +1,96 @@
+"""Atrous spatial pyramid pooling of DeepLab v3 and v3+ (Chen et al., arXiv:1706.05587, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from deeplab_kernels.nn import AtrousSeparableConv2d
+
+from ..layers import BN_MOMENTUM, HEAD_BN_EPS, ConvNormAct
+
+
+class ASPP(nn.Module):
+    """A 1x1 convolution, one 3x3 convolution per rate and the image's mean, concatenated and projected.
+
+    (N, in_channels, H, W) -> (N, channels, H, W). Each branch has ``channels`` outputs, batch normalisation and ReLU.
+
+    Args:
+        rates: of the 3x3 branches.
+        separable: atrous separable convolutions in the 3x3 branches (the SC of the paper's table 5).
+        normalize_depthwise: batch normalisation and ReLU also between the depthwise and the pointwise half, as in the
+            official code. Several ports leave them out.
+        dropout: share of the projected features dropped in training.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int = 256,
+        rates: Sequence[int] = (6, 12, 18),
+        *,
+        separable: bool = True,
+        normalize_depthwise: bool = True,
+        dropout: float = 0.1,
+        eps: float = HEAD_BN_EPS,
+        momentum: float = BN_MOMENTUM,
+    ) -> None:
+        super().__init__()
+        norm = {"eps": eps, "momentum": momentum}
+        self.pooling = ConvNormAct(in_channels, channels, **norm)
+        self.pointwise = ConvNormAct(in_channels, channels, **norm)
+        self.atrous = nn.ModuleList(
+            conv3x3(in_channels, channels, separable=separable, normalize_depthwise=normalize_depthwise, **norm)
+            for _ in rates
+        )
+        self.project = ConvNormAct((2 + len(rates)) * channels, channels, **norm)
+        self.dropout = nn.Dropout(dropout)
+        self.set_rates(rates)
+
+    def set_rates(self, rates: Sequence[int]) -> None:
+        """Changes the rates in place; there must be as many as there are branches."""
+        if len(rates) != len(self.atrous) or any(not isinstance(r, int) or r < 1 for r in rates):
+            raise ValueError(f"rates must be {len(self.atrous)} positive ints, got {rates!r}")
+        for branch, rate in zip(self.atrous, rates, strict=True):
+            if isinstance(branch, ConvNormAct):
+                branch.set_rate(rate)
+            else:
+                branch.dilation = (rate, rate)
+        self.rates = tuple(rates)
+
+    def _image_feature(self, x: Tensor) -> Tensor:
+        norm = self.pooling.norm
+        # SyncBatchNorm counts the images of every process, and says itself when they are too few.
+        if norm.training and x.shape[0] < 2 and type(norm) is nn.BatchNorm2d:
+            raise ValueError(
+                "training needs at least 2 images in a batch, got 1: the image pooling of the ASPP has one value per "
+                "image to normalise (call .eval() on the model, or on its batch normalisations to train with theirs)"
+            )
+        # Resizing one pixel to H x W with aligned corners repeats it.
+        return self.pooling(x.mean((2, 3), keepdim=True)).expand(-1, -1, x.shape[2], x.shape[3])
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = [self._image_feature(x), self.pointwise(x), *(branch(x) for branch in self.atrous)]
+        return self.dropout(self.project(torch.cat(branches, 1)))
+
+
+def conv3x3(
+    in_channels: int, out_channels: int, *, separable: bool, normalize_depthwise: bool, eps: float, momentum: float
+) -> nn.Module:
+    """A 3x3 convolution of a head with batch normalisation and ReLU, plain or separable."""
+    if not separable:
+        return ConvNormAct(in_channels, out_channels, 3, eps=eps, momentum=momentum)
+    return AtrousSeparableConv2d(
+        in_channels,
+        out_channels,
+        kernel_size=3,
+        padding="same",
+        depthwise_norm=normalize_depthwise,
+        depthwise_activation="relu" if normalize_depthwise else None,
+        pointwise_norm=True,
+        pointwise_activation="relu",
+        eps=eps,
+        momentum=momentum,
+    )

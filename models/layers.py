@@ -1,0 +1,67 @@
+"""Small pieces that the backbones and heads share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Official DeepLab code: the moving averages keep 0.9997 of their old value in every layer, but the backbone and the
+# heads differ in epsilon.
+BN_MOMENTUM = 3e-4
+BACKBONE_BN_EPS = 1e-3
+HEAD_BN_EPS = 1e-5
+
+
+def truncated_normal_(weight: Tensor, std: float) -> None:
+    """Normal values of standard deviation ``std`` before truncation at two standard deviations, as TensorFlow draws."""
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+class ConvNormAct(nn.Module):
+    """Convolution with fixed padding, batch normalisation, and ReLU unless ``activation`` is False.
+
+    (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)); ``kernel_size`` must be odd.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        dilation: int = 1,
+        *,
+        activation: bool = True,
+        eps: float,
+        momentum: float,
+    ) -> None:
+        super().__init__()
+        padding = dilation * (kernel_size - 1) // 2
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=False)
+        self.norm = nn.BatchNorm2d(out_channels, eps=eps, momentum=momentum)
+        self.activation = activation
+
+    def set_stride(self, stride: int) -> None:
+        self.conv.stride = (stride, stride)
+
+    def set_rate(self, rate: int) -> None:
+        """Changes the dilation; the padding follows, so that the output keeps its size."""
+        vertical, horizontal = self.conv.kernel_size
+        self.conv.dilation = (rate, rate)
+        self.conv.padding = (rate * (vertical - 1) // 2, rate * (horizontal - 1) // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x))
+        return F.relu(x, inplace=True) if self.activation else x
+
+
+def resize_bilinear(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """Bilinear resize of (N, C, H, W) to ``size``, the corner pixels of both grids aligned.
+
+    The official code resizes so everywhere: with sizes n = stride * k + 1 the pixels of a feature map then lie exactly
+    on every stride-th input pixel, which is where a convolution with fixed padding centres them.
+    """
+    if x.shape[-2:] == torch.Size(size):
+        return x
+    return F.interpolate(x, size=(size[0], size[1]), mode="bilinear", align_corners=True)

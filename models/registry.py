@@ -1,0 +1,63 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .deeplabv3plus import BUILDERS
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {**BUILDERS}
+
+
+def list_models() -> list[str]:
+    """The names that :func:`build` takes, sorted."""
+    return sorted(_BUILDERS)
+
+
+def build(
+    name: str,
+    num_classes: int = 21,
+    output_stride: int = 16,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> nn.Module:
+    """A freshly initialised model in training mode. forward: (N, 3, H, W) -> logits (N, num_classes, H, W).
+
+    Args:
+        name: one of :func:`list_models`.
+        num_classes: channels of the logits.
+        output_stride: 8, 16 or 32; ``model.set_output_stride`` changes it later.
+        device: where the parameters are created; "meta" takes no memory.
+        dtype: floating point dtype of the parameters and buffers.
+        options: keyword arguments of the model's own builder, e.g.
+            :func:`deeplab_kernels.models.deeplabv3plus.deeplabv3plus`.
+
+    Raises:
+        ValueError: unknown name (the message gives close ones), or a value that is not allowed.
+        TypeError: an option that the model does not have, or a value of the wrong type.
+    """
+    builder = _BUILDERS.get(name) if isinstance(name, str) else None
+    if builder is None:
+        close = difflib.get_close_matches(str(name), _BUILDERS, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {', '.join(list_models())}"
+        raise ValueError(f"name must be the name of a model, got {name!r}; {hint}")
+    if not isinstance(num_classes, int) or isinstance(num_classes, bool):
+        raise TypeError(f"num_classes must be an int, got {num_classes!r}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    allowed = list(inspect.signature(builder).parameters)
+    for option in options:
+        if option not in allowed:
+            raise TypeError(f"{name} has no option {option!r}; it has {', '.join(allowed)}")
+    with torch.device(device) if device is not None else contextlib.nullcontext():
+        model = builder(num_classes, output_stride, **options)
+    return model.to(dtype) if dtype is not None else model
