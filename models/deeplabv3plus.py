@@ -7,10 +7,12 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from deeplab_kernels.nn.init import truncated_normal_
+
 from .backbones import Xception, xception41, xception65, xception71, xception_small
 from .backbones.xception import check_output_stride
 from .heads import ASPP, Decoder
-from .layers import BN_MOMENTUM, resize_bilinear, truncated_normal_
+from .layers import BN_MOMENTUM, resize_bilinear
 
 
 class DeepLabV3Plus(nn.Module):

@@ -13,11 +13,6 @@ BACKBONE_BN_EPS = 1e-3
 HEAD_BN_EPS = 1e-5
 
 
-def truncated_normal_(weight: Tensor, std: float) -> None:
-    """Normal values of standard deviation ``std`` before truncation at two standard deviations, as TensorFlow draws."""
-    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
-
-
 class ConvNormAct(nn.Module):
     """Convolution with fixed padding, batch normalisation, and ReLU unless ``activation`` is False.
 

@@ -110,7 +110,7 @@ def _render_table(rows: Sequence[dict[str, Any]]) -> str:
                 line.append(_billions(row["madds_true"]))
         lines.append(line)
     return (
-        f"Billions of Multiply-Adds, {rows[0]['model']}, 21 classes, {rows[0]['input_size']} x {rows[0]['input_size']}\n\n"
+        f"Billions of Multiply-Adds: {rows[0]['model']}, 21 classes, {rows[0]['input_size']} pixels square\n\n"
         f"{_columns(lines)}\n\n"
         "paper: table 5 of arXiv:1802.02611. recomputed: by its convention, the output grid of an atrous convolution\n"
         "rounded up to a multiple of the rate. true: without that rounding. MS: six scales, 0.5 to 1.75."

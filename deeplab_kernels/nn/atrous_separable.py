@@ -13,6 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import _validation, atrous_depthwise_bn_act, atrous_depthwise_conv2d
 from ._separable_blocks import check_convolutions, check_norm, only_zeros, renamed, sort_modules, untouched
+from .init import truncated_normal_
 
 Norm = bool | Callable[[int], nn.Module] | None
 _Padding = _validation.Pair | _validation.Sides | str
@@ -265,7 +266,7 @@ class AtrousSeparableConv2d(nn.Module):
 
     def _reset_convolutions(self) -> None:
         for conv, std in zip((self.depthwise, self.pointwise), self.weight_std, strict=True):
-            nn.init.trunc_normal_(conv.weight, std=std, a=-2 * std, b=2 * std)
+            truncated_normal_(conv.weight, std)
             if conv.bias is not None:
                 nn.init.zeros_(conv.bias)
 

@@ -10,8 +10,9 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 
 from deeplab_kernels.nn import AtrousSeparableConv2d
+from deeplab_kernels.nn.init import truncated_normal_
 
-from ..layers import BACKBONE_BN_EPS, BN_MOMENTUM, ConvNormAct, truncated_normal_
+from ..layers import BACKBONE_BN_EPS, BN_MOMENTUM, ConvNormAct
 
 OUTPUT_STRIDES = (8, 16, 32)
 LOW_LEVEL_STRIDE = 4
