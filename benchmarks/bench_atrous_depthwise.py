@@ -4,6 +4,7 @@
     python benchmarks/bench_atrous_depthwise.py --quick             # the named shapes, few rounds, under 2 minutes
     python benchmarks/bench_atrous_depthwise.py --shapes A6,A12,728x65r2 --mode inference --layout nchw --no-compile
     python benchmarks/bench_atrous_depthwise.py --list
+    python benchmarks/bench_atrous_depthwise.py --floors            # bytes that must be moved, and how long that takes
     pytest benchmarks --benchmark-only                              # the named shapes, under pytest-benchmark
 
 PYTHONPATH=<folder> measures another build of the package. Shapes: layers.py; what is timed and how: measure.py.
@@ -12,6 +13,7 @@ PYTHONPATH=<folder> measures another build of the package. Shapes: layers.py; wh
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from pathlib import Path
@@ -19,10 +21,74 @@ from pathlib import Path
 import bars
 import layers
 import measure
+import pytest
 import report
 import torch
 
 FILE = "atrous_depthwise.json"
+
+
+# Under pytest-benchmark.
+
+
+class Replay:
+    """A clock for pytest-benchmark whose rounds last as long as the samples of an interleaved measurement.
+
+    pytest-benchmark times one contender after the other; ours and PyTorch's must alternate to be comparable. So they
+    are timed by measure.measure, and pytest-benchmark does the statistics, the table and the JSON.
+    """
+
+    __name__ = "interleaved"
+
+    def __init__(self) -> None:
+        self.samples: list[float] = []
+        self.now, self.inside = 0.0, False
+
+    def __call__(self) -> float:
+        if self.inside:
+            self.now += self.samples.pop(0)
+        self.inside = not self.inside
+        return self.now
+
+
+REPLAY = Replay()
+KINDS = {"inference": ("ours", "eager", "clone"), "training": ("ours", "eager")}
+
+
+@functools.cache
+def interleaved_record(mode: str, shape: layers.Shape) -> dict:
+    options = measure.Options(dtypes=("float32",), compile=False, rounds=7, candidate_seconds=0.3)
+    return measure.measure(measure.Convolution.of(shape), mode, options, shape.name, samples=True)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    every = metafunc.config.getoption("--all-shapes")
+    shapes = layers.shapes() if every else layers.shapes(layers.NAMED.values(), (1,))
+    cases = [
+        pytest.param(mode, shape, layout, kind, id=f"{mode}-{shape.name}-{layout}-{kind}")
+        for mode, kinds in KINDS.items()
+        for shape in shapes
+        for layout in measure.LAYOUTS
+        for kind in kinds
+    ]
+    metafunc.parametrize(("mode", "shape", "layout", "kind"), cases)
+
+
+@pytest.mark.benchmark(timer=REPLAY)
+def test_depthwise_bn_act(benchmark, mode: str, shape: layers.Shape, layout: str, kind: str) -> None:
+    record = interleaved_record(mode, shape)
+    timing = record["timings"][measure.contender(kind, "float32", layout)]
+    benchmark.group = f"{mode} {shape.name} {layout}"
+    benchmark.extra_info |= {"allocator": record["allocator"], "threads": record["threads"]}
+    if kind == "ours":
+        benchmark.extra_info["bars"] = [
+            str(bar) for bar in bars.bars(record, measure.cache_bytes()) if bar.layout == layout
+        ]
+    REPLAY.samples = [ms / 1e3 for ms in timing["samples_ms"]]
+    benchmark.pedantic(lambda: None, rounds=len(REPLAY.samples))
+
+
+# As a command.
 
 
 def select(names: str | None, batches: list[int], quick: bool) -> list[layers.Shape]:
@@ -59,6 +125,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--json", type=Path, help="merge the records into this file; a full run has a default")
+    parser.add_argument("--floors", action="store_true", help="print what moving the bytes takes and stop")
     parser.add_argument("--list", action="store_true", help="print the shapes and stop")
     return parser.parse_args(arguments)
 
@@ -79,6 +146,28 @@ def progress(message: str) -> None:
         print(f"\r\033[K{message}", end="", file=sys.stderr, flush=True)
 
 
+def floors(shapes: list[layers.Shape]) -> str:
+    """Markdown: the bytes of each shape and the time that moving them takes at the best speed of x.clone()."""
+    table = []
+    for shape in shapes:
+        conv = measure.Convolution.of(shape)
+        x = torch.randn(conv.batch, conv.channels, conv.height, conv.width)
+        clone = measure.interleaved({"clone": x.clone}, rounds=15)["clone"].minimum
+        speed = 2 * x.nbytes / clone / 1e6
+        table.append(
+            {
+                "shape": shape.name,
+                "x MB": f"{x.nbytes / 1e6:.1f}",
+                "out MB": f"{shape.output_bytes() / 1e6:.1f}",
+                "clone ms": f"{clone:.3g}",
+                "GB/s": f"{speed:.0f}",
+                "inference floor ms": f"{conv.floor_ms(speed):.3g}",
+                "training floor ms": f"{conv.floor_ms(speed, 'training'):.3g}",
+            }
+        )
+    return report.markdown(table, list(table[0]))
+
+
 def run(args: argparse.Namespace) -> list[dict]:
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -86,6 +175,10 @@ def run(args: argparse.Namespace) -> list[dict]:
     shapes = select(args.shapes, batches, args.quick)
     if args.list:
         print("\n".join(shape.name for shape in shapes))
+        return []
+    if args.floors:
+        print(f"copy of 256 MB: {measure.copy_bandwidth():.1f} GB/s, {torch.get_num_threads()} threads")
+        print(floors(shapes))
         return []
     path = args.json
     if path is None and not (args.quick or args.shapes or args.no_pytorch):
@@ -121,7 +214,8 @@ def main() -> None:
     if not args.default_allocator:
         measure.use_tuned_allocator()
     records = run(args)
-    if not all(bar.passed for record in records for bar in bars.bars(record)):
+    cache = measure.cache_bytes()
+    if not all(bar.passed for record in records for bar in bars.bars(record, cache)):
         raise SystemExit(1)
 
 

@@ -87,6 +87,11 @@ def _commit() -> str:
         return "unknown"
 
 
+def stamp() -> dict[str, str]:
+    """What was measured when."""
+    return {"commit": _commit(), "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")}
+
+
 def copy_bandwidth(megabytes: int = 256) -> float:
     """GB/s of copying a tensor far larger than the caches (bytes read plus bytes written)."""
     source = torch.ones(megabytes << 18)
@@ -431,10 +436,12 @@ def contenders(problem: Problem, options: Options) -> dict[str, Callable[[], obj
     return found
 
 
-def measure(conv: Convolution, mode: str, options: Options, name: str = "") -> dict[str, Any]:
-    """Checks, then times, every contender; returns a JSON-ready record."""
+def measure(
+    conv: Convolution, mode: str, options: Options, name: str = "", *, samples: bool = False, seed: int = 0
+) -> dict[str, Any]:
+    """Checks, then times, every contender; returns a JSON-ready record, with every sample if asked."""
     torch._dynamo.reset()  # otherwise a second shape counts as a recompilation of the first
-    problem = Problem(conv, mode)
+    problem = Problem(conv, mode, seed)
     functions = contenders(problem, options)
     errors: dict[str, float] = {}
     with torch.set_grad_enabled(mode == "training"):
@@ -453,11 +460,13 @@ def measure(conv: Convolution, mode: str, options: Options, name: str = "") -> d
         "output_bytes": 4 * conv.output_elements,
         "allocator": allocator(),
         "threads": torch.get_num_threads(),
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        **stamp(),
         "relative_error": errors,
         "timings": {key: timing.summary() for key, timing in timings.items()},
     }
+    if samples:
+        for key, timing in timings.items():
+            record["timings"][key]["samples_ms"] = timing.samples
     if mode == "training":
         record["kept_bytes"] = {layout: problem.kept_for_backward(layout) for layout in options.layouts}
     return record
