@@ -377,12 +377,14 @@ class AtrousSeparableConv2d(nn.Module):
     def _folded(self, y: Tensor) -> Tensor | None:
         """The pointwise half with the norm folded into the convolution, or None where that is wrong or does not pay."""
         conv, norm = self.pointwise, self.pointwise_norm
-        if isinstance(norm, nn.Identity) or norm.training or torch.compiler.is_compiling():
+        if isinstance(norm, nn.Identity) or norm.training:
             return None
         assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
         mean, var, weight, bias = norm.running_mean, norm.running_var, conv.weight, conv.bias
         # Rounding the folded weights to half precision would cost accuracy.
         if mean is None or var is None or y.dtype not in (torch.float32, torch.float64) or mean.dtype != y.dtype:
+            return None
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
         # Folding touches out * in numbers, normalising out * N * H * W.
         if y.numel() < conv.in_channels**2:
