@@ -12,7 +12,7 @@ from deeplab_kernels.nn.init import truncated_normal_
 from .backbones import Xception, xception41, xception65, xception71, xception_small
 from .backbones.xception import check_output_stride
 from .heads import ASPP, Decoder
-from .layers import BN_MOMENTUM, resize_bilinear
+from .layers import BN_MOMENTUM, positive_ints, resize_bilinear
 
 
 class DeepLabV3Plus(nn.Module):
@@ -48,7 +48,7 @@ class DeepLabV3Plus(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.separable = separable
-        self.atrous_rates = tuple(atrous_rates)
+        self.atrous_rates = positive_ints(atrous_rates, "atrous_rates")
         self.backbone = backbone
         self.aspp = ASPP(
             backbone.out_channels, head_channels, atrous_rates, separable=separable, dropout=dropout, momentum=momentum

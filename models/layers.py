@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,6 +13,18 @@ from torch.nn import functional as F
 BN_MOMENTUM = 3e-4
 BACKBONE_BN_EPS = 1e-3
 HEAD_BN_EPS = 1e-5
+
+
+def positive_ints(value: object, name: str, count: int | None = None) -> tuple[int, ...]:
+    """``value`` as a tuple if it is a non-empty sequence of positive ints, ``count`` of them if that is given."""
+    items = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    if (
+        not items
+        or (count is not None and len(items) != count)
+        or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in items)
+    ):
+        raise ValueError(f"{name} must be {'' if count is None else f'{count} '}positive ints, got {value!r}")
+    return items
 
 
 class ConvNormAct(nn.Module):

@@ -58,6 +58,8 @@ def build(
     for option in options:
         if option not in allowed:
             raise TypeError(f"{name} has no option {option!r}; it has {', '.join(allowed)}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating point dtype, got {dtype}")
     with torch.device(device) if device is not None else contextlib.nullcontext():
         model = builder(num_classes, output_stride, **options)
     return model.to(dtype) if dtype is not None else model

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deeplab_kernels.nn import AtrousSeparableConv2d
 from deeplab_kernels.nn.init import truncated_normal_
 
-from ..layers import BACKBONE_BN_EPS, BN_MOMENTUM, ConvNormAct
+from ..layers import BACKBONE_BN_EPS, BN_MOMENTUM, ConvNormAct, positive_ints
 
 OUTPUT_STRIDES = (8, 16, 32)
 LOW_LEVEL_STRIDE = 4
@@ -112,7 +112,7 @@ class Xception(nn.Module):
         momentum: float = BN_MOMENTUM,
     ) -> None:
         super().__init__()
-        self.multi_grid = _check_multi_grid(multi_grid)
+        self.multi_grid = positive_ints(multi_grid, "multi_grid", 3)
         self.stem = nn.Sequential(
             ConvNormAct(3, stem_channels[0], 3, stride=2, eps=eps, momentum=momentum),
             ConvNormAct(stem_channels[0], stem_channels[1], 3, eps=eps, momentum=momentum),
@@ -171,12 +171,6 @@ class Xception(nn.Module):
 def check_output_stride(output_stride: int) -> None:
     if output_stride not in OUTPUT_STRIDES or isinstance(output_stride, bool):
         raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride!r}")
-
-
-def _check_multi_grid(multi_grid: Sequence[int]) -> tuple[int, ...]:
-    if len(multi_grid) != 3 or any(not isinstance(g, int) or g < 1 for g in multi_grid):
-        raise ValueError(f"multi_grid must be three positive ints, got {multi_grid!r}")
-    return tuple(multi_grid)
 
 
 def _flows(

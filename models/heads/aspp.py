@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from deeplab_kernels.nn import AtrousSeparableConv2d
 
-from ..layers import BN_MOMENTUM, HEAD_BN_EPS, ConvNormAct
+from ..layers import BN_MOMENTUM, HEAD_BN_EPS, ConvNormAct, positive_ints
 
 
 class ASPP(nn.Module):
@@ -38,6 +38,7 @@ class ASPP(nn.Module):
         momentum: float = BN_MOMENTUM,
     ) -> None:
         super().__init__()
+        rates = positive_ints(rates, "rates")
         norm = {"eps": eps, "momentum": momentum}
         self.pooling = ConvNormAct(in_channels, channels, **norm)
         self.pointwise = ConvNormAct(in_channels, channels, **norm)
@@ -51,14 +52,12 @@ class ASPP(nn.Module):
 
     def set_rates(self, rates: Sequence[int]) -> None:
         """Changes the rates in place; there must be as many as there are branches."""
-        if len(rates) != len(self.atrous) or any(not isinstance(r, int) or r < 1 for r in rates):
-            raise ValueError(f"rates must be {len(self.atrous)} positive ints, got {rates!r}")
-        for branch, rate in zip(self.atrous, rates, strict=True):
+        self.rates = positive_ints(rates, "rates", len(self.atrous))
+        for branch, rate in zip(self.atrous, self.rates, strict=True):
             if isinstance(branch, ConvNormAct):
                 branch.set_rate(rate)
             else:
                 branch.dilation = (rate, rate)
-        self.rates = tuple(rates)
 
     def _image_feature(self, x: Tensor) -> Tensor:
         norm = self.pooling.norm
