@@ -56,6 +56,11 @@ def register_kernels() -> None:
             _library_impl.impl(operator, _lazy_triton(stem, operator), "CUDA")
 
 
+def _autocast_arguments(args: tuple[Any, ...], device_type: str, cast_arguments: int) -> tuple[Any, ...]:
+    dtype = torch.get_autocast_dtype(device_type)
+    return (*(a.to(dtype) if a.dtype != torch.float64 else a for a in args[:cast_arguments]), *args[cast_arguments:])
+
+
 def register_autocast(operator: str, cast_arguments: int) -> None:
     """Under autocast the operator's first ``cast_arguments`` tensors take the autocast dtype, as torch's convolutions do;
     per-channel vectors stay as they are, as in torch's batch normalisation."""
@@ -63,9 +68,22 @@ def register_autocast(operator: str, cast_arguments: int) -> None:
     for device_type, key in (("cpu", torch.DispatchKey.AutocastCPU), ("cuda", torch.DispatchKey.AutocastCUDA)):
 
         def kernel(*args: Any, device_type: str = device_type, key: torch.DispatchKey = key) -> Any:
-            dtype = torch.get_autocast_dtype(device_type)
-            cast = [a.to(dtype) if a.dtype != torch.float64 else a for a in args[:cast_arguments]]
+            args = _autocast_arguments(args, device_type, cast_arguments)
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-                return overload(*cast, *args[cast_arguments:])
+                return overload(*args)
 
         _autocast_impl.impl(operator, kernel, key.name)
+
+
+def without_autocast(function: Callable[..., Any], cast_arguments: int) -> Callable[..., Any]:
+    """``function`` under the same rule as :func:`register_autocast`, for plain torch code that runs above the dispatcher."""
+
+    def wrapped(*args: Any) -> Any:
+        device_type = args[0].device.type
+        if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+            return function(*args)
+        args = _autocast_arguments(args, device_type, cast_arguments)
+        with torch.autocast(device_type, enabled=False):
+            return function(*args)
+
+    return wrapped

@@ -40,7 +40,7 @@ def _call(name: str, tensors: Sequence[Tensor | None], *args: Any) -> Any:
     if torch.compiler.is_compiling():
         return operator(*tensors, *args)
     if _transforms_active():  # the operator has no rules for them and would drop tangents silently; its definition has
-        return getattr(reference, name)(*tensors, *args)
+        return _backends.without_autocast(getattr(reference, name), cast_arguments=2)(*tensors, *args)
     if _needs_autograd(*tensors):
         return operator(*tensors, *args)
     # Without gradients the Python autograd key is skipped: it costs more than a small convolution.
@@ -248,13 +248,22 @@ def _conv2d_double_backward(ctx: Any, ggx: Tensor, ggw: Tensor) -> tuple[Any, ..
     return grad_grad, grad_x, grad_weight, *(None,) * 5
 
 
+# Each backward unpacks ctx.saved_tensors once: non-reentrant checkpointing recomputes then, and refuses a second time.
+
+
 def _bn_act_backward(
-    ctx: Any, grad: Tensor, y: Tensor | None, mean: Tensor, var: Tensor, batch_statistics: bool
+    ctx: Any,
+    inputs: Sequence[Tensor],
+    grad: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    batch_statistics: bool,
 ) -> tuple[Any, ...]:
-    x, weight, gamma, beta = ctx.saved_tensors[:4]
+    x, weight, gamma, beta = inputs
     needs = ctx.needs_input_grad
     if torch.is_grad_enabled():  # create_graph=True: differentiate the definition, which torch can differentiate again
-        return _bn_act_differentiable_backward(ctx, grad, mean, var, batch_statistics)
+        return _bn_act_differentiable_backward(ctx, inputs, grad, mean, var, batch_statistics)
     grad_x, grad_weight, grad_gamma, grad_beta = _ops.atrous_depthwise_bn_act_backward(
         grad, x, weight, x.new_empty(0) if y is None else y, gamma, beta, mean, var, ctx.eps, ctx.activation,
         batch_statistics, *ctx.geometry, needs[0], needs[1],
@@ -268,9 +277,8 @@ def _bn_act_backward(
 
 
 def _bn_act_differentiable_backward(
-    ctx: Any, grad: Tensor, mean: Tensor, var: Tensor, batch_statistics: bool
+    ctx: Any, inputs: Sequence[Tensor], grad: Tensor, mean: Tensor, var: Tensor, batch_statistics: bool
 ) -> tuple[Any, ...]:
-    inputs = ctx.saved_tensors[:4]
     if batch_statistics:
         out = reference.atrous_depthwise_bn_act_training(*inputs, ctx.eps, ctx.activation, *ctx.geometry, False)[0]
     else:
@@ -289,10 +297,10 @@ def _inference_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _inference_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    mean, var = ctx.saved_tensors[4:]
+    *inputs, mean, var = ctx.saved_tensors
     if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
         raise RuntimeError("running_mean and running_var have no gradient: call .detach() on them")
-    return (*_bn_act_backward(ctx, grad, None, mean, var, batch_statistics=False), *(None,) * 7)
+    return (*_bn_act_backward(ctx, inputs, grad, None, mean, var, batch_statistics=False), *(None,) * 7)
 
 
 def _training_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -303,8 +311,8 @@ def _training_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _training_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    y, mean, var = ctx.saved_tensors[4:]
-    return (*_bn_act_backward(ctx, grad, y, mean, var, batch_statistics=True), *(None,) * 6)
+    *inputs, y, mean, var = ctx.saved_tensors
+    return (*_bn_act_backward(ctx, inputs, grad, y, mean, var, batch_statistics=True), *(None,) * 6)
 
 
 torch.library.register_autograd(
