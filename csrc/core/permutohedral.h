@@ -1,6 +1,6 @@
-// Geometry of the permutohedral lattice A*_d (Adams, Baek, Davis: Fast High-Dimensional Filtering Using the Permutohedral
-// Lattice, Eurographics 2010, section 3): where a point of R^d lies, which d + 1 vertices enclose it, and with what
-// barycentric weights. Host and device; no memory is allocated.
+// Geometry of the permutohedral lattice A*_d (Adams, Baek, Davis: Fast High-Dimensional Filtering Using the
+// Permutohedral Lattice, Eurographics 2010, section 3): where a point of R^d lies, which d + 1 vertices enclose it, and
+// with what barycentric weights. Host and device; no memory is allocated.
 #pragma once
 
 #include "macros.h"
@@ -9,16 +9,19 @@ namespace deeplab_kernels {
 
 constexpr int kMaxLatticeDimension = 16;
 
-// Scale of feature axis `axis` before embedding, so that one blur with [1/2, 1, 1/2]-type taps along every lattice axis
-// is a Gaussian of unit standard deviation in feature space: sqrt(2/3) * (d + 1) / sqrt((axis + 1) * (axis + 2)).
+// Scale of a feature axis before embedding: sqrt(2/3) (d + 1) / sqrt((axis + 1) (axis + 2)). `inverse_root` is the last
+// factor, which callers compute once per axis (no sqrt here that would differ between host and device). The rotation
+// into the hyperplane is then an isometry times sqrt(2/3) (d + 1): splatting and slicing contribute (d + 1)^2 / 12 each
+// to the variance and a blur with the taps [1/4, 1/2, 1/4] along every lattice direction (d + 1)^2 / 2, together one
+// unit.
 template <typename T>
-DK_HOST_DEVICE T lattice_scale(int axis, int d, T inverse_root) {
+DK_HOST_DEVICE T lattice_scale(int d, T inverse_root) {
   return T(0.81649658092772603) * T(d + 1) * inverse_root;
 }
 
 // Embeds `position` (already divided by the standard deviations and multiplied by lattice_scale) and finds its simplex.
 //   greedy[d + 1]       the remainder-0 vertex of the simplex: integers, multiples of d + 1, summing to 0
-//   rank[d + 1]         order of the residuals: vertex k of the simplex is greedy[i] + k - (rank[i] > d - k ? d + 1 : 0)
+//   rank[d + 1]         order of the residuals, 0 the largest; see lattice_vertex
 //   barycentric[d + 2]  weights of vertices 0..d; entry d + 1 is scratch. They sum to 1.
 template <typename T>
 DK_HOST_DEVICE void lattice_simplex(const T* position, int d, int32_t* greedy, int32_t* rank, T* barycentric) {

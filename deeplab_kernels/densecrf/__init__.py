@@ -1,5 +1,5 @@
 """Permutohedral lattice for numpy users. Importing this package does not import torch."""
 
-from .._densecrf import lattice_embed
+from .lattice import lattice_embed
 
 __all__ = ["lattice_embed"]
