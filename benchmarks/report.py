@@ -63,7 +63,7 @@ def cells(record: Mapping[str, Any], layout: str, machine: Mapping[str, Any]) ->
     failed = [b.shortfall for b in demands if not b.passed]
     size = 4 if main == "float32" else 2
     x, out = (record[key] // 4 * size for key in ("input_bytes", "output_bytes"))
-    moved = x + out if record["mode"] == "inference" else 5 * x + 3 * out
+    moved = x + out if record["mode"] == "inference" else 3 * x + 2 * out
     timing = record["timings"].get(f"ours {main} {layout}")
     row = {
         "shape": record["name"],

@@ -71,7 +71,7 @@ def test_sizes_and_floor() -> None:
     assert conv.output_elements == y.numel()
     # 648 + 180 floats at 1 GB/s take 3312 ns.
     assert conv.floor_ms(1.0) == pytest.approx(3312e-6)
-    assert conv.floor_ms(1.0, "training") == pytest.approx((5 * 648 + 3 * 180) * 4e-6)
+    assert conv.floor_ms(1.0, "training") == pytest.approx((3 * 648 + 2 * 180) * 4e-6)
 
 
 # Checks.
