@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import _validation, atrous_depthwise_bn_act, atrous_depthwise_conv2d
+from ..ops.atrous_depthwise import _transforms_active
 from ._separable_blocks import check_convolutions, check_norm, only_zeros, renamed, sort_modules, untouched
 from .init import truncated_normal_
 
@@ -126,6 +127,31 @@ def _conv_bias_act(conv: AtrousDepthwiseConv2d, x: Tensor, activation: str | Non
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _norm_in_place(norm: nn.Module, out: Tensor) -> Tensor:
+    """``norm(out)``; inference overwrites ``out``, which is as exact as F.batch_norm and needs no second tensor.
+
+    (Folding the norm into the convolution's weights would double the rounding error.)
+    """
+    if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) or norm.training:
+        return norm(out)
+    mean, var = norm.running_mean, norm.running_var
+    if (
+        mean is None
+        or var is None
+        or out.dtype not in (torch.float32, torch.float64)
+        or not out.dtype == mean.dtype == var.dtype
+        or _needs_grad(out, norm.weight, norm.bias)
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or _transforms_active()
+    ):
+        return norm(out)
+    scale = torch.rsqrt(var + norm.eps)
+    scale = scale if norm.weight is None else scale * norm.weight
+    shift = -mean * scale if norm.bias is None else norm.bias - mean * scale
+    return out.mul_(scale.view(1, -1, 1, 1)).add_(shift.view(1, -1, 1, 1))
 
 
 def _activate(x: Tensor, activation: str | None, inplace: bool = False) -> Tensor:
@@ -369,38 +395,8 @@ class AtrousSeparableConv2d(nn.Module):
             and untouched(conv, nn.Conv2d)
             and untouched(norm, nn.Identity, nn.BatchNorm2d, nn.SyncBatchNorm)
         )
-        out = self._folded(y) if plain else None
-        if out is None:
-            out = norm(conv(y))
+        out = _norm_in_place(norm, conv(y)) if plain else norm(conv(y))
         return _activate(out, self.pointwise_activation, inplace=plain)
-
-    def _folded(self, y: Tensor) -> Tensor | None:
-        """The pointwise half with the norm folded into the convolution, or None where that is wrong or does not pay."""
-        conv, norm = self.pointwise, self.pointwise_norm
-        if isinstance(norm, nn.Identity) or norm.training:
-            return None
-        assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
-        mean, var, weight, bias = norm.running_mean, norm.running_var, conv.weight, conv.bias
-        # Rounding the folded weights to half precision would cost accuracy.
-        if mean is None or var is None or y.dtype not in (torch.float32, torch.float64) or mean.dtype != y.dtype:
-            return None
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return None
-        # Folding touches out * in numbers, normalising out * N * H * W.
-        if y.numel() < conv.in_channels**2:
-            return None
-        device = y.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            return None
-        if _needs_grad(y, weight, bias, norm.weight, norm.bias):
-            return None
-        scale = torch.rsqrt(var + norm.eps)
-        if norm.weight is not None:
-            scale = scale * norm.weight
-        shift = -mean * scale if bias is None else (bias - mean) * scale
-        if norm.bias is not None:
-            shift = shift + norm.bias
-        return F.conv2d(y, weight * scale.view(-1, 1, 1, 1), shift)
 
     @classmethod
     def from_modules(
