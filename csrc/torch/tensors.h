@@ -28,7 +28,7 @@ inline bool is_channels_last(const Tensor& x) {
 }
 
 // x itself when it is dense in the wanted layout (DepthwiseShape::channels_last), otherwise a copy. A tensor dense in both
-// counts as contiguous, and one dense in neither is copied to contiguous (ops/_layout.py, which the fake kernels follow).
+// counts as contiguous, and one dense in neither is copied to contiguous (_layout.py, which the fake kernels follow).
 inline Tensor with_layout(const Tensor& x, bool channels_last) {
   if (channels_last ? is_channels_last(x) : x.is_contiguous()) return x;
   return torch::stable::contiguous(x, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
+from .._layout import output_memory_format
 from . import _backends, _validation
-from ._layout import output_memory_format
 
 _ops = torch.ops.deeplab_kernels
 

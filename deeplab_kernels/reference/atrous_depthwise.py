@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops._layout import output_memory_format
+from .._layout import output_memory_format
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -40,7 +40,9 @@ def _conv(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[in
     return F.conv2d(_pad(x, padding), weight, None, list(stride), 0, list(dilation), x.shape[1])
 
 
-def _conv_accumulated(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
+def _conv_accumulated(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
     acc = accumulation_dtype(x.dtype)
     return _conv(x.to(acc), weight.to(acc), stride, padding, dilation)
 
@@ -78,8 +80,17 @@ def atrous_depthwise_conv2d_backward(
         top, _, left, _ = padding
         padded = _pad(x.to(acc), padding)
         grads = torch.ops.aten.convolution_backward(
-            grad_out.to(acc), padded, weight.to(acc), None, list(stride), [0, 0], list(dilation), False, [0, 0],
-            x.shape[1], [need_grad_x, need_grad_weight, False],
+            grad_out.to(acc),
+            padded,
+            weight.to(acc),
+            None,
+            list(stride),
+            [0, 0],
+            list(dilation),
+            False,
+            [0, 0],
+            x.shape[1],
+            [need_grad_x, need_grad_weight, False],
         )[:2]
         if need_grad_x:
             grads = (grads[0][:, :, top : top + x.shape[2], left : left + x.shape[3]], grads[1])
