@@ -1,0 +1,36 @@
+"""What the model tests share: random batch statistics, and weights carried over from the peers' models."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Random affine parameters and statistics in every batch normalisation, so that a swapped or forgotten one shows,
+    and He-initialised convolutions, so that activations keep their size through 70 layers."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+            nn.init.normal_(module.running_mean, 0, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+            if module.bias is not None:
+                nn.init.normal_(module.bias)
+    return model
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, in units of the largest expected value."""
+    assert actual.shape == expected.shape
+    assert expected.std() > 0
+    return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+def copy_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Copies parameters and buffers pairwise in the order of definition; shapes must agree."""
+    pairs = list(zip(source.state_dict().values(), target.state_dict().values(), strict=True))
+    for old, new in pairs:
+        assert old.shape == new.shape
+        new.copy_(old)
