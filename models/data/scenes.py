@@ -71,7 +71,7 @@ def draw_scene(height: int, width: int, rng: Generator) -> Scene:
     repeated = int(rng.integers(1, len(CLASS_NAMES))) if rng.random() < 0.15 else 0  # a heap of one kind
     for _ in range(int(rng.integers(5, 13))):
         kind = repeated or int(rng.integers(1, len(CLASS_NAMES)))
-        radius = side * float(np.exp(rng.uniform(np.log(0.06), np.log(0.24))))
+        radius = side * float(np.exp(rng.uniform(np.log(0.08), np.log(0.26))))
         centre = rng.uniform(0, height), rng.uniform(0, width)
         _draw_object(image, labels, kind, centre, max(radius, 3.0), light, rng)
     return Scene(_photograph(image, rng), labels)
@@ -110,6 +110,19 @@ def _colour(rng: Generator, low: float = 0.05, high: float = 0.95) -> Array:
     return rng.uniform(low, high, 3).astype(np.float32)
 
 
+def _near(rng: Generator, *colours: tuple[float, float, float], free: float = 0.15) -> Array:
+    """A colour close to one of ``colours``; with probability ``free`` any colour."""
+    if rng.random() < free:
+        return _colour(rng, 0.15)
+    chosen = np.array(colours[int(rng.integers(len(colours)))], np.float32)
+    return np.clip(chosen * np.float32(rng.uniform(0.75, 1.2)) + rng.normal(0, 0.06, 3).astype(np.float32), 0, 1.1)
+
+
+def _muted(rng: Generator) -> Array:
+    """A colour of low saturation, as most of the background has."""
+    return np.float32(rng.uniform(0.1, 0.85)) + rng.normal(0, 0.06, 3).astype(np.float32)
+
+
 def _coverage(distance: Array) -> Array:
     return np.clip(0.5 - distance, 0, 1)
 
@@ -135,7 +148,7 @@ def _background(height: int, width: int, rng: Generator) -> Array:
 
 def _ground(height: int, width: int, rng: Generator) -> Array:
     """A plain, cloudy, grainy or gently graded surface."""
-    first, second = _colour(rng), _colour(rng)
+    first, second = (_muted(rng) if rng.random() < 0.85 else _colour(rng) for _ in range(2))
     style = rng.integers(4)
     if style == 0:  # plain
         second = first + rng.normal(0, 0.04, 3).astype(np.float32)
@@ -194,11 +207,12 @@ def _disc(u: Array, v: Array, radius: float, rng: Generator) -> tuple[Array, Arr
     """A ball or a coin: a filled ellipse, shaded as a sphere, or flat with a rim and a relief."""
     short = radius * rng.uniform(0.75, 1)
     q = np.sqrt((u / radius) ** 2 + (v / short) ** 2)
-    base = _colour(rng, 0.25)
     if rng.random() < 0.5:
+        base = _near(rng, (0.95, 0.6, 0.1), (0.95, 0.8, 0.2))
         height = np.sqrt(np.clip(1 - q * q, 0, 1))
         shade = 0.45 + 0.6 * height + 0.35 * np.clip(height - 0.8, 0, 1)
     else:
+        base = _near(rng, (0.75, 0.6, 0.3), (0.6, 0.6, 0.6))
         relief = _fractal_noise(*q.shape, cell=max(radius / 3, 2.0), rng=rng)
         emboss = np.diff(relief, axis=0, append=relief[-1:]) + np.diff(relief, axis=1, append=relief[:, -1:])
         rim = np.exp(-(((q - 0.9) / 0.07) ** 2)) * rng.uniform(-0.3, 0.3)
@@ -214,7 +228,8 @@ def _ring(u: Array, v: Array, radius: float, rng: Generator) -> tuple[Array, Arr
     across = (q - middle) / thickness
     shade = 0.5 + 0.6 * np.sqrt(np.clip(1 - across * across, 0, 1))
     marks = 1 + rng.uniform(0, 0.3) * np.sign(np.sin(np.arctan2(u, v) * int(rng.integers(4, 12))))
-    return np.abs(q - middle) - thickness, _colour(rng, 0.15) * (shade * marks)[..., None]
+    base = _near(rng, (0.75, 0.2, 0.55), (0.45, 0.2, 0.6))
+    return np.abs(q - middle) - thickness, base * (shade * marks)[..., None]
 
 
 def _bricks(u: Array, v: Array, radius: float, rng: Generator) -> tuple[Array, Array]:
@@ -226,8 +241,7 @@ def _bricks(u: Array, v: Array, radius: float, rng: Generator) -> tuple[Array, A
     along = v / (course * rng.uniform(1.8, 2.4)) + 0.5 * (row % 2)
     joint = 0.5 - np.maximum(np.abs(u / course - row - 0.5), np.abs(along - np.floor(along) - 0.5))
     tint = (np.sin(row * 12.9898 + np.floor(along) * 78.233) * 43758.5453) % 1.0  # a value of its own for every brick
-    clay = np.array([0.65, 0.3, 0.2], np.float32) + rng.normal(0, 0.12, 3).astype(np.float32)
-    clay = clay if rng.random() < 0.6 else _colour(rng, 0.15)
+    clay = _near(rng, (0.65, 0.28, 0.2), (0.55, 0.35, 0.28))
     mortar = _colour(rng, 0.5, 0.95) if rng.random() < 0.8 else clay * np.float32(0.4)
     wall = clay * (0.75 + 0.5 * tint)[..., None]
     return outside, _mix(mortar, wall, np.clip((joint - 0.03) * 12, 0, 1))
@@ -240,8 +254,7 @@ def _triangle(u: Array, v: Array, radius: float, rng: Generator) -> tuple[Array,
     root = np.float32(np.sqrt(3) / 2)
     distance = np.maximum(-height, np.maximum(0.5 * height + root * v, 0.5 * height - root * v)) - 0.6 * radius
     border = _coverage(-(distance + rng.uniform(0.12, 0.22) * radius))
-    inner, outer = _colour(rng), _colour(rng)
-    outer = outer + np.sign(outer.mean() - inner.mean()) * np.float32(0.15)
+    inner, outer = _near(rng, (0.15, 0.35, 0.85), (0.1, 0.5, 0.8)), _near(rng, (0.9, 0.9, 0.9))
     return distance, _mix(inner, outer, border)
 
 
@@ -266,8 +279,7 @@ def _leaf(u: Array, v: Array, radius: float, rng: Generator) -> tuple[Array, Arr
     distance = np.sqrt(u * u + (np.abs(v) + (big - slim * radius)) ** 2) - big
     veins = np.cos(2 * np.pi * (u - np.abs(v) * 0.8) / max(radius / 3, 4.0)) > 0.8
     midrib = np.clip(1.5 - np.abs(v) / max(0.05 * radius, 0.7), 0, 1)
-    green = np.array([0.25, 0.55, 0.15], np.float32) + rng.normal(0, 0.12, 3).astype(np.float32)
-    green = green if rng.random() < 0.75 else np.array([0.75, 0.45, 0.12], np.float32) + rng.normal(0, 0.1, 3)
+    green = _near(rng, (0.25, 0.6, 0.15), (0.35, 0.5, 0.1))
     shade = 0.85 + 0.3 * np.clip(v / radius, -1, 1) + 0.18 * veins + 0.3 * midrib
     return distance, green * shade[..., None]
 
@@ -287,9 +299,9 @@ def _photograph(image: Array, rng: Generator) -> NDArray[np.uint8]:
     height, width, _ = image.shape
     light = 1 + rng.uniform(0, 0.35) * _smooth_noise(height, width, max(height, width) / 1.5, rng)
     image = image * (light * rng.uniform(0.7, 1.15))[..., None].astype(np.float32)
-    if rng.random() < 0.35:
-        saturation = np.float32(rng.uniform(0, 0.5))
+    if rng.random() < 0.15:
+        saturation = np.float32(rng.uniform(0, 0.6))
         grey = image @ _GREY
         image = _mix(np.repeat(grey[..., None], 3, axis=2), image, np.full(grey.shape, saturation, np.float32))
-    image = image + rng.normal(0, rng.uniform(0.0, 0.05), image.shape).astype(np.float32)
+    image = image + rng.normal(0, rng.uniform(0.0, 0.04), image.shape).astype(np.float32)
     return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
