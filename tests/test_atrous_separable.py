@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
+import runpy
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -842,3 +845,13 @@ def test_depthwise_module_is_a_conv2d() -> None:
         assert_same(ours, theirs, torch.randn(2, 4, 11, 13, dtype=torch.float64))
     with pytest.raises(ValueError, match="out_channels must be a multiple of in_channels=4, got 6"):
         AtrousDepthwiseConv2d(4, 6)
+
+
+def test_documentation_and_example_run(capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(__file__).parent.parent
+    text = (root / "docs" / "atrous_separable.md").read_text()
+    exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), {})
+    runpy.run_path(str(root / "examples" / "atrous_separable.py"), run_name="__main__")
+    differences = re.findall(r"largest difference (\S+);", capsys.readouterr().out)
+    assert len(differences) == 3
+    assert max(map(float, differences)) < 1e-4
