@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from deeplab_kernels.ops import _validation
 from torch import Tensor
+
+from deeplab_kernels.ops import _validation
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -161,7 +162,7 @@ def assert_as_exact_as_torch(ours: Tensor, torchs: Tensor, exact: Tensor, what: 
     assert ours.shape == exact.shape, what
     if exact.numel() == 0:
         return
-    units = 32 if ours.dtype == torch.float64 else 4  # "exact" is float64 too
+    units = 256 if ours.dtype == torch.float64 else 4  # "exact" is float64 too
     floor = units * torch.finfo(ours.dtype).eps * max(exact.abs().max().item(), 1e-3)
     error, allowed = ((t.double() - exact).abs().max().item() for t in (ours, torchs))
     assert error <= 2 * allowed + floor, f"{what}: error {error:.3e}, plain torch {allowed:.3e}, floor {floor:.3e}"

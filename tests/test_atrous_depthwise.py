@@ -26,11 +26,12 @@ from _cases import (
     random_conv,
     smaller,
 )
-from deeplab_kernels import _library, reference
-from deeplab_kernels.ops import atrous_depthwise_conv2d
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
+
+from deeplab_kernels import _library, reference
+from deeplab_kernels.ops import atrous_depthwise_conv2d
 
 OP = torch.ops.deeplab_kernels.atrous_depthwise_conv2d.default
 BACKWARD = torch.ops.deeplab_kernels.atrous_depthwise_conv2d_backward.default
@@ -142,7 +143,17 @@ def test_other_instruction_sets(isa, tmp_path):
     )
     files = [ROOT / "tests" / name for name in ("test_atrous_depthwise.py", "test_atrous_depthwise_bn_act.py")]
     selected = "(test_values_and_gradients and cpu and not fp16) or test_random_geometry"
-    arguments = ["-c", ROOT / "pyproject.toml", f"--rootdir={ROOT}", "-q", "-x", "-p", "no:cacheprovider", "-k", selected]
+    arguments = [
+        "-c",
+        ROOT / "pyproject.toml",
+        f"--rootdir={ROOT}",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        selected,
+    ]
     result = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments), *map(str, files)],
         env=os.environ | {"DEEPLAB_KERNELS_CPU_ISA": isa}, cwd=tmp_path, capture_output=True, text=True, timeout=600,

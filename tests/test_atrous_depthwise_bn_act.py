@@ -1,0 +1,611 @@
+"""Atrous depthwise convolution + batch normalisation + activation: against torch's three operators, in both modes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from _cases import (
+    CASES,
+    DEVICES,
+    DTYPES,
+    FEW,
+    LAYOUTS,
+    Case,
+    activate,
+    assert_as_exact_as_torch,
+    by_case,
+    conv_by_definition,
+    conv_of_torch,
+    leaves,
+    random_conv,
+    smaller,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from deeplab_kernels import reference
+from deeplab_kernels.ops import atrous_depthwise_bn_act
+
+INFERENCE = torch.ops.deeplab_kernels.atrous_depthwise_bn_act_inference.default
+TRAINING = torch.ops.deeplab_kernels.atrous_depthwise_bn_act_training.default
+BACKWARD = torch.ops.deeplab_kernels.atrous_depthwise_bn_act_backward.default
+ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
+# Batch statistics need more than one value per channel.
+TRAINABLE = [c for c in CASES if c.values_per_channel > 1]
+NAMES = ("x", "weight", "gamma", "beta")
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def per_channel(case, dtype, device="cpu"):
+    """gamma, beta, running_mean, running_var; some of gamma negative, beta such that relu and relu6 both bite."""
+    c = case.out_channels
+    gamma, beta = torch.randn(c) * 2, torch.randn(c) + 1
+    mean, var = torch.randn(c), torch.rand(c) * 4 + 0.1
+    return [v.to(device, torch.float64 if dtype == torch.float64 else torch.float32) for v in (gamma, beta, mean, var)]
+
+
+def random_block(case, dtype, layout="nchw", device="cpu"):
+    x, weight = random_conv(case, dtype, layout, device)
+    gamma, beta, mean, var = per_channel(case, dtype, device)
+    return [x, weight, gamma.requires_grad_(), beta.requires_grad_()], [mean, var]
+
+
+def composed(conv, inputs, statistics, case, *, training, momentum=0.1, eps=1e-5, activation="relu"):
+    """The three operators of torch, with the convolution ``conv``."""
+    x, weight, gamma, beta = inputs
+    y = conv(x, weight, case)
+    if y.numel() == 0:  # torch's batch normalisation has no gradient for an empty batch
+        return y + 0 * sum(v.sum() for v in (gamma, beta) if v is not None)
+    vector_dtype = next((v.dtype for v in (*statistics, gamma, beta) if v is not None), y.dtype)
+    if vector_dtype != y.dtype and y.dtype not in (torch.bfloat16, torch.float16):
+        y = y.to(vector_dtype)
+    return activate(F.batch_norm(y, *statistics, gamma, beta, training, momentum, eps), activation)
+
+
+def ours(inputs, statistics, case, *, training, **options):
+    return atrous_depthwise_bn_act(*inputs, *statistics, training=training, **options, **case.geometry)
+
+
+def as_double(tensors):
+    return [None if t is None else t.detach().double() for t in tensors]
+
+
+# The reference itself.
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("case", **by_case([c for c in TRAINABLE if c.size[1]]))
+def test_reference_is_batch_norm_and_activation(case, training, activation):
+    inputs, statistics = random_block(case, torch.float64)
+    copy = leaves(*inputs)
+    expected = composed(conv_by_definition, copy, as_double(statistics), case, training=training, activation=activation)
+    plain = [t.detach() for t in inputs]
+    if training:
+        out, y, mean, var = reference.atrous_depthwise_bn_act_training(
+            *plain, 1e-5, ACTIVATIONS[activation], *case.normalised, True
+        )
+        torch.testing.assert_close(y, conv_by_definition(*plain[:2], case))
+        torch.testing.assert_close(var, y.var((0, 2, 3), correction=0))
+    else:
+        mean, var = statistics
+        out = reference.atrous_depthwise_bn_act_inference(
+            *plain, mean, var, 1e-5, ACTIVATIONS[activation], *case.normalised
+        )
+        y = torch.empty(0, dtype=torch.float64)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    expected.backward(grad)
+    for saved in (y, torch.empty(0, dtype=torch.float64)):
+        grads = reference.atrous_depthwise_bn_act_backward(
+            grad, *plain[:2], saved, *plain[2:], mean, var, 1e-5, ACTIVATIONS[activation], training, *case.normalised,
+            True, True,
+        )  # fmt: skip
+        for name, ours, exact in zip(NAMES, grads, copy, strict=True):
+            torch.testing.assert_close(ours, exact.grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# The operator.
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("case", **by_case(TRAINABLE))
+def test_values_and_gradients(case, training, layout, dtype, device):
+    activation = list(ACTIVATIONS)[TRAINABLE.index(case) % 3]
+    inputs, statistics = random_block(case, DTYPES[dtype], layout, device)
+    options = {"training": training, "activation": activation, "eps": 1e-3, "momentum": 0.2}
+    plain, exact = leaves(*inputs), leaves(*inputs, dtype=torch.float64)
+    plain_statistics, exact_statistics = [t.clone() for t in statistics], as_double(statistics)
+    results = [
+        ours(inputs, statistics, case, **options),
+        composed(conv_of_torch, plain, plain_statistics, case, **options),
+        composed(conv_by_definition, exact, exact_statistics, case, **options),
+    ]
+    out = results[0]
+    assert out.shape == case.out_size
+    # Where an output sits on an activation's kink, rounding decides the gradient: leave those out.
+    z = composed(conv_by_definition, as_double(inputs), as_double(statistics), case, **options | {"activation": None})
+    kink = (z.abs() < 0.05) | ((z - 6).abs() < 0.05)
+    grad = torch.randn_like(out).masked_fill(kink, 0)
+    for result in results:
+        result.backward(grad.to(result.dtype))
+    assert_as_exact_as_torch(*results, "out")
+    for name, tensors in zip(NAMES, zip(inputs, plain, exact, strict=True), strict=True):
+        assert_as_exact_as_torch(*(t.grad for t in tensors), f"gradient of {name}")
+    for name, tensors in zip(
+        ("mean", "var"), zip(statistics, plain_statistics, exact_statistics, strict=True), strict=True
+    ):
+        assert_as_exact_as_torch(*tensors, f"running {name}")
+    if layout == "nhwc" and min(case.size) > 1:
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        assert inputs[0].grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    size=st.tuples(st.integers(1, 3), st.integers(1, 19), st.integers(1, 20), st.integers(2, 20)),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    dilation=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    multiplier=st.integers(1, 2),
+    activation=st.sampled_from([None, "relu", "relu6"]),
+    affine=st.tuples(st.booleans(), st.booleans()),
+    training=st.booleans(),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+)
+def test_random_geometry(size, kernel, stride, dilation, multiplier, activation, affine, training, layout):
+    case = Case(size, kernel, stride, "same", dilation, multiplier)
+    training = training and case.values_per_channel > 1
+    inputs, statistics = random_block(case, torch.float64, layout)
+    inputs[2:] = [v if wanted else None for v, wanted in zip(inputs[2:], affine, strict=True)]
+    exact, exact_statistics = leaves(*inputs), as_double(statistics)
+    options = {"training": training, "activation": activation}
+    out = ours(inputs, statistics, case, **options)
+    expected = composed(conv_by_definition, exact, exact_statistics, case, **options)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    expected.backward(grad)
+    tolerance = {"atol": 1e-8, "rtol": 1e-7}
+    torch.testing.assert_close(out, expected, **tolerance)
+    torch.testing.assert_close(statistics, exact_statistics, **tolerance)
+    for mine, correct in zip(inputs, exact, strict=True):
+        if mine is not None:
+            torch.testing.assert_close(mine.grad, correct.grad, **tolerance)
+
+
+@pytest.mark.parametrize("affine", list(itertools.product([False, True], repeat=2)))
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_optional_affine(affine, training, layout):
+    case = FEW[0]
+    inputs, statistics = random_block(case, torch.float64, layout)
+    inputs[2:] = [v if wanted else None for v, wanted in zip(inputs[2:], affine, strict=True)]
+    exact, exact_statistics = leaves(*inputs), as_double(statistics)
+    out = ours(inputs, statistics, case, training=training)
+    expected = composed(conv_by_definition, exact, exact_statistics, case, training=training)
+    torch.testing.assert_close(out, expected)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    for mine, correct in zip(inputs, exact, strict=True):
+        if mine is not None:
+            torch.testing.assert_close(mine.grad, correct.grad)
+
+
+@pytest.mark.parametrize("momentum", [0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_running_statistics(momentum, dtype):
+    """(1 - momentum) * running + momentum * batch, with the unbiased variance; the batch's own are left alone."""
+    case = Case((2, 5, 7, 9), padding=1)
+    inputs, (mean, var) = random_block(case, torch.float32)
+    mean, var = mean.to(dtype), var.to(dtype)
+    exact_mean, exact_var = mean.double(), var.double()
+    addresses = mean.data_ptr(), var.data_ptr()
+    for _ in range(3):
+        ours(inputs, [mean, var], case, training=True, momentum=momentum)
+        composed(conv_by_definition, as_double(inputs), [exact_mean, exact_var], case, training=True, momentum=momentum)
+    tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype != torch.bfloat16 else {"atol": 0.03, "rtol": 0.03}
+    torch.testing.assert_close(mean.double(), exact_mean, **tolerance)
+    torch.testing.assert_close(var.double(), exact_var, **tolerance)
+    assert (mean.data_ptr(), var.data_ptr()) == addresses
+    assert mean.dtype == var.dtype == dtype
+    assert not mean.requires_grad
+    assert not var.requires_grad
+
+
+def test_inference_leaves_the_running_statistics_alone():
+    inputs, statistics = random_block(FEW[0], torch.float32)
+    before = [t.clone() for t in statistics]
+    ours(inputs, statistics, FEW[0], training=False)
+    assert all(map(torch.equal, statistics, before))
+
+
+def test_training_without_running_statistics():
+    inputs, statistics = random_block(FEW[0], torch.float32)
+    expected = ours(inputs, statistics, FEW[0], training=True)
+    assert torch.equal(ours(inputs, [None, None], FEW[0], training=True), expected)
+
+
+def test_empty_batch_leaves_the_running_statistics_alone():
+    case = Case((0, 3, 5, 5), padding=1)
+    inputs, statistics = random_block(case, torch.float32)
+    before = [t.clone() for t in statistics]
+    for training in (False, True):
+        out = ours(inputs, statistics, case, training=training)
+        assert out.shape == (0, 3, 5, 5)
+        out.sum().backward()
+    assert all(map(torch.equal, statistics, before))
+    for tensor in inputs:
+        assert tensor.grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("case", **by_case([Case((1, 3, 5, 5), dilation=2), Case((1, 1, 1, 1), kernel=1)]))
+def test_one_value_per_channel(case):
+    inputs, statistics = random_block(case, torch.float32)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        composed(conv_of_torch, inputs, statistics, case, training=True)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        ours(inputs, statistics, case, training=True)
+    out = ours(inputs, statistics, case, training=False)
+    torch.testing.assert_close(out, composed(conv_of_torch, inputs, statistics, case, training=False))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [False, True])
+def test_constant_channel(training, layout):
+    """Zero variance: eps alone normalises. The sums that cancel must not leave a negative variance behind."""
+    case = Case((2, 9, 12, 11), kernel=1)
+    inputs, (mean, var) = random_block(case, torch.float32, layout)
+    inputs[0].data.copy_(1000 + torch.arange(9.0).view(1, 9, 1, 1))
+    inputs[1].data.fill_(1 / 3)
+    if not training:
+        var.zero_()
+        mean.copy_(inputs[0][0, :, 0, 0].detach() / 3)
+    exact, exact_statistics = leaves(*inputs, dtype=torch.float64), [mean.double(), var.double()]
+    out = ours(inputs, [mean, var], case, training=training, activation=None)
+    expected = composed(conv_by_definition, exact, exact_statistics, case, training=training, activation=None)
+    assert var.min() >= 0
+    # x is 1000 times the standard deviation sqrt(eps) times 300: a rounding error of y becomes 1e-2 of out.
+    torch.testing.assert_close(out.double(), expected, atol=0.06, rtol=0)
+    torch.testing.assert_close(var.double(), exact_statistics[1], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mean_far_from_zero(layout):
+    """A mean 1000 times the deviation: a variance as exact as torch's, which one pass in float32 would not give."""
+    case = Case((2, 9, 33, 31), kernel=1)
+    inputs, statistics = random_block(case, torch.float32, layout)
+    inputs[0].data.add_(1000)
+    inputs[1].data.fill_(1)
+    exact_statistics, plain_statistics = as_double(statistics), [t.clone() for t in statistics]
+    options = {"training": True, "activation": None, "momentum": 1.0}
+    out = ours(inputs, statistics, case, **options)
+    composed(conv_of_torch, inputs, plain_statistics, case, **options)
+    expected = composed(conv_by_definition, as_double(inputs), exact_statistics, case, **options)
+    assert_as_exact_as_torch(statistics[1], plain_statistics[1], exact_statistics[1], "running variance")
+    # scale * y and shift are each about 1000 * gamma and nearly cancel.
+    rounding = torch.finfo(torch.float32).eps * 1000 * inputs[2].abs().max().item()
+    torch.testing.assert_close(out.double(), expected, atol=4 * rounding, rtol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_at_and_beyond_its_edges(activation, layout):
+    """Values and gradients exactly as torch's, also at the kinks 0 and 6, at -0.0, at infinities and NaN."""
+    values = [-1.0, -0.0, 0.0, 1e-30, 3.0, 6.0, 6.0000005, 7.0, float("inf"), -float("inf"), float("nan")]
+    x = torch.tensor(values).view(1, 1, 1, -1).repeat(1, 17, 3, 1).to(memory_format=LAYOUTS[layout])
+    weight = torch.ones(17, 1, 1, 1)
+    zero, one = torch.zeros(17), torch.ones(17)
+    inputs, plain = leaves(x, weight), leaves(x)
+    out = atrous_depthwise_bn_act(
+        *inputs, None, None, zero, one, training=False, eps=0.0, activation=activation
+    )  # scale 1, shift 0: out = act(x)
+    expected = activate(plain[0], activation)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+    out.backward(torch.ones_like(out))
+    expected.backward(torch.ones_like(out))
+    torch.testing.assert_close(inputs[0].grad, plain[0].grad, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [False, True])
+def test_nan_and_inf_propagate(training, layout):
+    case = Case((2, 17, 13, 11), padding="same", dilation=2)
+    inputs, statistics = random_block(case, torch.float32, layout)
+    inputs[0].data[0, 0, 4, 4] = float("nan")
+    inputs[0].data[1, 5, 0, 10] = float("inf")
+    inputs[2].data[7] = float("nan")
+    inputs[3].data[9] = float("inf")
+    if not training:
+        statistics[0][11], statistics[1][13] = float("nan"), float("inf")
+    exact, exact_statistics = leaves(*inputs, dtype=torch.float64), as_double(statistics)
+    out = ours(inputs, statistics, case, training=training)
+    expected = composed(conv_by_definition, exact, exact_statistics, case, training=training)
+    torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=1e-4, equal_nan=True)
+    torch.testing.assert_close(as_double(statistics), exact_statistics, atol=1e-4, rtol=1e-4, equal_nan=True)
+    assert expected.isnan().sum((0, 2, 3))[[0, 7, 5 if training else 11]].all()
+
+
+def test_per_channel_vectors_of_any_kind():
+    """Other dtypes and strides than the kernels read."""
+    case = Case((2, 3, 5, 7), padding=1)
+    inputs, statistics = random_block(case, torch.float32)
+    expected = {t: ours(inputs, [s.clone() for s in statistics], case, training=t) for t in (False, True)}
+    for dtype in (torch.float64, torch.float32):
+        strided = [torch.stack([v.detach().to(dtype)] * 2, 1)[:, 0] for v in (*inputs[2:], *statistics)]
+        assert not strided[0].is_contiguous()
+        strided[0].requires_grad_()
+        for training in (False, True):
+            out = ours([*inputs[:2], *strided[:2]], [s.clone() for s in strided[2:]], case, training=training)
+            assert torch.equal(out, expected[training])
+            (grad,) = torch.autograd.grad(out.sum(), strided[0])
+            assert grad.dtype == dtype
+        ours([*inputs[:2], *strided[:2]], strided[2:], case, training=True)
+        assert not torch.equal(strided[2].float(), statistics[0])  # updated through the stride
+    scalar = torch.tensor(0.5)
+    out = ours(
+        [*inputs[:2], scalar.expand(3), scalar.expand(3)], [scalar.expand(3), scalar.expand(3)], case, training=False
+    )
+    half = torch.full((3,), 0.5)
+    assert torch.equal(out, ours([*inputs[:2], half, half], [half, half], case, training=False))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=4)))
+def test_requires_grad_of_each_argument(wanted, training):
+    case = Case((2, 3, 5, 5), padding=1)
+    inputs, statistics = random_block(case, torch.float64)
+    exact, exact_statistics = leaves(*inputs), as_double(statistics)
+    for tensor, want in zip(inputs, wanted, strict=True):
+        tensor.requires_grad_(want)
+    out = ours(inputs, statistics, case, training=training)
+    assert out.requires_grad == any(wanted)
+    if out.requires_grad:
+        out.square().sum().backward()
+        composed(conv_by_definition, exact, exact_statistics, case, training=training).square().sum().backward()
+    for tensor, correct, want in zip(inputs, exact, wanted, strict=True):
+        assert (tensor.grad is not None) == want
+        if want:
+            torch.testing.assert_close(tensor.grad, correct.grad)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("case", **by_case([smaller(c) for c in FEW[1:5]]))
+def test_gradcheck(case, activation, training, layout):
+    inputs, statistics = random_block(case, torch.float64, layout)
+    # Keeps every pre-activation away from the kinks that finite differences cannot cross.
+    if activation == "relu":
+        inputs[3].data.fill_(20)
+        inputs[3].data[:1] = -20
+    elif activation == "relu6":
+        inputs[2].data.mul_(0.1)
+        inputs[3].data.fill_(3)
+        inputs[3].data[:1] = 30
+    if not training:
+        statistics[1].add_(5)
+
+    def function(*tensors):
+        return ours(tensors, [s.clone() for s in statistics], case, training=training, activation=activation)
+
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_gradient_penalty(training):
+    """A second derivative through the ordinary path: create_graph=True, as a gradient penalty uses it."""
+    case = Case((2, 3, 5, 7), padding=1, dilation=2, multiplier=2)
+    inputs, statistics = random_block(case, torch.float64)
+    exact, exact_statistics = leaves(*inputs), as_double(statistics)
+    for out, tensors in (
+        (ours(inputs, statistics, case, training=training), inputs),
+        (composed(conv_by_definition, exact, exact_statistics, case, training=training), exact),
+    ):
+        (grad,) = torch.autograd.grad(out.square().sum(), tensors[0], create_graph=True)
+        grad.square().sum().backward()
+    for mine, correct in zip(inputs, exact, strict=True):
+        torch.testing.assert_close(mine.grad, correct.grad)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", **by_case([FEW[0], FEW[5], Case((1, 1, 3, 3), padding=1, multiplier=2)]))
+def test_opcheck(case, layout):
+    (x, weight, gamma, beta), (mean, var) = random_block(case, torch.float32, layout)
+    geometry = case.normalised
+    torch.library.opcheck(INFERENCE, (x, weight, gamma, beta, mean, var, 1e-5, 2, *geometry))
+    torch.library.opcheck(INFERENCE, (x, weight, None, None, mean, var, 1e-5, 0, *geometry))
+    # Batch statistics on one seed only: opcheck compares gradients of every output, and y, mean and var have none.
+    plain = [t.detach() for t in (x, weight, gamma, beta)]
+    for save in (True, False):
+        torch.library.opcheck(TRAINING, (*plain, 1e-5, 1, *geometry, save))
+        torch.library.opcheck(
+            TRAINING, (x, weight, gamma, beta, 1e-5, 1, *geometry, save),
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        )  # fmt: skip
+    out, y, mean, var = TRAINING(*plain, 1e-5, 1, *geometry, True)
+    for saved, batch_statistics, need in ((y, True, (True, True)), (y.new_empty(0), False, (False, True))):
+        torch.library.opcheck(
+            BACKWARD, (out, *plain[:2], saved, *plain[2:], mean, var, 1e-5, 1, batch_statistics, *geometry, *need)
+        )
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_backward_from_kept_or_recomputed_convolution(layout, dtype, batch_statistics):
+    case = FEW[1]
+    inputs, _ = random_block(case, DTYPES[dtype], layout)
+    plain = [t.detach() for t in inputs]
+    out, y, mean, var = TRAINING(*plain, 1e-5, 1, *case.normalised, True)
+    without = TRAINING(*plain, 1e-5, 1, *case.normalised, False)
+    assert torch.equal(out, without[0])
+    assert without[1].shape == (0,)
+    grads = [
+        BACKWARD(out, *plain[:2], saved, *plain[2:], mean, var, 1e-5, 1, batch_statistics, *case.normalised, True, True)
+        for saved in (y, without[1])
+    ]
+    tolerance = {"atol": 1e-3, "rtol": 1e-3} if dtype == "fp32" else {"atol": 0.5, "rtol": 5e-2}
+    for kept, recomputed in zip(*grads, strict=True):
+        torch.testing.assert_close(kept, recomputed, **tolerance)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_autocast(training):
+    case = FEW[1]
+    inputs, statistics = random_block(case, torch.float32)
+    low = [t.bfloat16() for t in inputs[:2]]
+    expected = ours([*low, *inputs[2:]], [s.clone() for s in statistics], case, training=training)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = ours(inputs, statistics, case, training=training)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+    assert statistics[0].dtype == torch.float32
+    out.float().square().sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in inputs)
+
+
+def test_flop_formula():
+    """The convolution's multiply-adds alone, as torch counts its own operators."""
+    case = Case((2, 6, 17, 19), kernel=(3, 5), stride=(1, 2), padding=1, multiplier=2)
+    flops = 2 * 3 * 5 * torch.Size(case.out_size).numel()
+    for training in (False, True):
+        inputs, statistics = random_block(case, torch.float32)
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            ours(inputs, statistics, case, training=training)
+        with FlopCounterMode(display=False) as both:
+            ours(inputs, statistics, case, training=training).sum().backward()
+        assert forward.get_total_flops() == flops
+        assert both.get_total_flops() == 3 * flops
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(training, layout, dynamic):
+    case = FEW[1]
+    inputs, statistics = random_block(case, torch.float32, layout)
+    copies, copied_statistics = leaves(*inputs), [s.clone() for s in statistics]
+
+    def function(statistics, *tensors):
+        return ours(tensors, statistics, case, training=training) * 2
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    out, expected = compiled(statistics, *inputs), function(copied_statistics, *copies)
+    assert torch.equal(out, expected)
+    assert out.stride() == expected.stride()
+    assert all(map(torch.equal, statistics, copied_statistics))
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    for mine, eager in zip(inputs, copies, strict=True):
+        torch.testing.assert_close(mine.grad, eager.grad)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, case):
+        super().__init__()
+        inputs, (mean, var) = random_block(case, torch.float32)
+        self.weight, self.gamma, self.beta = (torch.nn.Parameter(t.detach()) for t in inputs[1:])
+        self.register_buffer("mean", mean)
+        self.register_buffer("var", var)
+        self.case = case
+
+    def forward(self, x):
+        return atrous_depthwise_bn_act(
+            x, self.weight, self.gamma, self.beta, self.mean, self.var, training=self.training, **self.case.geometry
+        )
+
+
+def test_export():
+    case = Case((2, 5, 9, 11), padding="same", dilation=2)
+    layer = Layer(case).eval()
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(layer, (torch.randn(case.size),), dynamic_shapes={"x": {0: batch}})
+    assert any(node.target == INFERENCE for node in program.graph.nodes)
+    x = torch.randn(3, 5, 9, 11)
+    assert torch.equal(program.module()(x), layer(x))
+
+
+def test_functional_call_and_transforms():
+    case = Case((2, 5, 9, 11), padding="same", dilation=2)
+    layer, other = Layer(case), Layer(case)
+    x = torch.randn(case.size)
+    state = {name: value.clone() for name, value in other.state_dict().items()}
+    out = torch.func.functional_call(layer, state, (x,))
+    assert torch.equal(out, other(x))
+    assert torch.equal(state["mean"], other.mean)  # the update went to the given buffer
+    layer.eval()
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, sample):
+        return torch.func.functional_call(layer, parameters, (sample[None],)).square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i in range(2):
+        layer.zero_grad()
+        layer(x[i : i + 1]).square().sum().backward()
+        for name, parameter in layer.named_parameters():
+            torch.testing.assert_close(per_sample[name][i], parameter.grad, atol=1e-3, rtol=1e-4)
+    layer.train()
+    _, tangent = torch.func.jvp(lambda t: atrous_depthwise_bn_act(
+        t, layer.weight, layer.gamma, layer.beta, None, None, training=True, **case.geometry), (x,), (x,))  # fmt: skip
+    assert (
+        tangent.abs().max() < 1e-3
+    )  # batch normalisation does not see a common factor, so the derivative along x is 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("training", [False, True])
+def test_same_bits_with_any_number_of_threads(training, layout, dtype):
+    threads = torch.get_num_threads()
+    try:
+        for case in FEW:
+            inputs, statistics = random_block(case, DTYPES[dtype], layout)
+            grad = torch.randn(case.out_size).to(DTYPES[dtype])
+            results = []
+            for count in (1, 2, 3, 4):
+                torch.set_num_threads(count)
+                copies, copied_statistics = leaves(*inputs), [s.clone() for s in statistics]
+                out = ours(copies, copied_statistics, case, training=training)
+                out.backward(grad)
+                results.append((out.detach(), *copied_statistics, *(t.grad for t in copies)))
+            for result in results[1:]:
+                assert all(map(torch.equal, result, results[0])), case
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [False, True])
+def test_saved_for_backward(training, layout, dtype):
+    """Of the activation's size: x, and at most one more."""
+    case = Case((2, 16, 17, 19), padding="same")
+    inputs, statistics = random_block(case, DTYPES[dtype], layout)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ours(inputs, statistics, case, training=training)
+    large = {t.data_ptr() for t in saved if t.numel() >= inputs[0].numel() // 2}
+    assert inputs[0].data_ptr() in large
+    assert len(large) <= 2
+    rest = [t for t in saved if t.data_ptr() not in large]
+    assert max(t.numel() for t in rest) <= inputs[1].numel()
+
+
+def test_meta_device():
+    for case in TRAINABLE:
+        for training in (False, True):
+            inputs, statistics = random_block(case, torch.bfloat16, device="meta")
+            out = ours(inputs, statistics, case, training=training)
+            assert (out.device.type, tuple(out.shape), out.dtype) == ("meta", case.out_size, torch.bfloat16)
+            out.sum().backward()
+            assert [t.grad.shape for t in inputs] == [t.shape for t in inputs]
