@@ -121,6 +121,10 @@ def _pair(value: Sequence[int]) -> tuple[int, int]:
     return (value[0], value[-1])
 
 
+_aten = torch.ops.aten
+_ELEMENTWISE = {_aten.relu.default, _aten.rsqrt.default, _aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor}
+
+
 class _Counter(TorchDispatchMode):
     """Sees every operator call of a forward pass and records the convolutions."""
 
@@ -133,27 +137,35 @@ class _Counter(TorchDispatchMode):
         self._kept = list(parameters.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        aten = torch.ops.aten
-        if func is aten.native_batch_norm.default:
-            # Shapes only: on the meta device it is decomposed into dozens of operators, most of the time of a pass.
-            return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
-        out = func(*args, **(kwargs or {}))
-        if func is aten.convolution.default:
+        out = self._shortcut(func, args)
+        if out is None:
+            out = func(*args, **(kwargs or {}))
+        if func is _aten.convolution.default:
             x, weight, _, stride, _, dilation, transposed, _, groups = args
             # A transposed convolution multiplies once per input pixel and kernel entry.
             grid = x.shape if transposed else out.shape
             self._add(
                 weight, out, grid[2:], weight[0].numel() * weight.shape[0], _pair(stride), _pair(dilation), groups
             )
-        elif func in (aten.mm.default, aten.bmm.default):
+        elif func in (_aten.mm.default, _aten.bmm.default):
             self._add(args[1], out, out.shape[-1:], args[0].numel(), (1, 1), (1, 1), 1)
-        elif func in (aten.addmm.default, aten.baddbmm.default):
+        elif func in (_aten.addmm.default, _aten.baddbmm.default):
             self._add(args[2], out, out.shape[-1:], args[1].numel(), (1, 1), (1, 1), 1)
         elif func.namespace == _NAMESPACE and func.__name__.startswith("atrous_"):
             self._add_own(func, args, out)
         else:
             self._inherit_name(args, out)
         return out
+
+    def _shortcut(self, func: Any, args: Any) -> Any:
+        # Only shapes matter, and on the meta device these operators decompose into dozens of Python functions: most of
+        # the time of a pass.
+        if func is _aten.native_batch_norm.default:
+            return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
+        if func in _ELEMENTWISE and all(isinstance(a, Tensor) and a.dtype == args[0].dtype for a in args):
+            shape = torch.broadcast_shapes(*(a.shape for a in args))
+            return next((torch.empty_like(a) for a in args if a.shape == shape), None)
+        return None
 
     def _inherit_name(self, args: Any, out: Any) -> None:
         # What is computed from a weight and keeps its shape (cast, scaled by a folded normalisation) is that weight.

@@ -62,7 +62,8 @@ def _model_row(args: argparse.Namespace) -> dict[str, Any]:
     from ..models.madds import PAPER_SIZE, row
 
     size = tuple(args.size) if args.size else (PAPER_SIZE,)
-    model = build(args.model, args.num_classes or 21, args.output_stride or 16, device="meta")
+    options = {"num_classes": args.num_classes, "output_stride": args.output_stride}
+    model = build(args.model, device="meta", **{k: v for k, v in options.items() if v is not None})
     result = row(model, args.model, size[0] if len(set(size)) == 1 else size)
     if args.per_layer:
         result["layers"] = _layers(model, result["input_size"])
