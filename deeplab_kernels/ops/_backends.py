@@ -1,7 +1,7 @@
 """Which backend serves each operator on each device: the one place where kernels are registered from Python.
 
-CPU: C++ (registered by the library _C). CUDA: CUDA C++ (_C_cuda), else Triton, else plain torch. Any other device: plain
-torch (deeplab_kernels.reference).
+CPU: C++ (registered by the library _C). CUDA: CUDA C++ (_C_cuda), else Triton, else plain torch. Any other device:
+plain torch (deeplab_kernels.reference).
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def _autocast_arguments(args: tuple[Any, ...], device_type: str, cast_arguments:
 
 
 def register_autocast(operator: str, cast_arguments: int) -> None:
-    """Under autocast the operator's first ``cast_arguments`` tensors take the autocast dtype, as torch's convolutions do;
-    per-channel vectors stay as they are, as in torch's batch normalisation."""
+    """Under autocast the operator's first ``cast_arguments`` tensors take the autocast dtype, as torch's convolutions
+    do; per-channel vectors stay as they are, as in torch's batch normalisation."""
     overload = getattr(torch.ops.deeplab_kernels, operator).default
     for device_type, key in (("cpu", torch.DispatchKey.AutocastCPU), ("cuda", torch.DispatchKey.AutocastCUDA)):
 
@@ -76,7 +76,7 @@ def register_autocast(operator: str, cast_arguments: int) -> None:
 
 
 def without_autocast(function: Callable[..., Any], cast_arguments: int) -> Callable[..., Any]:
-    """``function`` under the same rule as :func:`register_autocast`, for plain torch code that runs above the dispatcher."""
+    """``function`` under the rule of :func:`register_autocast`, for plain torch code, which autocast would enter."""
 
     def wrapped(*args: Any) -> Any:
         device_type = args[0].device.type

@@ -46,8 +46,8 @@ def pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
 def sides(padding: int | str | Sequence[int], kernel: Pair, stride: Pair, dilation: Pair) -> Sides:
     """Padding as (top, bottom, left, right).
 
-    "same" keeps the size at stride 1. With a stride it is the papers' 'fixed' padding, (effective kernel - 1) // 2 before
-    and the rest after, which does not depend on the input size (unlike TensorFlow's SAME).
+    "same" keeps the size at stride 1. With a stride it is the papers' 'fixed' padding, (effective kernel - 1) // 2
+    before and the rest after, which does not depend on the input size (unlike TensorFlow's SAME).
     """
     if isinstance(padding, str):
         if padding == "valid":
@@ -58,15 +58,16 @@ def sides(padding: int | str | Sequence[int], kernel: Pair, stride: Pair, dilati
         return (total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2)
     allowed = 'an int, (vertical, horizontal), (top, bottom, left, right), "same" or "valid"'
     if _is_int(padding):
-        padding = (padding, padding)  # type: ignore[assignment]
-    elif not isinstance(padding, Sequence) or not all(map(_is_int, padding)):
+        values: list[int] = [padding, padding]  # type: ignore[list-item]
+    elif isinstance(padding, Sequence) and all(map(_is_int, padding)):
+        values = [*padding]  # type: ignore[list-item]
+    else:
         raise TypeError(f"padding must be {allowed}, got {padding!r}")
-    if len(padding) not in (2, 4):
+    if len(values) not in (2, 4):
         raise ValueError(f"padding must be {allowed}, got {padding!r}")
-    _in_range(padding, "padding", 0, padding)
-    if len(padding) == 2:
-        return (padding[0], padding[0], padding[1], padding[1])
-    return (padding[0], padding[1], padding[2], padding[3])
+    _in_range(values, "padding", 0, padding)
+    top, bottom, left, right = (values[0], values[0], values[1], values[1]) if len(values) == 2 else values
+    return (top, bottom, left, right)
 
 
 def activation_code(activation: str | None) -> int:

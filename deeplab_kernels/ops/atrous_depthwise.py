@@ -202,10 +202,8 @@ def _(x, weight, gamma, beta, eps, activation, stride, padding, dilation, save_c
 
 
 @torch.library.register_fake("deeplab_kernels::atrous_depthwise_bn_act_backward")
-def _(
-    grad_out, x, weight, y, gamma, beta, mean, var, eps, activation, batch_statistics, stride, padding, dilation,
-    need_grad_x, need_grad_weight,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+def _(grad_out, x, weight, *args):  # type: ignore[no-untyped-def]
+    need_grad_x, need_grad_weight = args[-2:]
     return (*_fake_grads(x, weight, need_grad_x, need_grad_weight), _fake_vector(x, weight), _fake_vector(x, weight))
 
 
@@ -279,10 +277,13 @@ def _bn_act_backward(
 def _bn_act_differentiable_backward(
     ctx: Any, inputs: Sequence[Tensor], grad: Tensor, mean: Tensor, var: Tensor, batch_statistics: bool
 ) -> tuple[Any, ...]:
+    definition: Any
     if batch_statistics:
-        out = reference.atrous_depthwise_bn_act_training(*inputs, ctx.eps, ctx.activation, *ctx.geometry, False)[0]
+        definition = reference.atrous_depthwise_bn_act_training
+        out = definition(*inputs, ctx.eps, ctx.activation, *ctx.geometry, False)[0]
     else:
-        out = reference.atrous_depthwise_bn_act_inference(*inputs, mean, var, ctx.eps, ctx.activation, *ctx.geometry)
+        definition = reference.atrous_depthwise_bn_act_inference
+        out = definition(*inputs, mean, var, ctx.eps, ctx.activation, *ctx.geometry)
     wanted = [i for i in range(4) if ctx.needs_input_grad[i]]
     grads = torch.autograd.grad(out, [inputs[i] for i in wanted], grad, create_graph=True)
     result: list[Any] = [None] * 4
