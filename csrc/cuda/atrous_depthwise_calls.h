@@ -1,0 +1,115 @@
+// Which kernels serve a call, for one storage type. Instantiated by atrous_depthwise_<type>.cu, so that the types compile
+// in parallel.
+#pragma once
+
+#include "atrous_depthwise.h"
+#include "atrous_depthwise_general.h"
+#include "channel_passes.h"
+
+namespace deeplab_kernels::cuda {
+
+constexpr int64_t kReduceBlocks = 2048;  // blocks that a reduction aims at; the same on every GPU, so that results are too
+constexpr int64_t kStreamBlocks = int64_t(1) << 22;
+
+template <typename T>
+struct Calls {
+  using A = acc_t<T>;
+
+  static Norm<A> norm_of(const NormParameters& norm) {
+    return {static_cast<const A*>(norm.gamma), static_cast<const A*>(norm.beta), static_cast<const A*>(norm.mean),
+            static_cast<const A*>(norm.var), A(norm.eps), norm.activation};
+  }
+  static Norm<A> no_norm() { return {nullptr, nullptr, nullptr, nullptr, A(0), Activation::kNone}; }
+
+  static T* scratch(const Context& context, int64_t count) {
+    return static_cast<T*>(context.scratch(at_least(count, 1) * sizeof(T)));
+  }
+  static A* acc_scratch(const Context& context, int64_t count) {
+    return static_cast<A*>(context.scratch(at_least(count, 1) * sizeof(A)));
+  }
+  static int64_t out_count(const DepthwiseShape& s) { return s.batch * s.out_channels() * s.out_h * s.out_w; }
+
+  // out = conv(x), or act(norm(conv(x))) where norm has a mean.
+  static void conv(const Context& context, const DepthwiseShape& s, const T* x, const T* weight, const Norm<A>& norm,
+                   T* out) {
+    launch("conv_general", conv_general<T>, ceil_div(out_count(s), kGeneralThreads), dim3(kGeneralThreads), 0,
+           context.stream, s, x, weight, out, norm);
+  }
+
+  static void moments(const Context& context, const DepthwiseShape& s, const T* y, A* mean, A* var) {
+    const ChannelView view = channel_view<T>(s, is_aligned(y), kReduceBlocks);
+    A* partial = acc_scratch(context, view.slices * 3 * view.channels);
+    const int64_t blocks = pass_blocks<T>(s, view);
+    if (s.channels_last) {
+      launch("channel_moments", channel_moments<T, true>, blocks, pass_block(s),
+             kPassThreads * sizeof(Moments<A, kVector<T>>), context.stream, view, y, partial);
+    } else {
+      launch("channel_moments", channel_moments<T, false>, blocks, pass_block(s), kPassThreads * sizeof(Moments<A, 1>),
+             context.stream, view, y, partial);
+    }
+    run_merge_moments(context.stream, partial, view.slices, view.channels, mean, var);
+  }
+
+  static void training(const Context& context, const DepthwiseShape& s, const T* x, const T* weight, Norm<A> norm, T* out,
+                       T* y, A* mean, A* var) {
+    // Without y the convolution runs twice, through `out`.
+    T* conv_out = y ? y : out;
+    conv(context, s, x, weight, no_norm(), conv_out);
+    moments(context, s, conv_out, mean, var);
+    norm.mean = mean, norm.var = var;
+    if (!y) return conv(context, s, x, weight, norm, out);
+    const ChannelView view = channel_view<T>(s, is_aligned(y) && is_aligned(out), kStreamBlocks);
+    launch("normalise", s.channels_last ? normalise<T, true> : normalise<T, false>, pass_blocks<T>(s, view), pass_block(s),
+           0, context.stream, view, static_cast<const T*>(y), norm, out);
+  }
+
+  static void conv_backward(const Context& context, const DepthwiseShape& s, const T* grad_y, const T* x, const T* weight,
+                            T* grad_x, T* grad_weight) {
+    if (grad_x) {
+      const int64_t total = s.batch * s.channels * s.in_h * s.in_w;
+      launch("grad_x_general", grad_x_general<T>, ceil_div(total, kGeneralThreads), dim3(kGeneralThreads), 0,
+             context.stream, s, grad_y, weight, grad_x);
+    }
+    if (!grad_weight) return;
+    const dim3 block = s.channels_last ? dim3(32, 8) : dim3(1, 256);
+    const int64_t groups = ceil_div(s.out_channels(), block.x), pixels = s.batch * s.out_h * s.out_w;
+    const int64_t wanted = ceil_div(kReduceBlocks, at_least(groups * s.taps(), 1));
+    const int64_t slices = at_least(at_most(wanted, ceil_div(pixels, 4 * block.y)), 1);
+    A* partial = acc_scratch(context, slices * s.taps() * s.out_channels());
+    launch("grad_weight_general", grad_weight_general<T>, groups * s.taps() * slices, block,
+           kGeneralThreads * sizeof(Sums<A, 1>), context.stream, s, grad_y, x, slices, partial);
+    run_sum_slices<T>(context.stream, partial, slices, s.taps(), s.out_channels(), grad_weight);
+  }
+
+  static void backward(const Context& context, const DepthwiseShape& s, const T* grad_out, const T* x, const T* weight,
+                       const T* y, const Norm<A>& norm, bool batch_statistics, T* grad_x, T* grad_weight, A* grad_gamma,
+                       A* grad_beta) {
+    if (!y) {
+      T* recomputed = scratch(context, out_count(s));
+      conv(context, s, x, weight, no_norm(), recomputed);
+      y = recomputed;
+    }
+    const bool aligned = is_aligned(grad_out) && is_aligned(y);
+    const ChannelView view = channel_view<T>(s, aligned, kReduceBlocks);
+    A* partial = acc_scratch(context, view.slices * 2 * view.channels);
+    constexpr int kChannels = kVector<T>;
+    launch("norm_grad_sums", s.channels_last ? norm_grad_sums<T, true> : norm_grad_sums<T, false>,
+           pass_blocks<T>(s, view), pass_block(s),
+           kPassThreads * (s.channels_last ? sizeof(Sums<A, 2 * kChannels>) : sizeof(Sums<A, 2>)), context.stream, view,
+           grad_out, y, norm, partial);
+    launch("merge_norm_grad_sums", merge_norm_grad_sums<A>, ceil_div(view.channels, kMergeColumns),
+           dim3(kMergeColumns, kMergeLanes), kMergeColumns * kMergeLanes * sizeof(Sums<double, 2>), context.stream,
+           static_cast<const A*>(partial), view.slices, view.channels, grad_beta, grad_gamma);
+    if (!grad_x && !grad_weight) return;
+    const int64_t count = s.batch * s.out_h * s.out_w;
+    const NormGrad<A> norm_grad_of{norm, grad_beta, grad_gamma,
+                                   batch_statistics && count > 0 ? A(1) / A(count) : A(0)};
+    T* grad_y = scratch(context, out_count(s));
+    const ChannelView stream = channel_view<T>(s, aligned && is_aligned(grad_y), kStreamBlocks);
+    launch("norm_grad", s.channels_last ? norm_grad<T, true> : norm_grad<T, false>, pass_blocks<T>(s, stream),
+           pass_block(s), 0, context.stream, stream, grad_out, y, norm_grad_of, grad_y);
+    conv_backward(context, s, grad_y, x, weight, grad_x, grad_weight);
+  }
+};
+
+}  // namespace deeplab_kernels::cuda

@@ -1,0 +1,6 @@
+// The atrous depthwise kernels of one storage type.
+#include "atrous_depthwise_calls.h"
+
+namespace deeplab_kernels::cuda {
+template struct Calls<__half>;
+}  // namespace deeplab_kernels::cuda
