@@ -6,5 +6,6 @@
 #if defined(__CUDACC__)
 #define DK_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define DK_HOST_DEVICE inline
+// Always inlined: a copy compiled for one instruction set must never serve another's file.
+#define DK_HOST_DEVICE inline __attribute__((always_inline))
 #endif

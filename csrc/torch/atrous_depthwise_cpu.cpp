@@ -20,7 +20,7 @@ void run_on_torch_pool(int64_t count, int64_t grain, cpu::Parallel::Body body, v
 }
 
 const cpu::Parallel& torch_pool() {
-  static const cpu::Parallel pool(run_on_torch_pool);
+  static const cpu::Parallel pool(run_on_torch_pool, [] { return int64_t(torch::stable::get_num_threads()); });
   return pool;
 }
 

@@ -1,0 +1,69 @@
+// The kernels as each instruction set's file offers them to atrous_depthwise.cpp, which checks what the CPU has.
+#pragma once
+
+#include "../core/atrous_depthwise.h"
+#include "parallel.h"
+#include "plan.h"
+
+namespace deeplab_kernels::cpu {
+
+// bfloat16 as it lies in memory: the upper half of a float.
+struct BFloat16Bits {
+  uint16_t bits;
+};
+
+template <typename T>
+struct AccumulateOf {
+  using type = float;
+};
+template <>
+struct AccumulateOf<double> {
+  using type = double;
+};
+
+template <typename A>
+struct BatchNorm {
+  const A* gamma;  // null: 1
+  const A* beta;   // null: 0
+  const A* mean;
+  const A* var;
+  double eps;
+  Activation activation;
+};
+
+// What a backward pass reads and writes; null where absent or unwanted.
+template <typename T>
+struct BackwardTensors {
+  using A = typename AccumulateOf<T>::type;
+  const T* grad_out;
+  const T* x;
+  const T* weight;
+  const T* y;
+  T* grad_x;
+  T* grad_weight;
+  A* grad_gamma;
+  A* grad_beta;
+};
+
+// norm of forward() and backward() may be null: the convolution alone.
+#define DK_DECLARE_ISA(isa)                                                                                            \
+  namespace isa {                                                                                                      \
+  template <typename T>                                                                                                \
+  struct Kernels {                                                                                                     \
+    using A = typename AccumulateOf<T>::type;                                                                          \
+    static void forward(const Plan& plan, const T* x, const T* weight, const BatchNorm<A>* norm, T* out,               \
+                        const Parallel& parallel);                                                                     \
+    static void training(const Plan& plan, const T* x, const T* weight, const BatchNorm<A>& norm, T* out, T* y,        \
+                         A* mean, A* var, const Parallel& parallel);                                                   \
+    static void backward(const Plan& plan, const BackwardTensors<T>& tensors, const BatchNorm<A>* norm,                \
+                         bool batch_statistics, const Parallel& parallel);                                             \
+  };                                                                                                                   \
+  }
+
+DK_DECLARE_ISA(portable)
+DK_DECLARE_ISA(avx2)
+DK_DECLARE_ISA(avx512)
+
+#undef DK_DECLARE_ISA
+
+}  // namespace deeplab_kernels::cpu

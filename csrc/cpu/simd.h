@@ -1,0 +1,123 @@
+// Vectors of the instruction set that the including file is compiled for, through the compiler's vector extensions.
+// For the per-instruction-set files only: everything here has internal linkage.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "atrous_depthwise_isa.h"
+
+namespace deeplab_kernels::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename A>
+constexpr int kLanes = kVectorBytes / int(sizeof(A));
+
+template <typename E, int kCount>
+struct VectorOf {
+  typedef E type __attribute__((vector_size(kCount * sizeof(E))));
+  typedef E unaligned __attribute__((vector_size(kCount * sizeof(E)), aligned(alignof(E)), may_alias));
+};
+template <typename A>
+using Vec = typename VectorOf<A, kLanes<A>>::type;
+
+#define DK_INLINE inline __attribute__((always_inline))
+
+template <typename A>
+DK_INLINE Vec<A> load(const A* p) {
+  return *reinterpret_cast<const typename VectorOf<A, kLanes<A>>::unaligned*>(p);
+}
+
+DK_INLINE Vec<float> load(const BFloat16Bits* p) {
+  constexpr int n = kLanes<float>;
+  using Narrow = VectorOf<uint16_t, n>;
+  using Wide = typename VectorOf<uint32_t, n>::type;
+  const auto bits = __builtin_convertvector(*reinterpret_cast<const typename Narrow::unaligned*>(p), Wide) << 16;
+  return reinterpret_cast<Vec<float>>(bits);
+}
+
+template <typename A>
+DK_INLINE void store(A* p, Vec<A> v) {
+  *reinterpret_cast<typename VectorOf<A, kLanes<A>>::unaligned*>(p) = v;
+}
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+DK_INLINE void store(BFloat16Bits* p, Vec<float> v) {
+  constexpr int n = kLanes<float>;
+  using Narrow = VectorOf<uint16_t, n>;
+  using Wide = typename VectorOf<uint32_t, n>::type;
+  const Wide bits = reinterpret_cast<Wide>(v);
+  const Wide rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Wide quiet = (v != v) ? Wide{} + 0x7fc0 : rounded;
+  *reinterpret_cast<typename Narrow::unaligned*>(p) = __builtin_convertvector(quiet, typename Narrow::type);
+}
+
+template <typename A>
+DK_INLINE A widen(A value) {
+  return value;
+}
+DK_INLINE float widen(BFloat16Bits value) {
+  const uint32_t bits = uint32_t(value.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+DK_INLINE void narrow(float value, float* p) { *p = value; }
+DK_INLINE void narrow(double value, double* p) { *p = value; }
+DK_INLINE void narrow(float value, BFloat16Bits* p) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  p->bits = value != value ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+template <typename A>
+DK_INLINE Vec<A> broadcast(A value) {
+  return Vec<A>{} + value;
+}
+
+// The first n lanes; the others are zero.
+template <typename T>
+DK_INLINE auto load_part(const T* p, int64_t n) {
+  using V = decltype(load(p));
+  V v = {};
+  for (int64_t l = 0; l < n; ++l) v[l] = widen(p[l]);
+  return v;
+}
+
+template <typename T, typename V>
+DK_INLINE void store_part(T* p, V v, int64_t n) {
+  for (int64_t l = 0; l < n; ++l) narrow(v[l], p + l);
+}
+
+template <typename A>
+DK_INLINE A sum_of_lanes(Vec<A> v) {
+  A sum = 0;
+  for (int l = 0; l < kLanes<A>; ++l) sum += v[l];
+  return sum;
+}
+
+// dst[k] = src[k] for k < n, widened.
+template <typename T, typename A>
+DK_INLINE void copy_widened(const T* src, A* dst, int64_t n) {
+  constexpr int64_t L = kLanes<A>;
+  int64_t k = 0;
+  for (; k + L <= n; k += L) store(dst + k, load(src + k));
+  if (k == n) return;
+  if (n >= L) {
+    store(dst + n - L, load(src + n - L));
+  } else {
+    for (; k < n; ++k) dst[k] = widen(src[k]);
+  }
+}
+
+}  // namespace
+}  // namespace deeplab_kernels::cpu
