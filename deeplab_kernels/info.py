@@ -6,6 +6,7 @@ goes on.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -33,7 +34,11 @@ def _one_line(error: BaseException) -> str:
 
 def _versions() -> Report:
     versions: Report = {"deeplab_kernels": __version__, "python": platform.python_version()}
-    return versions | {name: _version(name) for name in ("torch", "triton", "numpy")}
+    versions |= {name: _version(name) for name in ("torch", "triton", "numpy")}
+    with contextlib.suppress(Exception):
+        # Says which build it is (+cpu, +cu130), which the installed package's record may not.
+        versions["torch"] = importlib.import_module("torch").__version__
+    return versions
 
 
 def _cpu_model() -> str:
