@@ -126,16 +126,16 @@ def train(
             result.losses.append(value)
             step += 1
             durations.append(time.perf_counter() - step_start)
-            if config.time_limit is not None and step in (_PACE_STEPS, 4 * _PACE_STEPS):
+            if config.time_limit is not None and step in _PACE_CHECKS:
                 left = config.time_limit - (time.perf_counter() - start)
-                steps = min(steps, step + max(1, int(left / median(durations[-_PACE_STEPS:]))))
+                steps = min(steps, step + max(1, int(left / median(durations[-_PACE_CHECKS[1] :]))))
             on_step(step, steps, value)
     model.eval()
     result.seconds = time.perf_counter() - start
     return result
 
 
-_PACE_STEPS = 12  # after so many steps, and after four times as many, the pace is held against the time limit
+_PACE_CHECKS = (4, 12, 48, 120)  # after so many steps the pace is held against the time limit
 
 
 def _batch(

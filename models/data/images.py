@@ -105,6 +105,6 @@ def _eight_bits(array: NDArray[np.generic]) -> NDArray[np.uint8]:
 
 def to_input(images: NDArray[np.uint8]) -> Tensor:
     """(H, W, 3) or (N, H, W, 3) uint8 RGB -> (1 or N, 3, H, W) float32 in [-1, 1], as DeepLab's Xception takes it."""
-    tensor = torch.from_numpy(np.ascontiguousarray(images))
+    tensor = torch.from_numpy(np.require(images, requirements=["C", "W"]))
     tensor = tensor[None] if tensor.ndim == 3 else tensor
     return tensor.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)

@@ -1,0 +1,377 @@
+"""The demo's report: one HTML file with everything inside, for light and dark screens."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .speed import SpeedRow
+
+
+@dataclass
+class Figure:
+    """A picture with its caption. png: the file's bytes."""
+
+    png: bytes
+    caption: str
+    alt: str
+
+
+@dataclass
+class Results:
+    """Everything that the report tells."""
+
+    command: str
+    seed: int
+    quick: bool
+    model: str
+    parameters: int
+    class_names: Sequence[str]
+    palette: Sequence[Sequence[int]]
+    train_scenes: int
+    crop: int
+    batch_size: int
+    planned_steps: int
+    scene_size: int
+    losses: Sequence[float] = ()
+    test_scenes: int = 0
+    iou: Sequence[float] = ()
+    mean_iou: float = math.nan
+    pixel_accuracy: float = math.nan
+    background_only: float = math.nan  # mIoU of calling every pixel background
+    scenes: list[Figure] = field(default_factory=list)
+    photographs: list[Figure] = field(default_factory=list)
+    madds: list[Mapping[str, Any]] = field(default_factory=list)
+    model_madds: int = 0
+    speed: list[SpeedRow] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    machine: Mapping[str, str] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """The figures as plain values, for JSON."""
+        return {
+            "command": self.command,
+            "seed": self.seed,
+            "quick": self.quick,
+            "model": self.model,
+            "parameters": self.parameters,
+            "training": {
+                "scenes": self.train_scenes,
+                "steps": len(self.losses),
+                "planned_steps": self.planned_steps,
+                "batch_size": self.batch_size,
+                "crop": self.crop,
+                "final_loss": _mean(self.losses[-20:]),
+            },
+            "evaluation": {
+                "scenes": self.test_scenes,
+                "mean_iou": self.mean_iou,
+                "pixel_accuracy": self.pixel_accuracy,
+                "background_only_mean_iou": self.background_only,
+                "iou": {n: None if math.isnan(v) else v for n, v in zip(self.class_names, self.iou, strict=True)},
+            },
+            "madds": [dict(row) for row in self.madds],
+            "model_madds": self.model_madds,
+            "speed": [
+                {
+                    "layer": row.layer.name,
+                    "channels": row.layer.channels,
+                    "size": row.layer.size,
+                    "rate": row.layer.rate,
+                    "layout": row.layout,
+                    "task": row.task,
+                    "ours_ms": row.ours_ms,
+                    "torch_ms": row.torch_ms,
+                    "ratio": row.ratio,
+                    "relative_difference": row.error,
+                }
+                for row in self.speed
+            ],
+            "seconds": self.seconds,
+            "machine": dict(self.machine),
+        }
+
+
+def render(results: Results) -> str:
+    """The whole HTML document."""
+    body = "\n".join(
+        [
+            _header(results),
+            _section("Unseen scenes", _scenes(results)),
+            _section("Photographs", _photographs(results)),
+            _section("Training", _training(results)),
+            _section("Multiply-Adds", _madds(results)),
+            _section("Speed against PyTorch", _speed(results)),
+            _section("How this was made", _provenance(results)),
+        ]
+    )
+    return (
+        "<!DOCTYPE html>\n"
+        '<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>deeplab_kernels demo</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
+        "</body>\n</html>\n"
+    )
+
+
+def _header(r: Results) -> str:
+    short = (
+        f" Training was cut from {r.planned_steps} steps to fit the time." if len(r.losses) < r.planned_steps else ""
+    )
+    quick = (
+        '<p class="note">Made with --quick: a check that everything runs; its figures mean little.</p>'
+        if r.quick
+        else ""
+    )
+    tiles = [
+        (_percent(r.mean_iou), "mean IoU on unseen scenes"),
+        (f"{r.seconds.get('training', 0):.0f} s", f"training, {len(r.losses)} steps"),
+        *_speed_tiles(r.speed),
+    ]
+    cards = "".join(f"<div class=tile><b>{value}</b><span>{_e(label)}</span></div>" for value, label in tiles)
+    return (
+        "<header><h1>DeepLab v3+ on fused atrous separable convolutions</h1>"
+        f"<p>A small DeepLab v3+ ({r.parameters / 1e6:.2f} M parameters) was trained here from random weights on "
+        "scenes that the package draws itself, and then segmented scenes it had not seen and real photographs."
+        f"{short}</p>{quick}<div class=tiles>{cards}</div></header>"
+    )
+
+
+def _speed_tiles(rows: Sequence[SpeedRow]) -> list[tuple[str, str]]:
+    tiles = []
+    for task, label in (("inference", "inference, depthwise layers"), ("training", "training step, depthwise layers")):
+        ratios = [row.ratio for row in rows if row.task == task]
+        if ratios:
+            tiles.append((f"{_geometric_mean(ratios):.1f}&times;", f"PyTorch's speed: {label} (geometric mean)"))
+    return tiles
+
+
+def _scenes(r: Results) -> str:
+    legend = "".join(
+        f'<li><i style="background:rgb({",".join(str(int(v)) for v in colour)})"></i>{_e(name)}</li>'
+        for name, colour in zip(r.class_names, r.palette, strict=True)
+    )
+    rows = [
+        [
+            _e(name),
+            _percent(value),
+            f'<span class=bar><i style="width:{0 if math.isnan(value) else 100 * value:.1f}%"></i></span>',
+        ]
+        for name, value in zip(r.class_names, r.iou, strict=True)
+    ]
+    rows.append(["<b>mean</b>", f"<b>{_percent(r.mean_iou)}</b>", ""])
+    return (
+        f"<p>{r.test_scenes} scenes of {r.scene_size} &times; {r.scene_size} pixels, drawn from another seed than "
+        f"the training scenes. Pixel accuracy {_percent(r.pixel_accuracy)}. Calling every pixel background would "
+        f"give a mean IoU of {_percent(r.background_only)}. The pictures are the first scenes, not the best ones.</p>"
+        f"<ul class=legend>{legend}</ul>"
+        '<div class="columns"><span>input</span><span>labels</span><span>prediction</span><span>mistakes</span></div>'
+        f"{_figures(r.scenes)}"
+        f"{_table(['class', 'IoU', ''], rows)}"
+    )
+
+
+def _photographs(r: Results) -> str:
+    if not r.photographs:
+        return "<p>None: scikit-image, whose bundled photographs are used, is not installed.</p>"
+    return (
+        "<p>Photograph, prediction, overlay. The classes are those of the generated scenes, so no prediction here "
+        "can be right in the usual sense, and no score is given: the pictures show what such a network makes of the "
+        f"real world.</p>{_figures(r.photographs)}"
+    )
+
+
+def _training(r: Results) -> str:
+    steps = f"{len(r.losses)} steps" + (f" of {r.planned_steps} planned" if len(r.losses) < r.planned_steps else "")
+    return (
+        f"<p>{_e(r.model)}, {steps} of {r.batch_size} crops of {r.crop} &times; {r.crop} pixels from "
+        f"{r.train_scenes} scenes, mirrored half of the time; SGD with momentum 0.9 and the poly learning rate; "
+        f"cross entropy.</p>{_curve(r.losses)}"
+    )
+
+
+def _curve(losses: Sequence[float]) -> str:
+    if len(losses) < 2:
+        return ""
+    width, height, left, bottom = 720, 220, 44, 28
+    window = max(1, len(losses) // 60)
+    smooth = [_mean(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
+    top = max(losses) * 1.05
+
+    def points(values: Sequence[float]) -> str:
+        x = [left + i / (len(values) - 1) * (width - left - 8) for i in range(len(values))]
+        return " ".join(
+            f"{a:.1f},{8 + (1 - v / top) * (height - bottom - 8):.1f}" for a, v in zip(x, values, strict=True)
+        )
+
+    ticks = "".join(
+        f'<line x1="{left}" x2="{width - 8}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>'
+        f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.2f}</text>'
+        for value, y in ((top * k / 4, 8 + (1 - k / 4) * (height - bottom - 8)) for k in range(5))
+    )
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="loss over steps">{ticks}'
+        f'<polyline points="{points(losses)}" class="faint"/><polyline points="{points(smooth)}" class="strong"/>'
+        f'<text x="{left}" y="{height - 8}">step 1</text>'
+        f'<text x="{width - 8}" y="{height - 8}" text-anchor="end">step {len(losses)}</text>'
+        f'<text x="{(left + width) / 2}" y="{height - 8}" text-anchor="middle">training loss</text></svg>'
+    )
+
+
+def _madds(r: Results) -> str:
+    rows = []
+    for row in r.madds:
+        mine, paper = row["madds_paper_convention"], row["paper"]
+        cells = [
+            str(row["eval_output_stride"]),
+            "yes" if row["decoder"] else "&ndash;",
+            "yes" if row["separable"] else "&ndash;",
+            _billions(paper),
+            _billions(mine),
+            f"{100 * (mine / paper - 1):+.2f} %" if paper else "&ndash;",
+            _billions(row["madds_true"]),
+        ]
+        flip, flip_paper = row.get("multi_scale_flip_madds_paper_convention"), row.get("multi_scale_flip_paper")
+        if flip is not None:
+            cells += [_billions(flip_paper), _billions(flip)]
+        rows.append(cells)
+    head = ["output stride", "decoder", "SC", "paper", "ours, paper's rules", "difference", "true count"]
+    if rows and len(rows[0]) > len(head):
+        head += ["paper, 6 scales + flip", "ours"]
+    small = (
+        f" The small network of this demo takes {r.model_madds / 1e6:.0f} M on a crop of {r.crop} &times; {r.crop}."
+        if r.model_madds
+        else ""
+    )
+    return (
+        "<p>DeepLab v3+ with Xception-65 at 513 &times; 513, 21 classes, in billions, counted on the built models "
+        "beside table 5 of the paper (arXiv:1802.02611). The paper's counter rounds the output grid of an atrous "
+        f"convolution up to a multiple of its rate; the true count does not.{small}</p>{_table(head, rows)}"
+    )
+
+
+def _speed(r: Results) -> str:
+    rows = [
+        [
+            _e(row.layer.name),
+            f"{row.layer.channels} &times; {row.layer.size} &times; {row.layer.size}",
+            row.layout,
+            row.task,
+            _milliseconds(row.ours_ms),
+            _milliseconds(row.torch_ms),
+            f'<b class="{"faster" if row.ratio >= 1 else "slower"}">{row.ratio:.1f}&times;</b>',
+        ]
+        for row in r.speed
+    ]
+    head = ["layer", "input", "layout", "task", "ours, ms", "PyTorch, ms", "ratio"]
+    worst = max((row.error for row in r.speed), default=0.0)
+    return (
+        "<p>3 &times; 3 depthwise convolution + batch normalisation + ReLU, float32, one image. Inference: PyTorch "
+        "eager with the normalisation folded into the convolution. Training: forward with batch statistics, and "
+        "backward. Both were timed in turn in this process; medians. Both allocate from memory that the process "
+        f"keeps (glibc's thresholds raised). Results agree to {worst:.0e} (relative). <code>make bench</code> "
+        f"measures all layers, and torch.compile too.</p>{_table(head, rows)}"
+    )
+
+
+def _provenance(r: Results) -> str:
+    facts = {"command": f"<code>{_e(r.command)}</code>", "seed": str(r.seed)}
+    facts |= {key: _e(value) for key, value in r.machine.items()}
+    seconds = {name: f"{value:.1f}" for name, value in r.seconds.items()}
+    seconds["all"] = f"{sum(r.seconds.values()):.1f}"
+    return (
+        _table(["", ""], [[_e(key), value] for key, value in facts.items()])
+        + "<h3>Seconds</h3>"
+        + _table(["part", "seconds"], [[_e(key), value] for key, value in seconds.items()])
+    )
+
+
+# Pieces of HTML and text.
+
+
+def _e(text: object) -> str:
+    return html.escape(str(text))
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{_e(title)}</h2>{content}</section>"
+
+
+def _figures(figures: Iterable[Figure]) -> str:
+    return "".join(
+        f'<figure><img src="data:image/png;base64,{base64.b64encode(f.png).decode()}" alt="{_e(f.alt)}">'
+        f"<figcaption>{_e(f.caption)}</figcaption></figure>"
+        for f in figures
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    titles = "".join(f"<th>{_e(title)}</th>" for title in head)
+    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    top = f"<thead><tr>{titles}</tr></thead>" if any(head) else ""
+    return f"<div class=scroll><table>{top}<tbody>{lines}</tbody></table></div>"
+
+
+def _percent(value: float) -> str:
+    return "&ndash;" if math.isnan(value) else f"{100 * value:.1f} %"
+
+
+def _billions(value: int | None) -> str:
+    return "&ndash;" if value is None else f"{value / 1e9:.2f}"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(_mean([math.log(value) for value in values]))
+
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f27; --soft: #5b6472; --line: #d9dde4; --back: #fafbfc; --card: #fff;
+  --mark: #2f6fde; --good: #1d7f3f; --bad: #b3381f; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #9aa4b2; --line: #333a46; --back: #14171c;
+  --card: #1c2027; --mark: #7aa7ff; --good: #63c684; --bad: #f08a6c; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+main { max-width: 900px; margin: 0 auto; padding: 32px 20px 64px; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .5rem; }
+h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: 1rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
+p { max-width: 72ch; }
+.note { color: var(--bad); }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 12px; margin-top: 1.2rem; }
+.tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px; }
+.tile b { display: block; font-size: 1.6rem; line-height: 1.2; }
+.tile span, figcaption, .columns { color: var(--soft); font-size: .86rem; }
+figure { margin: 0 0 14px; }
+figure img { width: 100%; height: auto; display: block; }
+figcaption { margin-top: 4px; }
+.columns { display: grid; grid-template-columns: repeat(4, 1fr); margin-bottom: 4px; }
+.legend { list-style: none; display: flex; flex-wrap: wrap; gap: 4px 16px; padding: 0; font-size: .9rem; }
+.legend i { display: inline-block; width: .9em; height: .9em; margin-right: .4em; border-radius: 3px;
+  vertical-align: -.1em; border: 1px solid var(--line); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; margin: .6rem 0 0; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 5px 16px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--soft); font-weight: 600; }
+code { font: .88em ui-monospace, monospace; overflow-wrap: anywhere; }
+.bar { display: block; width: 220px; height: 10px; margin-top: 8px; background: var(--line); border-radius: 5px; }
+.bar i { display: block; height: 100%; background: var(--mark); border-radius: 5px; }
+.faster { color: var(--good); }
+.slower { color: var(--bad); }
+svg { width: 100%; height: auto; font-size: 12px; fill: var(--soft); }
+.grid { stroke: var(--line); }
+.faint, .strong { fill: none; stroke: var(--mark); }
+.faint { opacity: .3; }
+.strong { stroke-width: 2; }
+"""
