@@ -117,6 +117,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layout", choices=["nchw", "nhwc", "both"], default="both")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "both"], default="both", help="of inference")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--compile-training", action="store_true", help="torch.compile for training too (slow)")
     parser.add_argument("--no-pytorch", action="store_true", help="time ours and x.clone() only")
     parser.add_argument("--default-allocator", action="store_true", help="do not raise malloc's thresholds")
     parser.add_argument(
@@ -135,6 +136,7 @@ def options_of(args: argparse.Namespace) -> measure.Options:
         layouts=tuple(measure.LAYOUTS) if args.layout == "both" else (args.layout,),
         dtypes=tuple(measure.DTYPES) if args.dtype == "both" else (args.dtype,),
         compile=not (args.no_compile or args.quick),
+        compile_training=args.compile_training,
         pytorch=not args.no_pytorch,
         rounds=args.rounds or (5 if args.quick else 15),
         candidate_seconds=0.3 if args.quick else 1.0,

@@ -399,6 +399,7 @@ class Options:
     layouts: tuple[str, ...] = ("nchw", "nhwc")
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     compile: bool = True
+    compile_training: bool = False  # some seconds a shape, and rarely faster than eager: convolutions are not compiled
     pytorch: bool = True
     rounds: int = 15
     candidate_seconds: float = 1.0
@@ -429,7 +430,7 @@ def contenders(problem: Problem, options: Options) -> dict[str, Callable[[], obj
                 found[contender("eager", dtype, layout)] = problem.eager_step(layout, DTYPES[dtype])
             else:
                 found[contender("eager", dtype, layout)] = problem.folded(layout, DTYPES[dtype])
-            if options.compile and dtype == "float32":
+            if dtype == "float32" and (options.compile_training if training else options.compile):
                 found[contender("compile", dtype, layout)] = problem.compiled(layout, DTYPES[dtype])
                 if not training:
                     found[contender("frozen", dtype, layout)] = problem.compiled(layout, DTYPES[dtype], frozen=True)
