@@ -12,17 +12,17 @@ from _models import randomise, relative_error
 from _peers import peer
 from deeplab_kernels.models.backbones import Xception, xception41, xception65, xception71, xception_small
 from deeplab_kernels.models.backbones.xception import BlockConfig
-from torch import nn
+from torch import Tensor, nn
 
 from deeplab_kernels.nn import AtrousSeparableConv2d
 
 BUILDERS = {"xception41": xception41, "xception65": xception65, "xception71": xception71}
 
 
-def adopt(ours: Xception, theirs: nn.Module) -> None:
-    """Loads timm's weights into ours."""
+def adopt(ours: Xception, timm_state: dict[str, Tensor]) -> None:
+    """Loads a state_dict of timm's."""
     state = {}
-    for key, value in theirs.state_dict().items():
+    for key, value in timm_state.items():
         key = re.sub(r"stack\.conv(\d)", lambda m: f"convs.{int(m[1]) - 1}", key)
         # The names inside a separable block are timm's: AtrousSeparableConv2d loads those.
         state[re.sub(r"^(stem\.\d|.*shortcut)\.bn", r"\1.norm", key)] = value
@@ -35,7 +35,7 @@ def timm_twin(name: str, output_stride: int) -> tuple[nn.Module, Xception]:
         theirs = peer("timm").create_model(name, num_classes=0, output_stride=output_stride)
         ours = BUILDERS[name](multi_grid=(1, 1, 1), output_stride=output_stride)
     theirs = randomise(theirs.to_empty(device="cpu"))
-    adopt(ours, theirs)
+    adopt(ours, theirs.state_dict())
     return theirs.eval(), ours.eval()
 
 
@@ -69,7 +69,7 @@ def small_timm_twin() -> tuple[nn.Module, Xception]:
         output_stride=16,
         multi_grid=(1, 2, 4),
     )
-    adopt(ours, theirs)
+    adopt(ours, theirs.state_dict())
     return theirs.double(), copy.deepcopy(ours).double()
 
 

@@ -1,0 +1,339 @@
+"""DeepLab v3+: against segmentation_models_pytorch, against plain torch modules, and as a model to train and export."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from _models import copy_parameters, randomise, relative_error
+from _peers import peer
+from deeplab_kernels.models.backbones import xception65
+from deeplab_kernels.models.heads import ASPP, Decoder
+from deeplab_kernels.models.layers import ConvNormAct, resize_bilinear
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deeplab_kernels import models
+from deeplab_kernels.nn import AtrousSeparableConv2d
+
+
+def small(num_classes: int = 5, **options: object) -> nn.Module:
+    return randomise(models.build("deeplabv3plus_small", num_classes, **options))
+
+
+def adopt_smp_aspp(ours: ASPP, theirs: nn.Module) -> None:
+    """Weights of segmentation_models_pytorch's ASPP: 1x1, the rates, pooling; project."""
+    copy_parameters(theirs.convs[0], ours.pointwise)
+    for branch, their_branch in zip(ours.atrous, theirs.convs[1:4], strict=True):
+        if isinstance(branch, AtrousSeparableConv2d):
+            adopt_smp_separable(branch, their_branch)
+        else:
+            copy_parameters(their_branch, branch)
+    copy_parameters(theirs.convs[4], ours.pooling)
+    # Theirs concatenates the pooled feature last, the official code and ours first.
+    state = {k: v.clone() for k, v in theirs.project.state_dict().items()}
+    channels = ours.pooling.norm.num_features
+    state["0.weight"] = state["0.weight"].roll(channels, 1)
+    for new, old in zip(ours.project.state_dict().values(), state.values(), strict=True):
+        new.copy_(old)
+
+
+def adopt_smp_separable(ours: AtrousSeparableConv2d, theirs: nn.Sequential) -> None:
+    """Sequential(SeparableConv2d, BatchNorm2d, ReLU): neither normalisation nor activation between the halves."""
+    convs, norm = theirs[0], theirs[1]
+    copy_parameters(convs[0], ours.depthwise)
+    copy_parameters(convs[1], ours.pointwise)
+    copy_parameters(norm, ours.pointwise_norm)
+    ours.pointwise_norm.eps = norm.eps
+
+
+@pytest.mark.parametrize("separable", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_aspp_equals_segmentation_models_pytorchs(separable: bool, training: bool) -> None:
+    peer("segmentation_models_pytorch")
+    from segmentation_models_pytorch.decoders.deeplabv3.decoder import ASPP as TheirASPP
+
+    theirs = randomise(TheirASPP(40, 24, (2, 5, 18), separable=separable, dropout=0.0)).double().train(training)
+    ours = ASPP(40, 24, (2, 5, 18), separable=separable, normalize_depthwise=False, dropout=0.0, momentum=0.1)
+    ours = ours.double().train(training)
+    adopt_smp_aspp(ours, theirs)
+    x = torch.randn(3, 40, 13, 9, dtype=torch.float64)
+    assert relative_error(ours(x), theirs(x)) < 1e-12
+    assert relative_error(ours.project.norm.running_var, theirs.project[1].running_var) < 1e-12
+
+
+class SmpLikeDeepLab(nn.Module):
+    """segmentation_models_pytorch's DeepLabV3Plus from our parts. It departs from the paper: a separable convolution
+    after the ASPP, one not two in the decoder, no normalisation between the halves, ReLU on the low-level feature.
+    """
+
+    def __init__(self, classes: int, output_stride: int, rates: tuple[int, int, int]) -> None:
+        super().__init__()
+        parts = {"normalize_depthwise": False}
+        self.backbone = xception65(output_stride=output_stride, multi_grid=(1, 1, 1))
+        self.aspp = ASPP(2048, 256, rates, dropout=0.0, **parts)
+        self.after = AtrousSeparableConv2d(256, 256, padding="same", pointwise_norm=True, pointwise_activation="relu")
+        self.decoder = Decoder(256, 256, 256, 48, num_convs=1, **parts)
+        self.classifier = nn.Conv2d(256, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low_level, features = self.backbone(x)
+        features = self.decoder(self.after(self.aspp(features)), low_level.relu())
+        return resize_bilinear(self.classifier(features), x.shape[2:])
+
+
+def test_whole_model_of_our_parts_equals_segmentation_models_pytorchs() -> None:
+    smp = peer("segmentation_models_pytorch")
+    rates = (3, 6, 9)
+    with torch.device("meta"):
+        theirs = smp.DeepLabV3Plus(
+            "tu-xception65",
+            encoder_weights=None,
+            encoder_output_stride=16,
+            decoder_atrous_rates=rates,
+            decoder_aspp_dropout=0.0,
+            classes=5,
+        )
+        ours = SmpLikeDeepLab(5, 16, rates)
+    theirs, ours = randomise(theirs.to_empty(device="cpu")).eval(), ours.to_empty(device="cpu").eval()
+    from test_xception import adopt
+
+    encoder = theirs.encoder.model  # timm's feature extraction writes "_" for the first "."
+    adopt(ours.backbone, {re.sub(r"^(stem|blocks)_", r"\1.", k): v for k, v in encoder.state_dict().items()})
+    adopt_smp_aspp(ours.aspp, theirs.decoder.aspp[0])
+    adopt_smp_separable(ours.after, theirs.decoder.aspp[1:])
+    # Theirs concatenates the deep feature first, as ours does.
+    copy_parameters(theirs.decoder.block1, ours.decoder.reduce)
+    adopt_smp_separable(ours.decoder.convs[0], theirs.decoder.block2)
+    copy_parameters(theirs.segmentation_head[0], ours.classifier)
+    x = torch.randn(1, 3, 96, 64)  # theirs takes multiples of 16 only, and resizes by factors
+    with torch.no_grad():
+        assert relative_error(ours(x), theirs(x)) < 1e-5
+
+
+class PlainSeparable(nn.Sequential):
+    """depthwise, norm, ReLU, pointwise, norm, ReLU as in the official ASPP and decoder, of torch's own modules."""
+
+    def __init__(self, block: AtrousSeparableConv2d) -> None:
+        depthwise = nn.Conv2d(
+            block.in_channels,
+            block.in_channels,
+            3,
+            padding=block.dilation[0],
+            dilation=block.dilation,
+            groups=block.in_channels,
+            bias=False,
+        )
+        depthwise.weight, pointwise = block.depthwise.weight, block.pointwise
+        super().__init__(depthwise, block.depthwise_norm, nn.ReLU(), pointwise, block.pointwise_norm, nn.ReLU())
+
+
+@pytest.mark.parametrize("decoder", [True, False])
+@pytest.mark.parametrize("separable", [True, False])
+def test_heads_follow_the_official_code(decoder: bool, separable: bool) -> None:
+    # The head written once more, from the official order of operations, on the model's own parameters.
+    model = small(decoder=decoder, separable=separable, output_stride=8).double().eval()
+    x = torch.randn(1, 3, 65, 97, dtype=torch.float64)
+
+    def conv(part: nn.Module) -> nn.Module:
+        if isinstance(part, AtrousSeparableConv2d):
+            return PlainSeparable(part).eval()
+        return nn.Sequential(part.conv, part.norm, nn.ReLU())
+
+    with torch.no_grad():
+        low_level, features = model.backbone(x)
+        pooled = conv(model.aspp.pooling)(F.avg_pool2d(features, features.shape[2:]))
+        branches = [F.interpolate(pooled, features.shape[2:], mode="bilinear", align_corners=True)]
+        branches += [conv(model.aspp.pointwise)(features), *(conv(branch)(features) for branch in model.aspp.atrous)]
+        y = conv(model.aspp.project)(torch.cat(branches, 1))
+        if decoder:
+            y = F.interpolate(y, low_level.shape[2:], mode="bilinear", align_corners=True)
+            y = torch.cat([y, conv(model.decoder.reduce)(low_level)], 1)
+            for part in model.decoder.convs:
+                y = conv(part)(y)
+        y = F.conv2d(y, model.classifier.weight, model.classifier.bias)
+        expected = F.interpolate(y, x.shape[2:], mode="bilinear", align_corners=True)
+        assert relative_error(model(x), expected) < 1e-12
+    assert [branch_rate(b) for b in model.aspp.atrous] == [4, 8, 12]
+
+
+def branch_rate(branch: nn.Module) -> int:
+    return (branch.conv if isinstance(branch, ConvNormAct) else branch).dilation[0]
+
+
+@pytest.mark.parametrize(("output_stride", "rates"), [(8, (12, 24, 36)), (16, (6, 12, 18)), (32, (3, 6, 9))])
+def test_rates_of_the_papers_models(output_stride: int, rates: tuple[int, ...]) -> None:
+    model = models.build("deeplabv3plus_xception65", device="meta")
+    model.set_output_stride(output_stride)
+    assert tuple(branch_rate(b) for b in model.aspp.atrous) == model.aspp.rates == rates
+    assert model.output_stride == model.backbone.output_stride == output_stride
+    heads = [m for part in (model.aspp, model.decoder) for m in part.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {(n.eps, n.momentum) for n in heads} == {(1e-5, 3e-4)}
+    assert len(heads) == 3 + 3 * 2 + 1 + 2 * 2
+    assert model.decoder.reduce.conv.weight.shape == (48, 256, 1, 1)
+    assert [c.out_channels for c in model.decoder.convs] == [256, 256]
+    assert model.aspp.dropout.p == 0.1
+
+
+@pytest.mark.parametrize("separable", [True, False])
+def test_output_stride_of_a_built_model(separable: bool) -> None:
+    built = {s: small(output_stride=s, separable=separable).eval() for s in (8, 16, 32)}
+    state = built[16].state_dict()
+    switched = copy.deepcopy(built[16])
+    x = torch.randn(1, 3, 65, 49)
+    outputs = {}
+    for output_stride in (8, 32, 16):
+        fresh = built[output_stride]
+        assert list(fresh.state_dict()) == list(state)
+        fresh.load_state_dict(state)
+        switched.set_output_stride(output_stride)
+        with torch.no_grad():
+            outputs[output_stride] = switched(x)
+            assert torch.equal(outputs[output_stride], fresh(x))
+    assert not torch.allclose(outputs[8], outputs[16])
+    assert not torch.allclose(outputs[32], outputs[16])
+    assert all(torch.equal(v, state[k]) for k, v in switched.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 33), (64, 50), (127, 65)])
+@pytest.mark.parametrize("decoder", [True, False])
+def test_any_size(size: tuple[int, int], decoder: bool) -> None:
+    model = small(decoder=decoder, output_stride=8).eval()
+    with torch.no_grad():
+        logits = model(torch.randn(1, 3, *size))
+    assert logits.shape == (1, 5, *size)
+    assert logits.isfinite().all()
+
+
+def test_batch_entries_do_not_mix() -> None:
+    model = small().eval()
+    x = torch.randn(3, 3, 65, 33)
+    with torch.no_grad():
+        assert relative_error(model(x)[1:2], model(x[1:2])) < 1e-5
+        assert model(x[:0]).shape == (0, 5, 65, 33)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((3, 65, 65), r"x must have shape \(N, 3, H, W\), got \(3, 65, 65\)"),
+        ((1, 4, 65, 65), r"x must have shape \(N, 3, H, W\), got \(1, 4, 65, 65\)"),
+        ((1, 3, 0, 65), r"height and a width of at least 1, got \(1, 3, 0, 65\)"),
+    ],
+)
+def test_bad_input(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small().eval()(torch.randn(shape))
+
+
+def test_training_on_one_image_is_refused_with_a_reason() -> None:
+    model = small()
+    with pytest.raises(ValueError, match="at least 2 images in a batch, got 1: the image pooling of the ASPP"):
+        model(torch.randn(1, 3, 65, 65))
+    for module in model.modules():  # the usual way to fine-tune with few images
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    model(torch.randn(1, 3, 65, 65)).sum().backward()
+
+
+def test_training_learns_and_reaches_every_parameter() -> None:
+    model = models.build("deeplabv3plus_small", num_classes=3)
+    # Vertical stripes, told apart by colour.
+    labels = (torch.arange(33) // 11).expand(4, 33, 33)
+    x = F.one_hot(labels, 3).permute(0, 3, 1, 2) + 0.2 * torch.randn(4, 3, 33, 33)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    unchanged = [k for k, v in model.state_dict().items() if torch.equal(v, before[k])]
+    assert not unchanged
+
+
+def assert_same_gradients(actual: nn.Module, expected: nn.Module, tolerance: float) -> None:
+    """Of every parameter, relative to its largest value. The betas between two normalisations have the gradient 0, of
+    which only round-off is left: hence the floor."""
+    largest = max(p.grad.abs().max() for p in expected.parameters())
+    for (name, ours), theirs in zip(actual.named_parameters(), expected.parameters(), strict=True):
+        scale = theirs.grad.abs().max().clamp(min=1e-4 * largest)
+        assert (ours.grad - theirs.grad).abs().max() < tolerance * scale, name
+
+
+def test_gradients_equal_those_of_torchs_own_modules() -> None:
+    # Hooks make every separable block call its submodules one by one: torch's batch normalisation, no fused operator.
+    fused = small().double()
+    plain = copy.deepcopy(fused)
+    for module in plain.modules():
+        if isinstance(module, AtrousSeparableConv2d):
+            module.depthwise_norm.register_forward_hook(lambda *_: None)
+    x = torch.randn(2, 3, 33, 65, dtype=torch.float64)
+    weight = torch.randn(2, 5, 33, 65, dtype=torch.float64)
+    for model in (fused, plain):
+        (model(x) * weight).sum().backward()
+    assert_same_gradients(fused, plain, 1e-10)
+    for (name, ours), theirs in zip(fused.named_buffers(), plain.buffers(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-10), name
+
+
+def test_channels_last() -> None:
+    model = small().eval()
+    x = torch.randn(2, 3, 65, 49)
+    with torch.no_grad():
+        expected = model(x)
+        model.to(memory_format=torch.channels_last)
+        seen = []
+        for module in (*model.backbone.blocks, model.aspp, model.decoder):
+            module.register_forward_hook(lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out))
+        actual = model(x.contiguous(memory_format=torch.channels_last))
+    assert relative_error(actual, expected) < 1e-5
+    assert len(seen) == 9
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (*seen, actual))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compile() -> None:
+    model = small().eval()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 3, 33, 49)
+    with torch.no_grad():
+        assert relative_error(compiled(x), model(x)) < 1e-5
+    model.train()
+    weight = torch.randn(2, 5, 33, 49)
+    reference = copy.deepcopy(model)
+    (compiled(x) * weight).sum().backward()
+    (reference(x) * weight).sum().backward()
+    assert_same_gradients(model, reference, 1e-3)
+    assert torch.allclose(model.aspp.project.norm.running_var, reference.aspp.project.norm.running_var)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_export() -> None:
+    model = small().eval()
+    x = torch.randn(2, 3, 33, 49)
+    program = torch.export.export(model, (x,))
+    other = torch.randn(2, 3, 33, 49)
+    with torch.no_grad():
+        assert relative_error(program.module()(other), model(other)) < 1e-5
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert "deeplab_kernels.atrous_depthwise_bn_act_inference.default" in names
+
+
+def test_autocast_and_deepcopy() -> None:
+    model = copy.deepcopy(small()).eval()
+    x = torch.randn(1, 3, 65, 65)
+    with torch.no_grad():
+        expected = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = model(x)
+    assert actual.dtype == torch.bfloat16
+    assert ((actual - expected).norm() / expected.norm()).item() < 0.05
