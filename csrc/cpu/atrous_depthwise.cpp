@@ -15,7 +15,7 @@ namespace {
 enum class InstructionSet { kPortable, kAvx2, kAvx512 };
 
 bool supported(InstructionSet set) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DEEPLAB_KERNELS_PORTABLE)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (set == InstructionSet::kAvx2) return avx2;
   if (set == InstructionSet::kAvx512)
@@ -68,7 +68,7 @@ typename Stored<T>::type* stored(T* p) {
 template <typename T, typename F>
 void with_kernels(F&& f) {
   using S = typename Stored<T>::type;
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DEEPLAB_KERNELS_PORTABLE)
   if (chosen() == InstructionSet::kAvx512) return f(avx512::Kernels<S>());
   if (chosen() == InstructionSet::kAvx2) return f(avx2::Kernels<S>());
 #endif
