@@ -90,6 +90,11 @@ inline DepthwiseShape depthwise_shape(const Tensor& x, const Tensor& weight, con
   STD_TORCH_CHECK(free_h >= 0 && free_w >= 0, "the dilated kernel is larger than the padded input");
   shape.out_h = free_h / shape.stride_h + 1;
   shape.out_w = free_w / shape.stride_w + 1;
+  // A step that is never taken must not size a kernel's scratch memory.
+  if (shape.out_h == 1) shape.stride_h = 1;
+  if (shape.out_w == 1) shape.stride_w = 1;
+  if (shape.kernel_h == 1) shape.rate_h = 1;
+  if (shape.kernel_w == 1) shape.rate_w = 1;
   shape.channels_last = !x.is_contiguous() && is_channels_last(x);
   return shape;
 }
