@@ -87,7 +87,7 @@ def _pixels(item, rows, cols, row_tiles, col_tiles, phases_h, phases_w, TILE_H: 
 
 @triton.jit
 def _offsets(pixel, c, channels, plane, CHANNELS_LAST: tl.constexpr):
-    """Offsets inside one image, [pixels, channels] in channels_last and [channels, pixels] otherwise: fast axis last."""
+    """Offsets inside one image: [pixels, channels] in channels_last, else [channels, pixels]; the fast axis is last."""
     if CHANNELS_LAST:
         return pixel[:, None] * channels + c[None, :]
     else:
@@ -146,9 +146,9 @@ def _load_tap(image, i, j, pixel, valid, c, c_valid, tap, channels, height, widt
 
 
 @triton.jit
-def _load_transposed_tap(image, h, w, pixel, valid, c, c_valid, tap, channels, rows, cols, pad_top, pad_left, rate_h,
-                         rate_w, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, SAME_WIDTH: tl.constexpr,
-                         CHANNELS_LAST: tl.constexpr):  # fmt: skip
+def _load_gradient(image, h, w, pixel, valid, c, c_valid, tap, channels, rows, cols, pad_top, pad_left, rate_h, rate_w,
+                   KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, SAME_WIDTH: tl.constexpr,
+                   CHANNELS_LAST: tl.constexpr):  # fmt: skip
     """The gradient of the output that read inputs (h, w) through one tap; zero where there is none."""
     up = pad_top - (tap // KW) * rate_h
     left = pad_left - (tap % KW) * rate_w
@@ -278,7 +278,9 @@ def _forward_kernel(
         lane_weight = _by_pixel(lane_count, CHANNELS_LAST)
         slice_mean = _sum_pixels(lane_mean * lane_weight, CHANNELS_LAST) / tl.maximum(count, 1.0)
         away = lane_mean - _by_channel(slice_mean, CHANNELS_LAST)
-        slice_m2 = _sum_pixels(lane_m2 + lane_weight * away * away, CHANNELS_LAST)
+        rounding = _sum_pixels(lane_weight * away, CHANNELS_LAST) / tl.maximum(count, 1.0)
+        slice_m2 = _sum_pixels(lane_m2 + lane_weight * away * away, CHANNELS_LAST) - count * rounding * rounding
+        slice_mean += rounding  # of the large sum above
         tl.store(counts + slice_index, count)  # the same from every channel tile
         row = partials + slice_index.to(tl.int64) * 2 * channels
         tl.store(row + c, slice_mean, mask=c_valid)
@@ -303,6 +305,7 @@ def _merge_statistics_kernel(
         total += weight * tl.load(partials + s[:, None].to(tl.int64) * 2 * channels + c[None, :], mask=mask, other=0.0)
     centre = tl.sum(total, 0) / count
     m2 = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    rest = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     for start in range(0, slices, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         mask = (s < slices)[:, None] & (c < channels)[None, :]
@@ -310,8 +313,11 @@ def _merge_statistics_kernel(
         row = partials + s[:, None].to(tl.int64) * 2 * channels + c[None, :]
         away = tl.load(row, mask=mask, other=0.0) - centre[None, :]
         m2 += tl.load(row + channels, mask=mask, other=0.0) + weight * away * away
-    tl.store(mean + c, centre, mask=c < channels)
-    tl.store(var + c, tl.sum(m2, 0) / count, mask=c < channels)
+        rest += weight * away
+    rounding = tl.sum(rest, 0) / count  # of the large sum above
+    tl.store(mean + c, centre + rounding, mask=c < channels)
+    variance = tl.sum(m2, 0) / count - rounding * rounding
+    tl.store(var + c, tl.where(variance < 0, 0.0, variance), mask=c < channels)
 
 
 @triton.jit
@@ -461,14 +467,14 @@ def _grad_input_kernel(
         if TAPS * MULTIPLIER <= _MAX_UNROLLED_TAPS:
             for k in tl.static_range(TAPS * MULTIPLIER):
                 c = c_in * MULTIPLIER + k // TAPS
-                sums += _load_weight(weight, k % TAPS, c, c_valid, channels, TAPS, CHANNELS_LAST) * _load_transposed_tap(
+                sums += _load_weight(weight, k % TAPS, c, c_valid, channels, TAPS, CHANNELS_LAST) * _load_gradient(
                     grad_image, h, w, pixel, valid, c, c_valid, k % TAPS, channels, rows, cols, pad_top, pad_left,
                     rate_h, rate_w, KW, SH, SW, SAME_WIDTH, CHANNELS_LAST,
                 )  # fmt: skip
         else:
             for k in range(TAPS * MULTIPLIER):
                 c = c_in * MULTIPLIER + k // TAPS
-                sums += _load_weight(weight, k % TAPS, c, c_valid, channels, TAPS, CHANNELS_LAST) * _load_transposed_tap(
+                sums += _load_weight(weight, k % TAPS, c, c_valid, channels, TAPS, CHANNELS_LAST) * _load_gradient(
                     grad_image, h, w, pixel, valid, c, c_valid, k % TAPS, channels, rows, cols, pad_top, pad_left,
                     rate_h, rate_w, KW, SH, SW, SAME_WIDTH, CHANNELS_LAST,
                 )  # fmt: skip
@@ -512,7 +518,7 @@ def _grad_weight_kernel(
         first_tap = tl.program_id(1) * GROUP
     tap_sums = ()
     for _ in tl.static_range(GROUP):
-        tap_sums = tap_sums + (_zeros(PIXELS, BLOCK_C, CHANNELS_LAST),)
+        tap_sums = tap_sums + (_zeros(PIXELS, BLOCK_C, CHANNELS_LAST),)  # noqa: RUF005
     for item in range(first, tl.minimum(first + steps, items)):
         n, h, w, pixel, valid = _pixels(
             item, height, width, row_tiles, col_tiles, phases_h, phases_w, TILE_H, TILE_W, FLAT
@@ -525,11 +531,11 @@ def _grad_weight_kernel(
         sums = _zeros(PIXELS, BLOCK_C, CHANNELS_LAST)
         updated = ()
         for k in tl.static_range(GROUP):
-            g = _load_transposed_tap(
+            g = _load_gradient(
                 grad_image, h, w, pixel, valid, c, c_valid, first_tap + k, channels, rows, cols, pad_top, pad_left,
                 rate_h, rate_w, KW, SH, SW, SAME_WIDTH, CHANNELS_LAST,
             )  # fmt: skip
-            updated = updated + (tap_sums[k] + g * value,)
+            updated = updated + (tap_sums[k] + g * value,)  # noqa: RUF005
             if grad_x is not None:
                 sums += g * _load_weight(weight, first_tap + k, c, c_valid, channels, TAPS, CHANNELS_LAST)
         tap_sums = updated
@@ -647,15 +653,13 @@ def _flat_tiling(shape: _Shape, channels: int, plane: int, elements: int, planes
     )  # fmt: skip
 
 
-def _tap_tiling(
-    shape: _Shape, channels: int, rows: int, cols: int, phases: tuple[int, int], elements: int
-) -> _Tiling:
+def _tap_tiling(shape: _Shape, channels: int, rows: int, cols: int, phases: tuple[int, int], elements: int) -> _Tiling:
     """Tiles for kernels that read a tile's pixels through the taps; ``phases``: pixels this far apart share inputs."""
     if not shape.channels_last:
         # Several planes share the index arithmetic; but unless taps are consecutive in memory too, Triton could take
         # the planes for the fast axis.
         return _flat_tiling(shape, channels, rows * cols, elements, shape.same_width)
-    phases_h, phases_w = min(phases[0], rows), min(phases[1], cols)
+    phases_h, phases_w = (q if q < size else 1 for q, size in zip(phases, (rows, cols), strict=True))
     phase_rows, phase_cols = triton.cdiv(rows, phases_h), triton.cdiv(cols, phases_w)
     block_c = _channel_block(channels)
     # As few as possible of: lanes that are computed times what a 3-wide kernel reads for each column of them.
@@ -703,9 +707,7 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous(memory_format=output_memory_format(x)) else x.contiguous()
 
 
-def _shape(
-    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> _Shape:
+def _shape(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> _Shape:
     batch, in_channels, height, width = x.shape
     top, bottom, left, right = padding
     kh, kw = weight.shape[2:]
@@ -757,8 +759,11 @@ def _slice_block(slices: int) -> tuple[int, int]:
     return (128, 16) if slices > 32 else (triton.next_power_of_2(slices), 64)
 
 
-def _elements_per_thread(shape: _Shape, accumulators: int) -> int:
-    """Two 16-byte vectors where a thread keeps few accumulators an element, one where it keeps a kernel's worth."""
+def _elements_per_thread(shape: _Shape, accumulators: int = 1) -> int:
+    """channels_last: two 16-byte vectors where a thread keeps few accumulators for each element, one where it keeps a
+    kernel's worth. Contiguous: shifted rows are not aligned and load one element at a time; more than 4 would spill."""
+    if not shape.channels_last:
+        return 4
     vector = 16 // shape.element_size
     return vector if accumulators > 3 else 2 * vector
 
@@ -778,7 +783,7 @@ def _forward(
     activation: int = 0,
 ) -> tuple[Tensor, Tensor] | None:
     """Writes ``y``; returns the batch's (mean, var) if ``statistics``."""
-    per_thread = _elements_per_thread(shape, 1)
+    per_thread = _elements_per_thread(shape)
     # Outputs i and i + q read the same input rows, one tap apart, if s*q = r*(whole number).
     phases = (shape.rate[0] // math.gcd(shape.rate[0], shape.stride[0]),
               shape.rate[1] // math.gcd(shape.rate[1], shape.stride[1]))  # fmt: skip
@@ -808,7 +813,8 @@ def _forward(
 
 
 def _flat_block(shape: _Shape) -> int:
-    return 128 * _elements_per_thread(shape, 1)
+    """Elements of a program of the elementwise kernels: two 16-byte vectors for each of 128 threads."""
+    return 128 * 2 * (16 // shape.element_size)
 
 
 def _sum_slices(partials: Tensor, first: Tensor, second: Tensor | None = None) -> None:
@@ -832,7 +838,7 @@ def _backward(
     # Both gradients come from one kernel if its registers hold all taps and both have the same channels.
     together = need_grad_weight and need_grad_x and shape.taps <= _TAP_GROUP and shape.multiplier == 1
     if need_grad_x and not together:
-        per_thread = _elements_per_thread(shape, 1)
+        per_thread = _elements_per_thread(shape)
         tiling = _tap_tiling(shape, shape.in_channels, shape.height, shape.width, shape.rate, 128 * per_thread)
         unit = _unit(shape.in_channels)
         arguments = {
@@ -991,7 +997,7 @@ def atrous_depthwise_bn_act_backward(
     grad_beta, grad_gamma = _new_vector(x, shape), _new_vector(x, shape)
     norm = {"mean": _vector(mean), "var": _vector(var), "gamma": _vector(gamma), "beta": _vector(beta), "eps": eps}
     unit, pixels = _unit(shape.channels), shape.rows * shape.cols
-    per_thread = _elements_per_thread(shape, 1)
+    per_thread = _elements_per_thread(shape)
     tiling = _flat_tiling(shape, shape.channels, pixels, 128 * per_thread)
     partials = torch.empty((tiling.slices, 2, shape.channels), dtype=torch.float32, device=x.device)
     common = {

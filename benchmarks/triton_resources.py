@@ -1,0 +1,279 @@
+"""Registers, shared memory, spills and widest global access of every Triton kernel, compiled without a GPU.
+
+    python benchmarks/triton_resources.py          # sm_80, 90, 100, 120; writes results/compile/triton_resources.*
+    python benchmarks/triton_resources.py --arch 90 --shapes A12 --dtype bf16 --no-write
+
+The operators run on meta tensors of a layer's real shape; every launch is caught and compiled as Triton would on that
+GPU, with the tiles chosen for the shape. ptxas reports the resources; the widths come from the machine code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import layers
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from deeplab_kernels.triton import atrous_depthwise
+
+ARCHITECTURES = (80, 90, 100, 120)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FILE = Path(__file__).parent / "results" / "compile" / "triton_resources.json"
+# The multiplier and the large kernel show the general paths; the rest are layers of DeepLab v3+ Xception-65.
+SHAPES = ("M8", "A12", "E128s2")
+
+_POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with the arguments that decide its code; hashable, so that equal ones are compiled once."""
+
+    operator: str
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[str, ...]
+    num_warps: int
+    grid: tuple[int, ...]
+
+    @property
+    def code(self) -> tuple[Any, ...]:
+        return (self.kernel, self.signature, self.constants, self.divisible, self.num_warps)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel needs on one architecture."""
+
+    operator: str
+    kernel: str
+    variant: str
+    shape: str
+    dtype: str
+    layout: str
+    arch: int
+    warps: int
+    programs: int
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+    widest_load_bits: int
+    widest_store_bits: int
+
+
+def _specialise(operator: str, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps: int) -> Launch:
+    """The rules by which Triton specialises at a launch: 1 is a constant, multiples of 16 are known as such."""
+    signature, constants, divisible = [], [], []
+    for parameter in kernel.params:
+        name, value = parameter.name, arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature.append((name, "constexpr"))
+            constants.append((name, value))
+        elif isinstance(value, torch.Tensor):
+            signature.append((name, _POINTER[value.dtype]))
+            divisible.append(name)
+        elif isinstance(value, int):
+            signature.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
+            if value % 16 == 0:
+                divisible.append(name)
+        else:
+            signature.append((name, "fp32"))
+    return Launch(operator, kernel, tuple(signature), tuple(constants), tuple(divisible), warps, grid)
+
+
+def launches(
+    batch: int,
+    channels: int,
+    size: int,
+    *,
+    stride: int = 1,
+    rate: int = 1,
+    kernel: int = 3,
+    multiplier: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    channels_last: bool = True,
+) -> list[Launch]:
+    """Every launch of the five operators on (batch, channels, size, size), equal code once."""
+    caught: dict[tuple[Any, ...], Launch] = {}
+    operator = ""
+
+    def catch(launched: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps: int, device: Any) -> None:
+        launch = _specialise(operator, launched, grid, arguments, warps)
+        caught.setdefault(launch.code, launch)
+
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.empty(batch, channels, size, size, dtype=dtype, device="meta", memory_format=memory_format)
+    weight = torch.empty(channels * multiplier, 1, kernel, kernel, dtype=dtype, device="meta")
+    vector = torch.empty(channels * multiplier, device="meta")
+    padding = rate * (kernel - 1) // 2
+    geometry = ((stride, stride), (padding,) * 4, (rate, rate))
+    norm = (vector, vector, 1e-3, 1)
+    with mock.patch.object(atrous_depthwise, "_launch", catch):
+        operator = "conv2d"
+        y = atrous_depthwise.atrous_depthwise_conv2d(x, weight, *geometry)
+        operator = "bn_act_inference"
+        atrous_depthwise.atrous_depthwise_bn_act_inference(x, weight, vector, vector, *norm, *geometry)
+        operator = "bn_act_training"
+        for save_conv in (True, False):
+            atrous_depthwise.atrous_depthwise_bn_act_training(x, weight, *norm, *geometry, save_conv)
+        operator = "conv2d_backward"
+        for needs in ((True, True), (True, False), (False, True)):
+            atrous_depthwise.atrous_depthwise_conv2d_backward(y, x, weight, *geometry, *needs)
+        operator = "bn_act_backward"
+        atrous_depthwise.atrous_depthwise_bn_act_backward(
+            y, x, weight, y, vector, vector, vector, vector, 1e-3, 1, True, *geometry, True, True
+        )
+    return list(caught.values())
+
+
+def compile_launch(launch: Launch, arch: int) -> Any:
+    """Triton's compiled kernel for ``sm_<arch>``."""
+    names = [name for name, _ in launch.signature]
+    source = ASTSource(
+        fn=launch.kernel,
+        signature=dict(launch.signature),
+        constexprs={(names.index(name),): value for name, value in launch.constants},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.num_warps})
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def inspect(compiled: Any) -> dict[str, int]:
+    """Registers, shared memory, spills and access widths of a compiled kernel's machine code."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _run(_tool("cuobjdump"), "-res-usage", str(cubin))
+        code = _run(_tool("nvdisasm"), "-c", str(cubin))
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage:\n{usage}")
+    registers, stack, _, local = map(int, found.groups())
+    # Spilled values are in the stack frame; a kernel of ours has no other use for one.
+    return {
+        "registers": registers,
+        "shared_bytes": compiled.metadata.shared,
+        "spill_bytes": stack + local,
+        "widest_load_bits": _widest(code, "LDG"),
+        "widest_store_bits": _widest(code, "STG"),
+    }
+
+
+def _widest(code: str, instruction: str) -> int:
+    bits = [0]
+    for modifiers in re.findall(rf"\b{instruction}((?:\.\w+)*)", code):
+        named = re.search(r"\.(?:[US]?(8|16)|(64|128|256))\b", modifiers)
+        bits.append(int(next(filter(None, named.groups()))) if named else 32)
+    return max(bits)
+
+
+def _variant(launch: Launch) -> str:
+    constants = dict(launch.constants)
+    parts = []
+    if "partials" in dict(launch.signature) and launch.kernel is atrous_depthwise._forward_kernel:
+        parts.append("plain" if "mean" in constants else "normalised")
+        if "partials" not in constants:
+            parts[-1] = "statistics" + ("" if "y" in constants else ", stored")
+    if launch.kernel is atrous_depthwise._grad_weight_kernel:
+        parts.append("alone" if "grad_x" in constants else "with grad_x")
+    if launch.kernel is atrous_depthwise._sum_slices_kernel:
+        parts.append("weight" if "second" in constants else "gamma, beta")
+    if "BLOCK_C" in constants and "TILE_W" in constants:
+        parts.append(f"{constants['TILE_H']}x{constants['TILE_W']} px x {constants['BLOCK_C']} ch")
+    return "; ".join(parts)
+
+
+def measure(shapes: list[str], dtypes: list[str], architectures: list[int]) -> Iterator[Resources]:
+    """One row per distinct machine code; what several shapes share is listed under the first."""
+    seen: set[tuple[Any, ...]] = set()
+    for name in shapes:
+        layer = layers.NAMED[name]
+        for dtype in dtypes:
+            for layout in ("nchw", "nhwc"):
+                for launch in launches(
+                    8, layer.channels, layer.size, stride=layer.stride, rate=layer.rate, dtype=DTYPES[dtype],
+                    channels_last=layout == "nhwc",
+                ):  # fmt: skip
+                    if launch.code in seen:
+                        continue
+                    seen.add(launch.code)
+                    for arch in architectures:
+                        yield Resources(
+                            operator=launch.operator, kernel=launch.kernel.__name__.strip("_"),
+                            variant=_variant(launch), shape=f"{layer.name}/N8", dtype=dtype, layout=layout, arch=arch,
+                            warps=launch.num_warps, programs=launch.grid[0],
+                            **inspect(compile_launch(launch, arch)),
+                        )  # fmt: skip
+
+
+def table(rows: list[Resources]) -> str:
+    """Markdown, one line per kernel variant; figures of several architectures side by side where they differ."""
+    grouped: dict[tuple[Any, ...], list[Resources]] = {}
+    for row in rows:
+        key = (row.shape, row.dtype, row.layout, row.kernel, row.variant, row.warps, row.programs)
+        grouped.setdefault(key, []).append(row)
+
+    def figures(group: list[Resources], field: str) -> str:
+        values = [getattr(r, field) for r in group]
+        return str(values[0]) if len(set(values)) == 1 else " / ".join(map(str, values))
+
+    fields = ("registers", "shared_bytes", "spill_bytes", "widest_load_bits", "widest_store_bits")
+    header = ("shape", "dtype", "layout", "kernel", "variant", "warps", "programs", "registers", "shared memory, B",
+              "spills, B", "widest load, bit", "widest store, bit")  # fmt: skip
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for key, group in grouped.items():
+        lines.append("| " + " | ".join([*map(str, key), *(figures(group, f) for f in fields)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="compute capabilities")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=sorted(layers.NAMED))
+    parser.add_argument("--dtype", nargs="+", default=["bf16", "fp32"], choices=sorted(DTYPES))
+    parser.add_argument("--no-write", action="store_true", help=f"print only; do not write {FILE.name} and its table")
+    options = parser.parse_args(arguments)
+    rows = []
+    for row in measure(options.shapes, options.dtype, options.arch):
+        rows.append(row)
+        if row.spill_bytes:
+            print(f"SPILL: {row}", file=sys.stderr)
+    text = table(rows)
+    print(text)
+    if not options.no_write:
+        FILE.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(json.dumps(asdict(r)) for r in rows)
+        FILE.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{lines}\n]}}\n')
+        architectures = ", ".join(f"sm_{a}" for a in options.arch)
+        FILE.with_suffix(".md").write_text(
+            f"# Triton kernels, compiled by Triton {triton.__version__} for {architectures} (not run)\n\n"
+            "Written by `python benchmarks/triton_resources.py`. Where the architectures differ, in the order above; code\n"
+            "that several shapes share is listed once.\n\n" + text
+        )
+    return int(any(r.spill_bytes for r in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
