@@ -302,18 +302,18 @@ def test_channels_last() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_compile() -> None:
-    model = small().eval()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    x = torch.randn(2, 3, 33, 49)
-    with torch.no_grad():
-        assert relative_error(compiled(x), model(x)) < 1e-5
-    model.train()
-    weight = torch.randn(2, 5, 33, 49)
+    # The training step: test_export traces the evaluation mode.
+    model = small().train()
     reference = copy.deepcopy(model)
-    (compiled(x) * weight).sum().backward()
-    (reference(x) * weight).sum().backward()
+    x, weight = torch.randn(2, 3, 33, 49), torch.randn(2, 5, 33, 49)
+    actual = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    expected = reference(x)
+    assert relative_error(actual, expected) < 1e-4
+    (actual * weight).sum().backward()
+    (expected * weight).sum().backward()
     assert_same_gradients(model, reference, 1e-3)
-    assert torch.allclose(model.aspp.project.norm.running_var, reference.aspp.project.norm.running_var)
+    for (name, ours), theirs in zip(model.named_buffers(), reference.buffers(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5), name
 
 
 @pytest.mark.filterwarnings("ignore")
