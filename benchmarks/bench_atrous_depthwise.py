@@ -124,11 +124,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--quick", action="store_true", help="the named shapes with N = 1, few rounds, no torch.compile"
     )
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--min", action="store_true", help="judge by minima (a busy machine); nothing is saved")
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--json", type=Path, help="merge the records into this file; a full run has a default")
     parser.add_argument("--floors", action="store_true", help="print what moving the bytes takes and stop")
     parser.add_argument("--list", action="store_true", help="print the shapes and stop")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.min and args.json:
+        parser.error("--min is for looking, not for keeping: leave --json out")
+    return args
 
 
 def options_of(args: argparse.Namespace) -> measure.Options:
@@ -183,10 +187,12 @@ def run(args: argparse.Namespace) -> list[dict]:
         print(floors(shapes))
         return []
     path = args.json
-    if path is None and not (args.quick or args.shapes or args.no_pytorch):
+    if path is None and not (args.quick or args.shapes or args.no_pytorch or args.min):
         path = measure.results_folder() / FILE
     document = measure.load(path) if path else {"records": []}
     document["machine"] = measure.machine()
+    if (load := measure.load_average()) > 1:
+        print(f"{load:.1f} other processes were running on average: figures of a busy machine", file=sys.stderr)
     options, start, done = options_of(args), time.monotonic(), []
     print(f"measuring {Path(measure.ops.__file__).parent.parent} ({document['machine']['instruction_set']})")
     for mode in ("inference", "training") if args.mode == "both" else (args.mode,):
@@ -194,13 +200,18 @@ def run(args: argparse.Namespace) -> list[dict]:
         for i, shape in enumerate(shapes):
             progress(f"{mode} {i + 1}/{len(shapes)} {shape.name}")
             record = measure.measure(measure.Convolution.of(shape), mode, options, shape.name)
+            if args.min:
+                for timing in record["timings"].values():
+                    timing["median_ms"] = timing["min_ms"]
             records.append(record)
             if path:
                 document["records"] = measure.merge(document["records"], record)
                 measure.save(path, document)
         progress("")
         table = report.rows(records, document["machine"])
-        print(f"{mode}, ms, medians, {document['machine']['threads']} threads, {measure.allocator()} allocator")
+        statistic = "minima" if args.min else "medians"
+        threads = document["machine"]["threads"]
+        print(f"{mode}, ms, {statistic}, {threads} threads, {measure.allocator()} allocator")
         print(report.text(table, report.used_columns(report.COLUMNS[mode], table)))
         print(*report.summary(records, document["machine"]), "", sep="\n")
         done += records

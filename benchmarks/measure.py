@@ -87,6 +87,11 @@ def _commit() -> str:
         return "unknown"
 
 
+def load_average() -> float:
+    """Processes that wanted a core over the last minute; this one counts once it runs."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
 def stamp() -> dict[str, str]:
     """What was measured when."""
     return {"commit": _commit(), "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")}
@@ -461,6 +466,7 @@ def measure(
         "output_bytes": 4 * conv.output_elements,
         "allocator": allocator(),
         "threads": torch.get_num_threads(),
+        "load_average": round(load_average(), 1),
         **stamp(),
         "relative_error": errors,
         "timings": {key: timing.summary() for key, timing in timings.items()},
