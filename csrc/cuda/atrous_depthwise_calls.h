@@ -4,6 +4,7 @@
 
 #include "atrous_depthwise.h"
 #include "atrous_depthwise_general.h"
+#include "atrous_depthwise_nhwc.h"
 #include "channel_passes.h"
 
 namespace deeplab_kernels::cuda {
@@ -29,11 +30,53 @@ struct Calls {
   }
   static int64_t out_count(const DepthwiseShape& s) { return s.batch * s.out_channels() * s.out_h * s.out_w; }
 
+  static bool is_3x3(const DepthwiseShape& s) { return s.kernel_h == 3 && s.kernel_w == 3 && s.multiplier == 1; }
+
+  static bool takes_nhwc(const DepthwiseShape& s, const T* x, const T* weight, const T* out) {
+    return is_3x3(s) && fits_nhwc(s) && s.channels_last && s.channels % kVector<T> == 0 && is_aligned(x) && is_aligned(weight) &&
+           is_aligned(out);
+  }
+
+  static NhwcTiling conv_nhwc_tiling(const DepthwiseShape& s) {
+    return nhwc_tiling<kVector<T>>(s.batch, s.channels, s.out_h, s.out_w, s.stride_h == 1 ? s.rate_h : 1);
+  }
+
+  template <bool kMoments>
+  static void conv_nhwc(const Context& context, const DepthwiseShape& s, const NhwcTiling& t, const T* x, const T* weight,
+                        const Norm<A>& norm, T* out, A* partial) {
+    const dim3 block(kNhwcPacks, unsigned(t.columns));
+    launch("conv3x3_nhwc", s.stride_h == 1 ? conv3x3_nhwc<T, true, kMoments> : conv3x3_nhwc<T, false, kMoments>,
+           s.batch * t.items() * t.column_blocks * t.groups, block,
+           kMoments    ? block.x * block.y * sizeof(Moments<A, kVector<T>>)
+           : norm.mean ? kNhwcPacks * kVector<T> * sizeof(Affine<A>)
+                       : 0,
+           context.stream, s, t, x, weight, norm, out,
+           partial);
+  }
+
   // out = conv(x), or act(norm(conv(x))) where norm has a mean.
   static void conv(const Context& context, const DepthwiseShape& s, const T* x, const T* weight, const Norm<A>& norm,
                    T* out) {
+    if (takes_nhwc(s, x, weight, out))
+      return conv_nhwc<false>(context, s, conv_nhwc_tiling(s), x, weight, norm, out, nullptr);
     launch("conv_general", conv_general<T>, ceil_div(out_count(s), kGeneralThreads), dim3(kGeneralThreads), 0,
            context.stream, s, x, weight, out, norm);
+  }
+
+  // Statistics of conv(x), in the pass that computes it where there is a kernel for that. y = conv(x) if not null;
+  // otherwise `workspace`, of y's size, may be overwritten.
+  static void conv_moments(const Context& context, const DepthwiseShape& s, const T* x, const T* weight, T* y,
+                           T* workspace, A* mean, A* var) {
+    if (takes_nhwc(s, x, weight, y)) {
+      const NhwcTiling t = conv_nhwc_tiling(s);
+      const int64_t slices = s.batch * t.items() * t.column_blocks;
+      A* partial = acc_scratch(context, slices * 3 * s.channels);
+      conv_nhwc<true>(context, s, t, x, weight, no_norm(), y, partial);
+      return run_merge_moments(context.stream, static_cast<const A*>(partial), slices, s.channels, mean, var);
+    }
+    T* conv_out = y ? y : workspace;
+    conv(context, s, x, weight, no_norm(), conv_out);
+    moments(context, s, conv_out, mean, var);
   }
 
   static void moments(const Context& context, const DepthwiseShape& s, const T* y, A* mean, A* var) {
@@ -52,19 +95,45 @@ struct Calls {
 
   static void training(const Context& context, const DepthwiseShape& s, const T* x, const T* weight, Norm<A> norm, T* out,
                        T* y, A* mean, A* var) {
-    // Without y the convolution runs twice, through `out`.
-    T* conv_out = y ? y : out;
-    conv(context, s, x, weight, no_norm(), conv_out);
-    moments(context, s, conv_out, mean, var);
+    conv_moments(context, s, x, weight, y, out, mean, var);
     norm.mean = mean, norm.var = var;
-    if (!y) return conv(context, s, x, weight, norm, out);
+    if (!y) return conv(context, s, x, weight, norm, out);  // a second convolution is cheaper than keeping the first
     const ChannelView view = channel_view<T>(s, is_aligned(y) && is_aligned(out), kStreamBlocks);
     launch("normalise", s.channels_last ? normalise<T, true> : normalise<T, false>, pass_blocks<T>(s, view), pass_block(s),
            0, context.stream, view, static_cast<const T*>(y), norm, out);
   }
 
+  static bool backward_takes_nhwc(const DepthwiseShape& s, const T* grad, const T* y, const T* x, const T* weight,
+                                  const T* grad_x) {
+    return is_3x3(s) && fits_nhwc(s) && s.channels_last && s.stride_h == 1 && s.stride_w == 1 &&
+           s.channels % kNhwcBackwardVector<T> == 0 && is_aligned(grad) && is_aligned(y) && is_aligned(x) &&
+           is_aligned(weight) && is_aligned(grad_x);
+  }
+
+  // With a null norm `grad` is dy, otherwise grad_out.
+  static void backward_nhwc(const Context& context, const DepthwiseShape& s, const T* grad, const T* y,
+                            const NormGrad<A>* norm, const T* x, const T* weight, T* grad_x, T* grad_weight) {
+    const NhwcTiling t = nhwc_tiling<kNhwcBackwardVector<T>>(s.batch, s.channels, s.in_h, s.in_w, s.rate_h);
+    const int64_t items = s.batch * t.items();
+    const int64_t wanted = ceil_div(kReduceBlocks, at_least(t.groups * t.column_blocks, 1));
+    const int64_t slices = grad_weight ? at_least(at_most(items, wanted), 1) : items;
+    A* partial = grad_weight ? acc_scratch(context, slices * t.column_blocks * 9 * s.channels) : nullptr;
+    const dim3 block(kNhwcPacks, unsigned(t.columns));
+    launch("backward3x3_nhwc", norm ? backward3x3_nhwc<T, true> : backward3x3_nhwc<T, false>,
+           slices * t.column_blocks * t.groups, block,
+           at_least(partial ? block.x * block.y * 9 * kNhwcBackwardVector<T> * sizeof(A) : 0,
+                    norm ? kNhwcPacks * kNhwcBackwardVector<T> * sizeof(AffineGrad<A>) : 0),
+           context.stream, s, t, slices, grad, y,
+           norm ? *norm : NormGrad<A>{}, x, weight, grad_x, partial);
+    if (grad_weight)
+      run_sum_slices<T>(context.stream, partial, slices * t.column_blocks, 9, s.channels, grad_weight);
+  }
+
   static void conv_backward(const Context& context, const DepthwiseShape& s, const T* grad_y, const T* x, const T* weight,
                             T* grad_x, T* grad_weight) {
+    if (!grad_x && !grad_weight) return;
+    if (backward_takes_nhwc(s, grad_y, nullptr, x, weight, grad_x))
+      return backward_nhwc(context, s, grad_y, nullptr, nullptr, x, weight, grad_x, grad_weight);
     if (grad_x) {
       const int64_t total = s.batch * s.channels * s.in_h * s.in_w;
       launch("grad_x_general", grad_x_general<T>, ceil_div(total, kGeneralThreads), dim3(kGeneralThreads), 0,
@@ -104,6 +173,8 @@ struct Calls {
     const int64_t count = s.batch * s.out_h * s.out_w;
     const NormGrad<A> norm_grad_of{norm, grad_beta, grad_gamma,
                                    batch_statistics && count > 0 ? A(1) / A(count) : A(0)};
+    if (backward_takes_nhwc(s, grad_out, y, x, weight, grad_x))
+      return backward_nhwc(context, s, grad_out, y, &norm_grad_of, x, weight, grad_x, grad_weight);
     T* grad_y = scratch(context, out_count(s));
     const ChannelView stream = channel_view<T>(s, aligned && is_aligned(grad_y), kStreamBlocks);
     launch("norm_grad", s.channels_last ? norm_grad<T, true> : norm_grad<T, false>, pass_blocks<T>(s, stream),
