@@ -1,0 +1,139 @@
+"""Training: the schedule, what is decayed, crops, and that it learns and repeats."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from deeplab_kernels.models.data import IGNORE, Scene, SceneDataset
+from deeplab_kernels.models.training import (
+    TrainingConfig,
+    _batch,
+    parameter_groups,
+    poly_learning_rate,
+    segmentation_loss,
+    train,
+)
+from torch import nn
+
+
+def small_net() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.1), nn.Conv2d(16, 7, 1)
+    )
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    return [SceneDataset(6, 49, seed=0)[i] for i in range(6)]
+
+
+def test_poly_schedule():
+    config = TrainingConfig(steps=100, learning_rate=0.5, power=0.9, warmup_steps=4)
+    assert [poly_learning_rate(s, 100, config) for s in (0, 1)] == pytest.approx([0.1, 0.2 * 0.99**0.9])
+    assert poly_learning_rate(50, 100, config) == pytest.approx(0.5 * 0.5**0.9)
+    rates = [poly_learning_rate(s, 100, config) for s in range(10, 101)]
+    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert rates[-1] == 0
+
+
+def test_depthwise_kernels_and_norms_are_not_decayed():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
+    decayed, plain = parameter_groups(model, 1e-4)
+    assert [p.shape for p in decayed["params"]] == [(8, 3, 3, 3), (4, 8, 1, 1)]
+    assert decayed["weight_decay"] == 1e-4
+    assert len(plain["params"]) == 6
+    assert plain["weight_decay"] == 0
+
+
+def test_loss_ignores_255():
+    logits = torch.randn(2, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(3, (2, 5, 5))
+    target[0, :3] = IGNORE
+    loss = segmentation_loss(logits, target)
+    kept = target != IGNORE
+    direct = -logits.float().log_softmax(1).gather(1, target.clamp(max=2)[:, None])[:, 0][kept].mean()
+    torch.testing.assert_close(loss, direct)
+    loss.backward()
+    assert (logits.grad.movedim(1, -1)[~kept] == 0).all()
+    assert segmentation_loss(logits, torch.full_like(target, IGNORE)) == 0
+
+
+def test_crops_keep_image_and_labels_together():
+    size = 40
+    index = np.arange(size * size).reshape(size, size)
+    image = np.stack([index % 256, index // 256, index * 0], 2).astype(np.uint8)
+    scenes = [Scene(image, (index % 7).astype(np.uint8))]
+    images, labels = _batch(scenes, TrainingConfig(batch_size=16, crop=17), np.random.default_rng(0))
+    at = images[..., 0].astype(int) + 256 * images[..., 1].astype(int)
+    assert np.array_equal(labels, at % 7)
+    steps = np.diff(at, axis=2)
+    assert {int(s) for s in np.unique(steps)} == {1, -1}  # both mirrored and not
+    assert len(np.unique(at[:, 0, 8])) > 8  # from many places
+
+
+def test_a_scene_smaller_than_the_crop_is_padded_with_ignore():
+    scene = SceneDataset(1, (5, 9), seed=0)[0]
+    images, labels = _batch([scene], TrainingConfig(batch_size=1, crop=12), np.random.default_rng(0))
+    assert (labels[0, 5:] == IGNORE).all()
+    assert (labels[0, :, 9:] == IGNORE).all()
+    assert (images[0, 5:] == 0).all()
+    assert np.array_equal(np.sort(labels[0, :5, :9], axis=None), np.sort(scene.labels, axis=None))
+
+
+def test_the_loss_falls(scenes):
+    result = train(small_net(), scenes, TrainingConfig(steps=40, batch_size=4, crop=33, learning_rate=0.1))
+    assert result.steps == result.planned_steps == 40
+    assert np.mean(result.losses[-5:]) < 0.8 * np.mean(result.losses[:3])
+
+
+def test_the_same_seed_gives_the_same_weights(scenes):
+    def weights(seed: int) -> list[torch.Tensor]:
+        model = small_net()
+        torch.manual_seed(torch.seed() % 1000)  # what was drawn before must not matter
+        train(model, scenes, TrainingConfig(steps=5, batch_size=2, crop=17, seed=seed))
+        assert not model.training
+        return [p.detach() for p in model.parameters()]
+
+    first, second, other = weights(1), weights(1), weights(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first[0], other[0])
+
+
+def test_training_leaves_the_global_generator_alone(scenes):
+    model = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(3, 7, 1))
+    state = torch.get_rng_state()
+    train(model, scenes, TrainingConfig(steps=1, crop=9))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_time_limit_shortens_the_run_and_ends_the_schedule(scenes):
+    seen = []
+    config = TrainingConfig(steps=10_000, batch_size=2, crop=17, time_limit=0.5)
+    result = train(small_net(), scenes, config, on_step=lambda step, steps, loss: seen.append((step, steps)))
+    assert result.planned_steps == 10_000
+    assert result.steps < 10_000
+    assert seen[-1] == (result.steps, result.steps)
+    assert result.seconds < 20
+
+
+def test_a_loss_that_is_not_finite_is_reported(scenes):
+    model = small_net()
+    with torch.no_grad():
+        model[-1].bias.fill_(math.inf)
+    with pytest.raises(FloatingPointError, match="at step 0"):
+        train(model, scenes, TrainingConfig(steps=2, batch_size=2, crop=17))
+
+
+def test_bad_arguments_are_named(scenes):
+    with pytest.raises(ValueError, match="scenes must not be empty"):
+        train(small_net(), [], TrainingConfig(steps=1))
+    for name in ("steps", "batch_size", "crop"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            TrainingConfig(**{name: 0})
+    with pytest.raises(ValueError, match="learning_rate"):
+        TrainingConfig(learning_rate=0)
