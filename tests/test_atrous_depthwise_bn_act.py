@@ -321,7 +321,10 @@ def test_activation_at_and_beyond_its_edges(activation, layout):
     torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
     out.backward(torch.ones_like(out))
     expected.backward(torch.ones_like(out))
-    torch.testing.assert_close(inputs[0].grad, plain[0].grad, rtol=0, atol=0, equal_nan=True)
+    # At NaN torch's relu6 passes the gradient in the last elements of a tensor and stops it in the others.
+    known = slice(0, -1) if activation == "relu6" else slice(None)
+    torch.testing.assert_close(inputs[0].grad[..., known], plain[0].grad[..., known], rtol=0, atol=0)
+    assert (inputs[0].grad[..., -1] == 1).all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -257,6 +257,7 @@ class Worker {
     const T* grad_out;
     const T* y;
     bool with_norm;
+    bool batch_statistics;  // mean and variance depend on x; otherwise y, which may be infinite, has no part in it
     const A* mean_grad;  // per lane: sum of g / count
     const A* mean_dot;   // per lane: sum of g * xhat / count
     T* grad_x;           // null: not wanted
@@ -661,6 +662,7 @@ class Worker {
     }
     convolution_row(i, part, rows, pass_.y);
     const A* g = grad_row(src);
+    const bool batch = pass_.batch_statistics;
     if constexpr (kNhwc) {
       for (int64_t l = 0; l < lanes_; l += L) {
         const V scale = load(scale_ + l), shift = load(shift_ + l), mean = load(mean_ + l), inv = load(inv_std_ + l);
@@ -668,7 +670,7 @@ class Worker {
         for (int64_t j = 0; j < s_.out_w; ++j) {
           const V y = load(y_ + j * lanes_ + l);
           const V grad = masked(load(g + j * lanes_ + l), V(y * scale + shift), activation_);
-          store(dst + j * lanes_ + l, V(scale * (grad - mean_grad - (y - mean) * inv * mean_dot)));
+          store(dst + j * lanes_ + l, V(scale * (batch ? V(grad - mean_grad - (y - mean) * inv * mean_dot) : grad)));
         }
       }
     } else {
@@ -678,11 +680,11 @@ class Worker {
       for (int64_t j = 0; j < whole; j += L) {
         const V y = load(y_ + j);
         const V grad = masked(load(g + j), V(y * scale + shift), activation_);
-        store(dst + j, V(scale * (grad - mean_grad - (y - mean) * inv * mean_dot)));
+        store(dst + j, V(scale * (batch ? V(grad - mean_grad - (y - mean) * inv * mean_dot) : grad)));
       }
       for (int64_t j = whole; j < s_.out_w; ++j) {
         const A grad = masked(g[j], y_[j] * scale + shift, activation_);
-        dst[j] = scale * (grad - mean_grad - (y_[j] - mean) * inv * mean_dot);
+        dst[j] = scale * (batch ? grad - mean_grad - (y_[j] - mean) * inv * mean_dot : grad);
       }
     }
   }
@@ -1017,8 +1019,8 @@ struct Passes {
           if (norm) worker.select_norm(*norm);
           double* grad_weight = z.grad_weight ? weights_of(t) : nullptr;
           if (grad_weight) __builtin_memset(grad_weight, 0, size_t(taps * lanes) * sizeof(double));
-          worker.gradients(task, {z.grad_out, z.y, norm != nullptr, means_of(task.group), means_of(task.group) + lanes,
-                                  z.grad_x, grad_weight});
+          worker.gradients(task, {z.grad_out, z.y, norm != nullptr, batch_statistics, means_of(task.group),
+                                  means_of(task.group) + lanes, z.grad_x, grad_weight});
         });
     if (!z.grad_weight) return;
 
