@@ -71,6 +71,4 @@ def resize_bilinear(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     The official code resizes so everywhere: with sizes n = stride * k + 1 the pixels of a feature map then lie exactly
     on every stride-th input pixel, which is where a convolution with fixed padding centres them.
     """
-    if x.shape[-2:] == torch.Size(size):
-        return x
     return F.interpolate(x, size=(size[0], size[1]), mode="bilinear", align_corners=True)

@@ -13,6 +13,7 @@ from deeplab_kernels.models.backbones import xception65
 from deeplab_kernels.models.heads import ASPP, Decoder
 from deeplab_kernels.models.layers import ConvNormAct, resize_bilinear
 from torch import Tensor, nn
+from torch.export import Dim
 from torch.nn import functional as F
 
 from deeplab_kernels import models
@@ -317,13 +318,15 @@ def test_compile() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_export() -> None:
+def test_export_for_any_batch_and_size() -> None:
     model = small().eval()
+    batch, height, width = Dim("n", min=1, max=16), Dim("h", min=17, max=1025), Dim("w", min=17, max=1025)
     x = torch.randn(2, 3, 33, 49)
-    program = torch.export.export(model, (x,))
-    other = torch.randn(2, 3, 33, 49)
-    with torch.no_grad():
-        assert relative_error(program.module()(other), model(other)) < 1e-5
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch, 2: height, 3: width},))
+    for shape in ((2, 3, 33, 49), (1, 3, 50, 65)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            assert relative_error(program.module()(x), model(x)) < 1e-5
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert "deeplab_kernels.atrous_depthwise_bn_act_inference.default" in names
 
