@@ -1,0 +1,313 @@
+"""Segmenter, weights files and the segment command, on odd images and damaged files."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+import subprocess
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from deeplab_kernels.models import build
+from deeplab_kernels.models.data import CLASS_NAMES, PALETTE, SceneDataset
+from deeplab_kernels.models.segmenter import Segmenter, _tiles, colourise, load_weights, overlay, save_weights
+from PIL import Image
+from torch import nn
+
+from deeplab_kernels import cli
+from deeplab_kernels.errors import UserError
+
+NAME = "deeplabv3plus_small"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> str:
+    torch.manual_seed(0)
+    model = build(NAME, num_classes=7)
+    with torch.no_grad():
+        model.classifier.weight.normal_()  # so that more than one class comes out
+    path = tmp_path_factory.mktemp("weights") / "weights.pt"
+    save_weights(path, model, name=NAME, class_names=CLASS_NAMES, palette=PALETTE, notes={"steps": 0})
+    return str(path)
+
+
+class PixelNet(nn.Module):
+    """Class = brightest channel of the pixel itself, so that tiles must give what the whole image gives. Remembers the
+    sizes that it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parameter, self.sizes = nn.Parameter(torch.zeros(1)), []
+
+    def forward(self, x):
+        self.sizes.append(tuple(x.shape[2:]))
+        return x
+
+
+def pixel_segmenter(**options) -> Segmenter:
+    return Segmenter(PixelNet(), ["r", "g", "b"], [(255, 0, 0), (0, 255, 0), (0, 0, 255)], **options)
+
+
+# Segmenter
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (33, 5), (127, 65), (200, 150), (151, 400)])
+def test_tiles_cover_every_pixel_once(size):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
+    segmenter, seen = pixel_segmenter(tile=100, margin=16), []
+    labels = segmenter(image, on_tile=lambda done, total: seen.append((done, total)))
+    assert labels.dtype == np.uint8
+    assert np.array_equal(labels, image.argmax(2))
+    assert max(max(s) for s in segmenter.model.sizes) <= 100  # memory does not grow with the image
+    assert seen == [(i + 1, len(seen)) for i in range(len(seen))]
+
+
+@pytest.mark.parametrize("length", [1, 99, 100, 101, 169, 1000, 20000])
+def test_tile_geometry(length):
+    tiles = _tiles(length, 100, 16)
+    assert tiles[0][0] == 0
+    assert tiles[-1][1] == length
+    for (_, end, *_), (start, *_) in itertools.pairwise(tiles):
+        assert end == start
+    for start, end, outer_start, outer_end in tiles:
+        assert 0 <= outer_start <= start < end <= outer_end <= length
+        assert outer_end - outer_start <= 100
+        assert start - outer_start == (16 if start else 0) or length <= 100
+        assert outer_end - end in ((16,) if end < length - 16 else range(17))
+
+
+def test_small_images_are_continued_by_their_border():
+    segmenter = pixel_segmenter()
+    assert segmenter(np.array([[[0, 9, 3]]], np.uint8)).tolist() == [[1]]
+    assert min(segmenter.model.sizes[0]) >= 33
+
+
+def test_max_side_shrinks_and_enlarges():
+    image = np.zeros((40, 400, 3), np.uint8)
+    image[:, :200, 2], image[:, 200:, 1] = 255, 255
+    segmenter = pixel_segmenter()
+    labels = segmenter(image, max_side=100)
+    assert segmenter.model.sizes == [(33, 100)]
+    assert (labels[:, :200] == 2).all()
+    assert (labels[:, 200:] == 1).all()
+    assert np.array_equal(segmenter(image, max_side=1000), labels)  # not enlarged
+    with pytest.raises(ValueError, match="max_side"):
+        segmenter(image, max_side=0)
+
+
+def test_from_file_gives_the_same_labels_as_the_model(weights):
+    segmenter = Segmenter.from_file(weights)
+    image = SceneDataset(1, 65, seed=2)[0].image
+    from deeplab_kernels.models.data import to_input
+
+    torch.manual_seed(5)
+    with torch.no_grad():
+        expected = segmenter.model(to_input(image)).argmax(1)[0].numpy()
+    assert len(np.unique(expected)) > 1
+    assert np.array_equal(segmenter(image), expected)
+    assert np.array_equal(segmenter(Image.fromarray(image)), expected)
+    assert segmenter.class_names == CLASS_NAMES
+    assert load_weights(weights)["notes"] == {"steps": 0}
+    shares = segmenter.shares(expected.astype(np.uint8))
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["disc"] == (expected == 1).mean()
+
+
+def test_read_only_arrays_are_taken_without_a_warning(weights):
+    image = SceneDataset(1, 40)[0].image
+    image.setflags(write=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Segmenter.from_file(weights)(image)
+
+
+def test_colourise_and_overlay():
+    labels = np.array([[0, 1], [2, 0]], np.uint8)
+    palette = np.array([(1, 2, 3), (250, 0, 0), (0, 0, 250)], np.uint8)
+    picture = colourise(labels, palette)
+    assert picture.mode == "P"
+    assert np.array_equal(np.asarray(picture), labels)
+    assert np.array_equal(np.asarray(picture.convert("RGB")), palette[labels])
+    rgb = np.full((2, 2, 3), 100, np.uint8)
+    mixed = np.asarray(overlay(rgb, labels, palette))
+    assert mixed[0, 0].tolist() == [100, 100, 100]
+    assert mixed[0, 1].tolist() == [190, 40, 40]
+    with pytest.raises(ValueError, match="same size"):
+        overlay(rgb[:1], labels, palette)
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="one length"):
+        Segmenter(PixelNet(), ["a"], [])
+    with pytest.raises(ValueError, match="twice the margin"):
+        pixel_segmenter(tile=10, margin=5)
+
+
+# Weights files
+
+
+class _Evil:
+    def __reduce__(self):
+        return (print, ("code in a weights file was run",))
+
+
+def _bad_weights(kind: str, good: str, path) -> None:
+    if kind == "code":
+        torch.save({"format": "deeplab_kernels weights", "x": _Evil()}, path)
+    elif kind == "bare pickle with code":
+        path.write_bytes(pickle.dumps(_Evil()))
+    elif kind == "text":
+        path.write_text("hello")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "truncated":
+        data = Path(good).read_bytes()
+        path.write_bytes(data[: len(data) // 2])
+    elif kind == "other zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.txt", "a")
+    elif kind == "plain state_dict":
+        torch.save(build(NAME, num_classes=7, device="meta").state_dict(), path)
+    elif kind == "a tensor":
+        torch.save(torch.zeros(3), path)
+    else:
+        content = torch.load(good, weights_only=True)
+        changes = {
+            "unknown model": {"model": "deeplabv9"},
+            "other classes": {"class_names": ["a", "b"], "palette": [[0, 0, 0], [1, 1, 1]]},
+            "bad palette": {"palette": [[0, 0, 300]] * 7},
+            "newer": {"version": 99},
+            "bad option": {"options": {"wings": 2}},
+        }
+        torch.save({**content, **changes[kind]}, path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("code", "never run"),
+        ("bare pickle with code", "not a weights file"),
+        ("text", "not a weights file"),
+        ("empty", "not a weights file"),
+        ("truncated", "not a weights file|damaged"),
+        ("other zip", "not a weights file|damaged"),
+        ("plain state_dict", "not a weights file of this package"),
+        ("a tensor", "not a weights file of this package"),
+        ("unknown model", "do not fit deeplabv9"),
+        ("other classes", "do not fit"),
+        ("bad palette", "palette"),
+        ("newer", "version 99"),
+        ("bad option", "no option 'wings'"),
+    ],
+)
+def test_bad_weights_files(kind, message, weights, tmp_path, capsys):
+    path = tmp_path / "w.pt"
+    _bad_weights(kind, weights, path)
+    warnings.simplefilter("error")  # nothing but the error is to be seen; pytest puts the filters back
+    with pytest.raises(UserError, match=message) as caught:
+        Segmenter.from_file(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "was run" not in capsys.readouterr().out
+
+
+def test_saving_fails_without_leaving_half_a_file(weights, tmp_path, monkeypatch):
+    target = tmp_path / "w.pt"
+    target.write_bytes(b"old")
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        save_weights(target, PixelNet(), name=NAME, class_names=["a"], palette=[(0, 0, 0)])
+    assert [p.name for p in tmp_path.iterdir()] == ["w.pt"]
+    assert target.read_bytes() == b"old"
+
+
+# The command
+
+
+def segment(*arguments: object) -> int:
+    return cli.main(["segment", *map(str, arguments)])
+
+
+@pytest.fixture
+def photo(tmp_path) -> str:
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(SceneDataset(1, (50, 70), seed=1)[0].image).save(path)
+    return str(path)
+
+
+def test_command(photo, weights, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    assert segment(photo, "--weights", weights, "-o", out) == 0
+    printed = capsys.readouterr().out
+    assert "70 x 50 pixels" in printed
+    labels = Image.open(out / "photo-labels.png")
+    assert (labels.mode, labels.size) == ("P", (70, 50))
+    assert np.array_equal(np.asarray(labels), Segmenter.from_file(weights)(photo))
+    assert Image.open(out / "photo-overlay.png").size == (70, 50)
+    for index in np.unique(np.asarray(labels)):
+        assert CLASS_NAMES[index] in printed
+
+
+def test_command_json_and_names(photo, weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert segment(photo, "--weights", weights, "--json", "--max-side", 40) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["width"], result["height"]) == (70, 50)
+    assert result["labels"] == "photo-labels.png"
+    assert sum(result["classes"].values()) == pytest.approx(1)
+    assert set(result["classes"]) == set(CLASS_NAMES)
+    assert segment(photo, "--weights", weights, "-o", "map.png") == 0
+    assert (tmp_path / "map-overlay.png").exists()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1500, 3), (2, 900)])
+def test_command_on_odd_sizes(size, weights, tmp_path):
+    Image.new("L", size, 90).save(tmp_path / "odd.png")
+    assert segment(tmp_path / "odd.png", "--weights", weights, "-o", tmp_path) == 0
+    assert Image.open(tmp_path / "odd-labels.png").size == size
+
+
+def test_command_errors_are_one_line_with_exit_code_2(photo, weights, tmp_path, capsys):
+    (tmp_path / "text.png").write_text("no image")
+    cases = [
+        ([tmp_path / "none.jpg", "--weights", weights], "none.jpg: No such file"),
+        ([tmp_path / "text.png", "--weights", weights], "not an image"),
+        ([tmp_path, "--weights", weights], "Is a directory"),
+        ([photo, "--weights", tmp_path / "none.pt"], "none.pt: No such file"),
+        ([photo, "--weights", tmp_path / "text.png"], "not a weights file"),
+        ([photo, "--weights", weights, "-o", tmp_path / "x.jpg"], "--output must be a .png"),
+        ([photo, "--weights", weights, "-o", tmp_path / "no" / "x.png"], "there is no folder"),
+        ([photo, "--weights", weights, "--max-side", "0"], "--max-side"),
+        ([photo, "--weights", weights, "--device", "abacus"], "--device abacus"),
+    ]
+    for arguments, message in cases:
+        assert segment(*arguments) == 2, arguments
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert message in captured.err
+        assert captured.err.count("\n") == 1
+
+
+def test_command_does_not_overwrite_the_photo(weights, tmp_path, capsys):
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (9, 9)).save(photo)
+    before = photo.read_bytes()
+    assert segment(photo, "--weights", weights, "-o", photo) == 2
+    assert "is the photo itself" in capsys.readouterr().err
+    assert photo.read_bytes() == before
+
+
+def test_importing_the_package_imports_neither_pillow_nor_tqdm():
+    code = (
+        "import sys, deeplab_kernels, deeplab_kernels.cli; deeplab_kernels.cli.build_parser();"
+        "print([m for m in ('PIL', 'tqdm', 'torch', 'numpy', 'skimage') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
