@@ -48,6 +48,7 @@ class ConvNormAct(nn.Module):
         super().__init__()
         padding = dilation * (kernel_size - 1) // 2
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=False)
+        nn.init.xavier_uniform_(self.conv.weight)  # as the official code's heads; the backbone draws its own
         self.norm = nn.BatchNorm2d(out_channels, eps=eps, momentum=momentum)
         self.activation = activation
 

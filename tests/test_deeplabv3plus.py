@@ -114,6 +114,19 @@ def test_whole_model_of_our_parts_equals_segmentation_models_pytorchs() -> None:
         assert relative_error(ours(x), theirs(x)) < 1e-5
 
 
+def test_initial_weights_of_the_heads_follow_the_official_code() -> None:
+    model = models.build("deeplabv3plus_small")
+    branch = model.aspp.atrous[0]
+    for weight, std in (
+        (branch.depthwise.weight, 0.33 * 0.8796),  # a normal distribution cut at two deviations keeps 0.8796
+        (branch.pointwise.weight, 0.06 * 0.8796),
+        (model.classifier.weight, 0.01 * 0.8796),
+        (model.aspp.project.conv.weight, (2 / (5 * 64 + 64)) ** 0.5),
+    ):
+        assert weight.std().item() == pytest.approx(std, rel=0.06)
+    assert not model.classifier.bias.any()
+
+
 class PlainSeparable(nn.Sequential):
     """depthwise, norm, ReLU, pointwise, norm, ReLU as in the official ASPP and decoder, of torch's own modules."""
 
