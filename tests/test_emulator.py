@@ -273,6 +273,9 @@ def all_cases() -> list[Case]:
             replace(base, c=8, kernel=(7, 7), padding=(6, 6, 6, 6), rate=(2, 2), size=(9, 7)),
             replace(base, c=8, stride=(3, 1), padding=(4, 0, 0, 4), size=(12, 9)),
             replace(base, c=40, n=1, size=(3, 127)),
+            replace(base, c=1, n=1, size=(127, 65), rate=(3, 2), padding=(3, 3, 2, 2)),  # several bands of a plane
+            replace(base, c=4, n=1, size=(65, 33), stride=(2, 1)),
+            replace(base, c=1, n=1, size=(3, 5000)),  # rows too long for shared memory
             replace(base, c=8, misalign=1),
             replace(base, c=8, n=0),
         ]

@@ -4,6 +4,7 @@
 
 #include "atrous_depthwise.h"
 #include "atrous_depthwise_general.h"
+#include "atrous_depthwise_nchw.h"
 #include "atrous_depthwise_nhwc.h"
 #include "channel_passes.h"
 
@@ -54,11 +55,30 @@ struct Calls {
            partial);
   }
 
+  // Bands for the NCHW kernel; none where it does not take the call.
+  static NchwTiling conv_nchw_tiling(const DepthwiseShape& s, const T* x) {
+    if (!is_3x3(s) || s.channels_last || !fits_nchw(s) || !is_aligned(x)) return {};
+    return nchw_tiling(s.out_h, s.out_w, [&](int64_t rows) {
+      const int64_t in_rows = at_most((rows - 1) * s.stride_h + 2 * s.rate_h + 1, s.in_h);
+      return at_least(run_bytes<T>(in_rows * s.in_w), kNchwWarps * int64_t(sizeof(Moments<A, 1>)));
+    });
+  }
+
+  template <bool kMoments>
+  static void conv_nchw(const Context& context, const DepthwiseShape& s, const NchwTiling& t, const T* x, const T* weight,
+                        const Norm<A>& norm, T* out, A* partial) {
+    launch("conv3x3_nchw", s.stride_h == 1 ? conv3x3_nchw<T, true, kMoments> : conv3x3_nchw<T, false, kMoments>,
+           s.batch * s.channels * t.bands, dim3(kNchwThreads), t.shared_bytes, context.stream, s, t, x, weight, norm, out,
+           partial);
+  }
+
   // out = conv(x), or act(norm(conv(x))) where norm has a mean.
   static void conv(const Context& context, const DepthwiseShape& s, const T* x, const T* weight, const Norm<A>& norm,
                    T* out) {
     if (takes_nhwc(s, x, weight, out))
       return conv_nhwc<false>(context, s, conv_nhwc_tiling(s), x, weight, norm, out, nullptr);
+    if (const NchwTiling t = conv_nchw_tiling(s, x); t.bands > 0)
+      return conv_nchw<false>(context, s, t, x, weight, norm, out, nullptr);
     launch("conv_general", conv_general<T>, ceil_div(out_count(s), kGeneralThreads), dim3(kGeneralThreads), 0,
            context.stream, s, x, weight, out, norm);
   }
@@ -73,6 +93,11 @@ struct Calls {
       A* partial = acc_scratch(context, slices * 3 * s.channels);
       conv_nhwc<true>(context, s, t, x, weight, no_norm(), y, partial);
       return run_merge_moments(context.stream, static_cast<const A*>(partial), slices, s.channels, mean, var);
+    }
+    if (const NchwTiling t = conv_nchw_tiling(s, x); t.bands > 0) {
+      A* partial = acc_scratch(context, t.slices(s) * 3 * s.channels);
+      conv_nchw<true>(context, s, t, x, weight, no_norm(), y, partial);
+      return run_merge_moments(context.stream, static_cast<const A*>(partial), t.slices(s), s.channels, mean, var);
     }
     T* conv_out = y ? y : workspace;
     conv(context, s, x, weight, no_norm(), conv_out);
@@ -129,11 +154,31 @@ struct Calls {
       run_sum_slices<T>(context.stream, partial, slices * t.column_blocks, 9, s.channels, grad_weight);
   }
 
+  static NchwTiling backward_nchw_tiling(const DepthwiseShape& s, const T* grad, const T* y, const T* x) {
+    if (!is_3x3(s) || s.channels_last || s.stride_h != 1 || s.stride_w != 1 || !fits_nchw(s) || !is_aligned(grad) ||
+        !is_aligned(y) || !is_aligned(x))
+      return {};
+    return nchw_tiling(s.in_h, s.in_w, [&](int64_t rows) {
+      return at_least(nchw_backward_bytes(s, rows, sizeof(T), sizeof(A)), 9 * kNchwWarps * int64_t(sizeof(A)));
+    });
+  }
+
+  static void backward_nchw(const Context& context, const DepthwiseShape& s, const NchwTiling& t, const T* grad, const T* y,
+                            const NormGrad<A>* norm, const T* x, const T* weight, T* grad_x, T* grad_weight) {
+    A* partial = grad_weight ? acc_scratch(context, t.slices(s) * 9 * s.channels) : nullptr;
+    launch("backward3x3_nchw", norm ? backward3x3_nchw<T, true> : backward3x3_nchw<T, false>,
+           s.batch * s.channels * t.bands, dim3(kNchwThreads), t.shared_bytes, context.stream, s, t, grad, y,
+           norm ? *norm : NormGrad<A>{}, x, weight, grad_x, partial);
+    if (grad_weight) run_sum_slices<T>(context.stream, partial, t.slices(s), 9, s.channels, grad_weight);
+  }
+
   static void conv_backward(const Context& context, const DepthwiseShape& s, const T* grad_y, const T* x, const T* weight,
                             T* grad_x, T* grad_weight) {
     if (!grad_x && !grad_weight) return;
     if (backward_takes_nhwc(s, grad_y, nullptr, x, weight, grad_x))
       return backward_nhwc(context, s, grad_y, nullptr, nullptr, x, weight, grad_x, grad_weight);
+    if (const NchwTiling t = backward_nchw_tiling(s, grad_y, nullptr, x); t.bands > 0)
+      return backward_nchw(context, s, t, grad_y, nullptr, nullptr, x, weight, grad_x, grad_weight);
     if (grad_x) {
       const int64_t total = s.batch * s.channels * s.in_h * s.in_w;
       launch("grad_x_general", grad_x_general<T>, ceil_div(total, kGeneralThreads), dim3(kGeneralThreads), 0,
@@ -175,6 +220,8 @@ struct Calls {
                                    batch_statistics && count > 0 ? A(1) / A(count) : A(0)};
     if (backward_takes_nhwc(s, grad_out, y, x, weight, grad_x))
       return backward_nhwc(context, s, grad_out, y, &norm_grad_of, x, weight, grad_x, grad_weight);
+    if (const NchwTiling t = backward_nchw_tiling(s, grad_out, y, x); t.bands > 0)
+      return backward_nchw(context, s, t, grad_out, y, &norm_grad_of, x, weight, grad_x, grad_weight);
     T* grad_y = scratch(context, out_count(s));
     const ChannelView stream = channel_view<T>(s, aligned && is_aligned(grad_y), kStreamBlocks);
     launch("norm_grad", s.channels_last ? norm_grad<T, true> : norm_grad<T, false>, pass_blocks<T>(s, stream),
