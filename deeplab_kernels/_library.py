@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 from functools import cache
 
 import torch
 
 from ._artefacts import HERE, build_info, find_library, not_built_hint
+
+CUDA_BACKENDS = ("cuda", "triton", "reference")
 
 
 def _load_cpu() -> None:
@@ -25,8 +28,18 @@ def _load_cpu() -> None:
         ) from error
 
 
+def _deselected(backend: str) -> str | None:
+    """Why not to use ``backend`` on CUDA devices, or None: DEEPLAB_KERNELS_CUDA_BACKEND names the only one wanted."""
+    wanted = os.environ.get("DEEPLAB_KERNELS_CUDA_BACKEND") or backend
+    if wanted not in CUDA_BACKENDS:
+        raise ImportError(f"DEEPLAB_KERNELS_CUDA_BACKEND must be one of {', '.join(CUDA_BACKENDS)}, got {wanted!r}")
+    return None if wanted == backend else f"DEEPLAB_KERNELS_CUDA_BACKEND={wanted}"
+
+
 def _load_cuda() -> str | None:
     """Loads the CUDA operators; returns why not, or None if they are loaded."""
+    if reason := _deselected("cuda"):
+        return reason
     path = find_library("_C_cuda")
     if path is None:
         return build_info().get("cuda_missing_because") or "the package was built without CUDA"
@@ -40,6 +53,8 @@ def _load_cuda() -> str | None:
 
 
 def _triton_missing() -> str | None:
+    if reason := _deselected("triton"):
+        return reason
     return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 

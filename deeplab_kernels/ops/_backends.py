@@ -1,7 +1,8 @@
 """Which backend serves each operator on each device: the one place where kernels are registered from Python.
 
 CPU: C++ (registered by the library _C). CUDA: CUDA C++ (_C_cuda), else Triton, else plain torch. Any other device:
-plain torch (deeplab_kernels.reference).
+plain torch (deeplab_kernels.reference). The environment variable DEEPLAB_KERNELS_CUDA_BACKEND = cuda | triton |
+reference, read at import, rules the others out; :func:`implementation` calls one backend whatever is registered.
 """
 
 from __future__ import annotations
@@ -36,6 +37,15 @@ def _lazy_triton(stem: str, name: str) -> Callable[..., Any]:
 
     kernel.__name__ = name
     return kernel
+
+
+def implementation(operator: str, backend: str) -> Callable[..., Any]:
+    """``operator`` as "triton" or "reference" computes it, below the dispatcher: no autograd, no autocast."""
+    if backend == "triton":
+        return _lazy_triton(OPERATORS[operator], operator)
+    if backend == "reference":
+        return getattr(reference, operator)
+    raise ValueError(f'backend must be "triton" or "reference", got {backend!r}')
 
 
 def cuda_backend() -> str:

@@ -26,6 +26,9 @@ Copies that are made: a tensor that is neither contiguous nor channels_last beco
 convolution in another layout than x takes x's, and channels_last transposes the weight to [taps][channels].
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (device code takes pointers and blocks, which have no Python types)
+
 from __future__ import annotations
 
 import math
@@ -333,13 +336,14 @@ def _channel_of_element(start, channels, plane, BLOCK: tl.constexpr, CHANNELS_LA
 @triton.jit
 def _normalise_kernel(
     y, out,  # elements in memory order
-    mean, var, gamma, beta, eps, elements, channel_units, plane,
-    UNIT: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+    mean, var, gamma, beta, eps, element_units, channel_units, plane,
+    ELEMENT_UNIT: tl.constexpr, UNIT: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * BLOCK
     c = _channel_of_element(start, channel_units * UNIT, plane, BLOCK, CHANNELS_LAST)
     e = tl.arange(0, BLOCK)
-    valid = e < elements - start
+    valid = e < (element_units - start // ELEMENT_UNIT) * ELEMENT_UNIT  # 64-bit, and its divisor is known
     value = tl.load(y + start + e, mask=valid, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.load(var + c) + eps)
     if gamma is not None:
@@ -415,15 +419,15 @@ def _sum_slices_kernel(
 def _norm_grad_kernel(
     grad, y, grad_y,  # elements in memory order
     mean, var, gamma, beta, sum_g, sum_gx,  # [channels]
-    count, eps, elements, channel_units, plane,
-    UNIT: tl.constexpr, ACTIVATION: tl.constexpr, BATCH_STATISTICS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    count, eps, element_units, channel_units, plane,
+    ELEMENT_UNIT: tl.constexpr, UNIT: tl.constexpr, ACTIVATION: tl.constexpr, BATCH_STATISTICS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad_y = gamma / std * (g - mean(g) - xhat * mean(g xhat)); the means only if mean and var depend on x."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     c = _channel_of_element(start, channel_units * UNIT, plane, BLOCK, CHANNELS_LAST)
     e = tl.arange(0, BLOCK)
-    valid = e < elements - start
+    valid = e < (element_units - start // ELEMENT_UNIT) * ELEMENT_UNIT  # 64-bit, and its divisor is known
     g = tl.load(grad + start + e, mask=valid, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.load(var + c) + eps)
     xhat = (tl.load(y + start + e, mask=valid, other=0.0).to(tl.float32) - tl.load(mean + c)) * scale
@@ -518,7 +522,7 @@ def _grad_weight_kernel(
         first_tap = tl.program_id(1) * GROUP
     tap_sums = ()
     for _ in tl.static_range(GROUP):
-        tap_sums = tap_sums + (_zeros(PIXELS, BLOCK_C, CHANNELS_LAST),)  # noqa: RUF005
+        tap_sums = tap_sums + (_zeros(PIXELS, BLOCK_C, CHANNELS_LAST),)  # type: ignore[assignment]  # noqa: RUF005
     for item in range(first, tl.minimum(first + steps, items)):
         n, h, w, pixel, valid = _pixels(
             item, height, width, row_tiles, col_tiles, phases_h, phases_w, TILE_H, TILE_W, FLAT
@@ -535,7 +539,7 @@ def _grad_weight_kernel(
                 grad_image, h, w, pixel, valid, c, c_valid, first_tap + k, channels, rows, cols, pad_top, pad_left,
                 rate_h, rate_w, KW, SH, SW, SAME_WIDTH, CHANNELS_LAST,
             )  # fmt: skip
-            updated = updated + (tap_sums[k] + g * value,)  # noqa: RUF005
+            updated = updated + (tap_sums[k] + g * value,)  # type: ignore[assignment]  # noqa: RUF005
             if grad_x is not None:
                 sums += g * _load_weight(weight, first_tap + k, c, c_valid, channels, TAPS, CHANNELS_LAST)
         tap_sums = updated
@@ -688,19 +692,23 @@ def _launch(
         kernel[grid](**arguments, num_warps=num_warps)
 
 
-def _unit(channels: int) -> int:
-    """A power of two that divides ``channels``. Triton itself only sees divisibility by 16, and 8 channels of 2 bytes
-    make a 16-byte access already."""
-    return math.gcd(channels, 16)
+def _unit(size: int) -> int:
+    """A power of two that divides ``size``. Triton itself only sees divisibility by 16, and 8 channels of 2 bytes are a
+    16-byte access already."""
+    return math.gcd(size, 16)
+
+
+def _elements(t: Tensor) -> dict[str, int]:
+    unit = _unit(t.numel())
+    return {"element_units": t.numel() // unit, "ELEMENT_UNIT": unit}
 
 
 def _served(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels serve this call; float64 and empty tensors go to the reference."""
-    if x.dtype in _HALF_OR_SINGLE:
-        return x.numel() > 0 and weight.numel() > 0
-    if x.dtype != torch.float64:
+    """Whether the kernels serve this call; float64, empty tensors and planes of 2^31 pixels go to plain torch."""
+    if x.dtype not in (*_HALF_OR_SINGLE, torch.float64):
         raise TypeError(f"x must be float32, float16, bfloat16 or float64, got {x.dtype}")
-    return False
+    sizes_served = x.numel() > 0 and weight.numel() > 0 and x.shape[2] * x.shape[3] < 2**31
+    return sizes_served and x.dtype != torch.float64
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -954,7 +962,8 @@ def atrous_depthwise_bn_act_training(
         return out, x.new_empty(0), mean, var
     unit, block = _unit(shape.channels), _flat_block(shape)
     arguments = {
-        "y": y, "out": out, "mean": mean, "var": var, "gamma": gamma, "beta": beta, "eps": eps, "elements": y.numel(),
+        "y": y, "out": out, "mean": mean, "var": var, "gamma": gamma, "beta": beta, "eps": eps,
+        **_elements(y),
         "channel_units": shape.channels // unit, "UNIT": unit, "plane": shape.rows * shape.cols,
         "ACTIVATION": activation, "CHANNELS_LAST": shape.channels_last, "BLOCK": block,
     }  # fmt: skip
@@ -1017,7 +1026,7 @@ def atrous_depthwise_bn_act_backward(
     block = _flat_block(shape)
     arguments = {
         **common, "grad_y": grad_y, "sum_g": grad_beta, "sum_gx": grad_gamma,
-        "count": float(shape.batch * pixels), "elements": grad.numel(), "plane": pixels,
+        "count": float(shape.batch * pixels), **_elements(grad), "plane": pixels,
         "BATCH_STATISTICS": batch_statistics, "BLOCK": block,
     }  # fmt: skip
     _launch(_norm_grad_kernel, (triton.cdiv(grad.numel(), block),), arguments, 4, x.device)
