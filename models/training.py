@@ -64,6 +64,19 @@ def poly_learning_rate(step: int, steps: int, config: TrainingConfig) -> float:
     return config.learning_rate * warmup * max(0.0, 1 - step / steps) ** config.power
 
 
+def start_near_identity(model: nn.Module, centre: float = 0.4) -> None:
+    """Adds ``centre`` to the middle of every depthwise kernel, in place: a start for short training from scratch.
+
+    The papers' start has kernels around zero, of which a few in a row lose a channel's mean, and so the colours, more
+    often than not; a network that starts from trained weights, or trains for days, does not mind.
+    """
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
+                height, width = module.kernel_size
+                module.weight[:, :, height // 2, width // 2] += centre
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Weight decay for the kernels of dense convolutions only: not for normalisation, biases and depthwise kernels."""
     decayed, plain = [], []

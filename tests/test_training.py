@@ -15,6 +15,7 @@ from deeplab_kernels.models.training import (
     parameter_groups,
     poly_learning_rate,
     segmentation_loss,
+    start_near_identity,
     train,
 )
 from torch import nn
@@ -48,6 +49,18 @@ def test_depthwise_kernels_and_norms_are_not_decayed():
     assert decayed["weight_decay"] == 1e-4
     assert len(plain["params"]) == 6
     assert plain["weight_decay"] == 0
+
+
+def test_start_near_identity_touches_depthwise_centres_alone():
+    depthwise = nn.Conv2d(8, 16, (3, 5), groups=8)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), depthwise, nn.Conv2d(16, 16, 1), nn.Conv2d(1, 1, 3))
+    before = [p.detach().clone() for p in model.parameters()]
+    start_near_identity(model, 0.5)
+    change = [p.detach() - q for p, q in zip(model.parameters(), before, strict=True)]
+    assert [bool(c.any()) for c in change] == [False, False, True] + [False] * 5
+    expected = torch.zeros(16, 1, 3, 5)
+    expected[:, :, 1, 2] = 0.5
+    torch.testing.assert_close(change[2], expected)
 
 
 def test_loss_ignores_255():

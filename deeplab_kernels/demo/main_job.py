@@ -21,7 +21,7 @@ from ..models import build, madds, paper_table
 from ..models.data import Scene, SceneDataset, read_image
 from ..models.evaluation import ConfusionMatrix, evaluate
 from ..models.segmenter import Segmenter, save_weights
-from ..models.training import TrainingConfig, train
+from ..models.training import TrainingConfig, start_near_identity, train
 from . import speed
 from .photographs import Photograph
 from .pictures import mistakes, side_by_side
@@ -41,9 +41,9 @@ class Settings:
     train_scenes: int = 400
     test_scenes: int = 60
     scene_size: int = 193
-    steps: int = 400
-    batch_size: int = 8
-    crop: int = 129
+    steps: int = 2000
+    batch_size: int = 4
+    crop: int = 97
     learning_rate: float = 0.1
     time_limit: float = 110.0
     layers: tuple[speed.Layer, ...] = speed.LAYERS
@@ -83,6 +83,7 @@ def run(
     class_names, palette = SceneDataset.class_names, np.array(SceneDataset.palette, np.uint8)
     torch.manual_seed(seed)
     model = build(MODEL, num_classes=len(class_names)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    start_near_identity(model)
     results = Results(
         command=command,
         seed=seed,

@@ -69,9 +69,9 @@ def draw_scene(height: int, width: int, rng: Generator) -> Scene:
     side = float(np.sqrt(height * width))
     light = rng.uniform(0, 2 * np.pi)
     repeated = int(rng.integers(1, len(CLASS_NAMES))) if rng.random() < 0.15 else 0  # a heap of one kind
-    for _ in range(int(rng.integers(5, 13))):
+    for _ in range(int(rng.integers(4, 11))):
         kind = repeated or int(rng.integers(1, len(CLASS_NAMES)))
-        radius = side * float(np.exp(rng.uniform(np.log(0.08), np.log(0.26))))
+        radius = side * float(np.exp(rng.uniform(np.log(0.1), np.log(0.27))))
         centre = rng.uniform(0, height), rng.uniform(0, width)
         _draw_object(image, labels, kind, centre, max(radius, 3.0), light, rng)
     return Scene(_photograph(image, rng), labels)
@@ -110,7 +110,7 @@ def _colour(rng: Generator, low: float = 0.05, high: float = 0.95) -> Array:
     return rng.uniform(low, high, 3).astype(np.float32)
 
 
-def _near(rng: Generator, *colours: tuple[float, float, float], free: float = 0.15) -> Array:
+def _near(rng: Generator, *colours: tuple[float, float, float], free: float = 0.08) -> Array:
     """A colour close to one of ``colours``; with probability ``free`` any colour."""
     if rng.random() < free:
         return _colour(rng, 0.15)
@@ -148,7 +148,7 @@ def _background(height: int, width: int, rng: Generator) -> Array:
 
 def _ground(height: int, width: int, rng: Generator) -> Array:
     """A plain, cloudy, grainy or gently graded surface."""
-    first, second = (_muted(rng) if rng.random() < 0.85 else _colour(rng) for _ in range(2))
+    first, second = (_muted(rng) if rng.random() < 0.92 else _colour(rng) for _ in range(2))
     style = rng.integers(4)
     if style == 0:  # plain
         second = first + rng.normal(0, 0.04, 3).astype(np.float32)
@@ -299,7 +299,7 @@ def _photograph(image: Array, rng: Generator) -> NDArray[np.uint8]:
     height, width, _ = image.shape
     light = 1 + rng.uniform(0, 0.35) * _smooth_noise(height, width, max(height, width) / 1.5, rng)
     image = image * (light * rng.uniform(0.7, 1.15))[..., None].astype(np.float32)
-    if rng.random() < 0.15:
+    if rng.random() < 0.12:
         saturation = np.float32(rng.uniform(0, 0.6))
         grey = image @ _GREY
         image = _mix(np.repeat(grey[..., None], 3, axis=2), image, np.full(grey.shape, saturation, np.float32))
