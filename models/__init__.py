@@ -1,6 +1,19 @@
 """DeepLab models on the package's operators."""
 
+from typing import TYPE_CHECKING, Any
+
 from .madds import LayerMadds, madds, paper_table
 from .registry import build, list_models
 
-__all__ = ["LayerMadds", "build", "list_models", "madds", "paper_table"]
+if TYPE_CHECKING:
+    from .segmenter import Segmenter
+
+__all__ = ["LayerMadds", "Segmenter", "build", "list_models", "madds", "paper_table"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Segmenter":  # lazy: building a network does not need Pillow
+        from .segmenter import Segmenter
+
+        return Segmenter
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from deeplab_kernels.models.segmenter import Segmenter
+from deeplab_kernels.models import Segmenter
 from PIL import Image
 
 from deeplab_kernels import cli
