@@ -402,6 +402,18 @@ def test_functional_transforms():
     torch.testing.assert_close(tangent, conv_by_definition(x, weights[0], case))
 
 
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
+def test_functional_transforms_under_compile(transform):
+    case = Case((3, 2, 5, 7), padding=1)
+    x, weight = random_conv(case, torch.float64, requires_grad=False)
+    function = {
+        "vmap": lambda w: torch.func.vmap(lambda t: ours(t[None], w, case)[0])(x),
+        "grad": torch.func.grad(lambda w: ours(x, w, case).square().sum()),
+        "jvp": lambda w: torch.func.jvp(lambda t: ours(x, t, case), (w,), (w,))[1],
+    }[transform]
+    torch.testing.assert_close(torch.compile(function, backend="aot_eager")(weight), function(weight))
+
+
 def test_functional_call():
     x, weight = random_conv(Case((2, 5, 9, 11)), torch.float32, requires_grad=False)
     layer = Layer(torch.zeros_like(weight))

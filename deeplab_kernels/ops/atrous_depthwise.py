@@ -37,11 +37,9 @@ def _transforms_active() -> bool:
 
 def _call(name: str, tensors: Sequence[Tensor | None], *args: Any) -> Any:
     operator = getattr(_ops, name).default
-    if torch.compiler.is_compiling():
-        return operator(*tensors, *args)
     if _transforms_active():  # the operator has no rules for them and would drop tangents silently; its definition has
         return _backends.without_autocast(getattr(reference, name), cast_arguments=2)(*tensors, *args)
-    if _needs_autograd(*tensors):
+    if torch.compiler.is_compiling() or _needs_autograd(*tensors):
         return operator(*tensors, *args)
     # Without gradients the Python autograd key is skipped: it costs more than a small convolution.
     with torch._C._AutoDispatchBelowAutograd():
@@ -49,7 +47,9 @@ def _call(name: str, tensors: Sequence[Tensor | None], *args: Any) -> Any:
 
 
 def _vector(v: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if v is None else v.to(dtype).contiguous()
+    if v is None or (v.dtype == dtype and v.is_contiguous()):
+        return v
+    return v.to(dtype).contiguous()
 
 
 def atrous_depthwise_conv2d(
@@ -64,14 +64,17 @@ def atrous_depthwise_conv2d(
     Output channel ``c*m + q`` filters input channel ``c``, as ``torch.nn.functional.conv2d(..., groups=C)`` does.
 
     Args:
-        x: floating point, contiguous or channels_last without a copy; any other layout is copied.
-        weight: dtype of ``x`` (under autocast both take the autocast dtype).
+        x: float32, float64, bfloat16 or float16 (on the CPU float16 is converted to float32 and back); contiguous or
+            channels_last, any other layout is copied.
+        weight: dtype of ``x`` (under autocast both take the autocast dtype, as in torch's convolutions).
         stride, dilation: positive int or (vertical, horizontal). The papers call dilation the rate.
         padding: zeros around the image: int, (vertical, horizontal), (top, bottom, left, right), "valid", or "same"
             (keeps the size at stride 1; with a stride (effective kernel - 1) // 2 before and the rest after).
 
     Returns:
         (N, C*m, H', W') in x's dtype and memory format; sums are formed in float32 (float64 for float64).
+        Empty for an empty batch or no channels. Differentiable twice; under ``torch.func``'s transforms and forward-mode
+        differentiation the definition in plain torch serves.
 
     Raises:
         ValueError, TypeError: an argument is not as above; the message names it.
@@ -106,7 +109,8 @@ def atrous_depthwise_bn_act(
             ``training=True`` the batch's own mean and biased variance normalise, and those given are updated in place:
             ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance
             (``torch.nn.BatchNorm2d``).
-        eps: added to the variance.
+        momentum: in [0, 1]; weight of the batch in that update.
+        eps: added to the variance; positive (0 is allowed with ``training=False``).
         activation: "relu", "relu6", or None / "none".
 
     Returns:
