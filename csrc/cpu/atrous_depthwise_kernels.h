@@ -13,16 +13,6 @@
 namespace deeplab_kernels::cpu {
 namespace {
 
-// Integer as wide as A: what a shuffle's indices have to be.
-template <typename A>
-struct IndexOf {
-  using type = int32_t;
-};
-template <>
-struct IndexOf<double> {
-  using type = int64_t;
-};
-
 template <typename A>
 struct Tap {
   const A* input;
@@ -367,14 +357,11 @@ class Worker {
     const int64_t e = -row.origin;
     A* even = dst + e % 2 * row.phase_size + e / 2;
     A* odd = dst + (e + 1) % 2 * row.phase_size + (e + 1) / 2;
-    using I = typename VectorOf<typename IndexOf<A>::type, int(L)>::type;
-    I first, second;
-    for (int l = 0; l < L; ++l) first[l] = 2 * l, second[l] = 2 * l + 1;
     int64_t w = 0;
     for (; w + 2 * L <= row.columns; w += 2 * L) {
       const V a = load(src + w), b = load(src + w + L);
-      store(even + w / 2, V(__builtin_shuffle(a, b, first)));
-      store(odd + w / 2, V(__builtin_shuffle(a, b, second)));
+      store(even + w / 2, every_second<0>(a, b));
+      store(odd + w / 2, every_second<1>(a, b));
     }
     for (; w < row.columns; ++w) (w % 2 ? odd : even)[w / 2] = widen(src[w]);
   }

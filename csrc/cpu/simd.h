@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "atrous_depthwise_isa.h"
 
@@ -47,6 +48,16 @@ DK_INLINE Vec<float> load(const BFloat16Bits* p) {
 template <typename A>
 DK_INLINE void store(A* p, Vec<A> v) {
   *reinterpret_cast<typename VectorOf<A, kLanes<A>>::unaligned*>(p) = v;
+}
+
+// Every second element of a and then of b, from element kFirst on.
+template <int kFirst, typename V, int... kIndex>
+DK_INLINE V every_second(V a, V b, std::integer_sequence<int, kIndex...>) {
+  return __builtin_shufflevector(a, b, (2 * kIndex + kFirst)...);
+}
+template <int kFirst, typename V>
+DK_INLINE V every_second(V a, V b) {
+  return every_second<kFirst>(a, b, std::make_integer_sequence<int, sizeof(V) / sizeof(a[0])>());
 }
 
 // Rounds to nearest, ties to even; NaN stays NaN.
