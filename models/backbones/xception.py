@@ -73,6 +73,7 @@ class XceptionBlock(nn.Module):
     def set_geometry(self, stride: int, rates: Sequence[int]) -> None:
         """Sets the stride of the block and the rate of each of its three convolutions; weights stay as they are."""
         for i, (conv, rate) in enumerate(zip(self.convs, rates, strict=True)):
+            assert isinstance(conv, AtrousSeparableConv2d)
             conv.stride = (stride, stride) if i == 2 else (1, 1)
             conv.dilation = (rate, rate)
         if isinstance(self.shortcut, ConvNormAct):
@@ -148,6 +149,7 @@ class Xception(nn.Module):
         check_output_stride(output_stride)
         stride, rate = 2, 1
         for block in self.blocks:
+            assert isinstance(block, XceptionBlock)
             grid = self.multi_grid if block is self.blocks[-1] else (1, 1, 1)
             rates = [rate * g for g in grid]
             if stride == output_stride:

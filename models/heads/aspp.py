@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class ASPP(nn.Module):
     ) -> None:
         super().__init__()
         rates = positive_ints(rates, "rates")
-        norm = {"eps": eps, "momentum": momentum}
+        norm: dict[str, Any] = {"eps": eps, "momentum": momentum}
         self.pooling = ConvNormAct(in_channels, channels, **norm)
         self.pointwise = ConvNormAct(in_channels, channels, **norm)
         self.atrous = nn.ModuleList(
@@ -57,6 +58,7 @@ class ASPP(nn.Module):
             if isinstance(branch, ConvNormAct):
                 branch.set_rate(rate)
             else:
+                assert isinstance(branch, AtrousSeparableConv2d)
                 branch.dilation = (rate, rate)
 
     def _image_feature(self, x: Tensor) -> Tensor:

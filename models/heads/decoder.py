@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +37,7 @@ class Decoder(nn.Module):
         momentum: float = BN_MOMENTUM,
     ) -> None:
         super().__init__()
-        norm = {"eps": eps, "momentum": momentum}
+        norm: dict[str, Any] = {"eps": eps, "momentum": momentum}
         self.reduce = ConvNormAct(low_level_channels, reduced_channels, **norm)
         widths = [in_channels + reduced_channels] + [channels] * num_convs
         self.convs = nn.Sequential(
