@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import _densecrf
 
-MAX_DIMENSION: int = _densecrf.MAX_DIMENSION
+MAX_DIMENSION = _densecrf.MAX_DIMENSION
 
 
 def lattice_embed(features: ArrayLike) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
@@ -39,5 +39,4 @@ def lattice_embed(features: ArrayLike) -> tuple[NDArray[np.int32], NDArray[np.fl
         raise ValueError(f"features must have shape (points, d), got {array.shape}")
     if not 1 <= array.shape[1] <= MAX_DIMENSION:
         raise ValueError(f"features must have 1 to {MAX_DIMENSION} columns (shape (points, d)), got {array.shape}")
-    keys, weights = _densecrf.lattice_embed(np.ascontiguousarray(array, dtype=np.float64))
-    return keys, weights
+    return _densecrf.lattice_embed(np.ascontiguousarray(array, dtype=np.float64))
