@@ -149,7 +149,9 @@ def _build_lines(build: Report) -> list[str]:
     if not build:
         return [f"  no record of the build: {_artefacts.no_record_hint()}"]
     cuda = build.get("cuda")
-    gpu = f"{', '.join(cuda['architectures'])} ({cuda['nvcc']})" if cuda else f"none: {build['cuda_missing_because']}"
+    gpu = f"none: {build['cuda_missing_because']}"
+    if cuda:
+        gpu = f"{', '.join(f'sm_{a}' for a in cuda['architectures'])} and PTX of the last one ({cuda['nvcc']})"
     return _table(
         [
             ["built with", f"{build['compiler']}, torch {build['torch']}, python {build['python']}"],

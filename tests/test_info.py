@@ -115,4 +115,4 @@ def test_without_torch(monkeypatch):
 def test_build_record(monkeypatch, record):
     monkeypatch.setattr(_artefacts, "build_info", lambda: record)
     text = info.render(info.collect())
-    assert ("80, 90 (V13.0)" in text) if record else ("no record of the build" in text)
+    assert ("sm_80, sm_90 and PTX of the last one (V13.0)" in text) if record else ("no record of the build" in text)
