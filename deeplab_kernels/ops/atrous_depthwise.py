@@ -73,8 +73,8 @@ def atrous_depthwise_conv2d(
 
     Returns:
         (N, C*m, H', W') in x's dtype and memory format; sums are formed in float32 (float64 for float64).
-        Empty for an empty batch or no channels. Differentiable twice; under ``torch.func``'s transforms and forward-mode
-        differentiation the definition in plain torch serves.
+        Empty for an empty batch or no channels. Differentiable twice; under ``torch.func``'s transforms and
+        forward-mode differentiation the plain torch definition serves.
 
     Raises:
         ValueError, TypeError: an argument is not as above; the message names it.
