@@ -148,7 +148,7 @@ def train(
     return result
 
 
-_PACE_CHECKS = (4, 12, 48, 120)  # after so many steps the pace is held against the time limit
+_PACE_CHECKS = (8, 20, 60, 150)  # after so many steps the pace is held against the time limit
 
 
 def _batch(

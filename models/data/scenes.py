@@ -156,6 +156,8 @@ def _ground(height: int, width: int, rng: Generator) -> Array:
         cell = rng.uniform(2, 6)
         field = _smooth_noise(height, width // 8 + 2, cell, rng).repeat(8, axis=1)[:, :width]
         field = field if rng.random() < 0.5 else _smooth_noise(height // 8 + 2, width, cell, rng).repeat(8, 0)[:height]
+        if rng.random() < 0.5:
+            first = _near(rng, (0.6, 0.4, 0.2), (0.4, 0.2, 0.12), free=0)
         second = first + rng.normal(0, 0.12, 3).astype(np.float32)
     else:
         field = _fractal_noise(height, width, rng.uniform(8, 80), rng)
@@ -212,7 +214,7 @@ def _disc(u: Array, v: Array, radius: float, rng: Generator) -> tuple[Array, Arr
         height = np.sqrt(np.clip(1 - q * q, 0, 1))
         shade = 0.45 + 0.6 * height + 0.35 * np.clip(height - 0.8, 0, 1)
     else:
-        base = _near(rng, (0.75, 0.6, 0.3), (0.6, 0.6, 0.6))
+        base = _near(rng, (0.75, 0.6, 0.3), (0.65, 0.65, 0.65), (0.8, 0.8, 0.8))
         relief = _fractal_noise(*q.shape, cell=max(radius / 3, 2.0), rng=rng)
         emboss = np.diff(relief, axis=0, append=relief[-1:]) + np.diff(relief, axis=1, append=relief[:, -1:])
         rim = np.exp(-(((q - 0.9) / 0.07) ** 2)) * rng.uniform(-0.3, 0.3)
@@ -300,7 +302,7 @@ def _photograph(image: Array, rng: Generator) -> NDArray[np.uint8]:
     light = 1 + rng.uniform(0, 0.35) * _smooth_noise(height, width, max(height, width) / 1.5, rng)
     image = image * (light * rng.uniform(0.7, 1.15))[..., None].astype(np.float32)
     if rng.random() < 0.12:
-        saturation = np.float32(rng.uniform(0, 0.6))
+        saturation = np.float32(max(0, rng.uniform(-0.4, 0.6)))
         grey = image @ _GREY
         image = _mix(np.repeat(grey[..., None], 3, axis=2), image, np.full(grey.shape, saturation, np.float32))
     image = image + rng.normal(0, rng.uniform(0.0, 0.04), image.shape).astype(np.float32)
