@@ -46,7 +46,7 @@ __device__ __forceinline__ int64_t offset_of(const Site& s, int64_t channels, in
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kGeneralThreads)
+__global__ void __launch_bounds__(kGeneralThreads, 2)
     conv_general(DepthwiseShape s, const T* x, const T* weight, T* out, Norm<acc_t<T>> norm) {
   using A = acc_t<T>;
   const int64_t total = s.batch * s.out_channels() * s.out_h * s.out_w;
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
 
 // grad_x as a gather: every input element collects from the outputs that read it.
 template <typename T>
-__global__ void __launch_bounds__(kGeneralThreads)
+__global__ void __launch_bounds__(kGeneralThreads, 2)
     grad_x_general(DepthwiseShape s, const T* grad_y, const T* weight, T* grad_x) {
   using A = acc_t<T>;
   const int64_t total = s.batch * s.channels * s.in_h * s.in_w;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
 
 // One tap of the weight gradient per block: partial[slice][tap][channel]. Threads: x over channels, y over output pixels.
 template <typename T>
-__global__ void __launch_bounds__(kGeneralThreads)
+__global__ void __launch_bounds__(kGeneralThreads, 2)
     grad_weight_general(DepthwiseShape s, const T* grad_y, const T* x, int64_t slices, acc_t<T>* partial) {
   using A = acc_t<T>;
   int64_t group, tap, v;

@@ -118,7 +118,7 @@ struct NchwItems {
 
 // Statistics go to partial[slice][3][C], slice = n * bands + band.
 template <typename T, bool kUnitStride, bool kMoments>
-__global__ void __launch_bounds__(kNchwThreads)
+__global__ void __launch_bounds__(kNchwThreads, 2)
     conv3x3_nchw(DepthwiseShape s, NchwTiling tiling, const T* x, const T* weight, Norm<acc_t<T>> norm, T* out,
                  acc_t<T>* partial) {
   using A = acc_t<T>;
@@ -213,7 +213,7 @@ inline int64_t nchw_backward_bytes(const DepthwiseShape& s, int64_t rows, int64_
 // Stride 1. Shared memory holds dy in the accumulation type, then x. Otherwise as backward3x3_nhwc; partial is
 // [n * bands][9][C].
 template <typename T, bool kNorm>
-__global__ void __launch_bounds__(kNchwThreads)
+__global__ void __launch_bounds__(kNchwThreads, 2)
     backward3x3_nchw(DepthwiseShape s, NchwTiling tiling, const T* grad, const T* y, NormGrad<acc_t<T>> norm, const T* x,
                      const T* weight, T* grad_x, acc_t<T>* partial) {
   using A = acc_t<T>;

@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kNhwcThreads, 3)
         for (int e = 0; e < V; ++e) value.v[e] = activate(affines[e](sum.v[e]), norm.activation);
       }
       T* address = column + int64_t(run.phase + int(tiling.step) * t) * out_row;
-      *reinterpret_cast<Raw<T, V>*>(address) = pack_raw<T, V>(value);
+      store_raw<T, V>(address, pack_raw<T, V>(value));
     };
     if constexpr (kUnitStride) {
       // Row q of the phase (image row first + rate * q) is tap u of output t = q - u.
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(kNhwcThreads, 3)
           }
         }
         if (grad_x && q >= run.begin)
-          *reinterpret_cast<Raw<T, V>*>(grad_x + x_offset(q)) = pack_raw<T, V>(sum0);
+          store_raw<T, V>(grad_x + x_offset(q), pack_raw<T, V>(sum0));
         sum0 = sum1, sum1 = sum2;
       }
     }

@@ -92,7 +92,7 @@ struct PassSite {
 };
 
 template <typename T, bool kChannelsLast>
-__global__ void __launch_bounds__(kPassThreads) channel_moments(ChannelView view, const T* y, acc_t<T>* partial) {
+__global__ void __launch_bounds__(kPassThreads, 2) channel_moments(ChannelView view, const T* y, acc_t<T>* partial) {
   using A = acc_t<T>;
   using Site = PassSite<T, kChannelsLast>;
   using Value = Moments<A, Site::kChannels>;
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kPassThreads) channel_moments(ChannelView view
 }
 
 template <typename T, bool kChannelsLast>
-__global__ void __launch_bounds__(kPassThreads) normalise(ChannelView view, const T* y, Norm<acc_t<T>> norm, T* out) {
+__global__ void __launch_bounds__(kPassThreads, 2) normalise(ChannelView view, const T* y, Norm<acc_t<T>> norm, T* out) {
   using A = acc_t<T>;
   using Site = PassSite<T, kChannelsLast>;
   const Site site(view);
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kPassThreads) normalise(ChannelView view, cons
 }
 
 template <typename T, bool kChannelsLast>
-__global__ void __launch_bounds__(kPassThreads)
+__global__ void __launch_bounds__(kPassThreads, 2)
     norm_grad_sums(ChannelView view, const T* grad_out, const T* y, Norm<acc_t<T>> norm, acc_t<T>* partial) {
   using A = acc_t<T>;
   using Site = PassSite<T, kChannelsLast>;
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kPassThreads)
 }
 
 template <typename T, bool kChannelsLast>
-__global__ void __launch_bounds__(kPassThreads)
+__global__ void __launch_bounds__(kPassThreads, 2)
     norm_grad(ChannelView view, const T* grad_out, const T* y, NormGrad<acc_t<T>> norm, T* grad_y) {
   using A = acc_t<T>;
   using Site = PassSite<T, kChannelsLast>;

@@ -67,7 +67,8 @@ struct AffineGrad {
 
   __device__ __forceinline__ A operator()(A grad_out, A y, Activation activation) const {
     const A g = activation_slope(forward(y), activation) == A(0) ? A(0) : grad_out;
-    return forward.scale * (g - mean_g - (y - forward.mean) * slope);
+    // With given statistics slope is 0, and an infinite y must not turn it into NaN.
+    return forward.scale * (g - mean_g - (slope == A(0) ? A(0) : (y - forward.mean) * slope));
   }
 };
 

@@ -73,6 +73,12 @@ __device__ __forceinline__ Raw<T, V> load_raw(const T* aligned) {
   return __ldg(reinterpret_cast<const Raw<T, V>*>(aligned));
 }
 
+// __stwb is a plain store that the compiler may not split into narrower ones.
+template <typename T, int V>
+__device__ __forceinline__ void store_raw(T* aligned, const Raw<T, V>& raw) {
+  __stwb(reinterpret_cast<Raw<T, V>*>(aligned), raw);
+}
+
 template <typename T, int V>
 __device__ __forceinline__ Pack<acc_t<T>, V> unpack(const Raw<T, V>& raw) {
   T elements[V];
@@ -117,7 +123,7 @@ __device__ __forceinline__ Pack<acc_t<T>, V> load_part(const T* address, Part pa
 template <typename T, int V>
 __device__ __forceinline__ void store_part(T* address, const Pack<acc_t<T>, V>& pack, Part part) {
   if (part.whole<V>()) {
-    *reinterpret_cast<Raw<T, V>*>(address) = pack_raw<T, V>(pack);
+    store_raw<T, V>(address, pack_raw<T, V>(pack));
     return;
   }
 #pragma unroll
