@@ -41,10 +41,11 @@ class Settings:
     train_scenes: int = 400
     test_scenes: int = 60
     scene_size: int = 193
-    steps: int = 2000
+    output_stride: int = 8
+    steps: int = 2400
     batch_size: int = 4
     crop: int = 97
-    learning_rate: float = 0.1
+    learning_rate: float = 0.2
     time_limit: float = 110.0
     layers: tuple[speed.Layer, ...] = speed.LAYERS
     rounds: int = 9
@@ -82,7 +83,7 @@ def run(
 
     class_names, palette = SceneDataset.class_names, np.array(SceneDataset.palette, np.uint8)
     torch.manual_seed(seed)
-    model = build(MODEL, num_classes=len(class_names)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = build(MODEL, len(class_names), settings.output_stride).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     start_near_identity(model)
     results = Results(
         command=command,
@@ -134,6 +135,7 @@ def run(
         name=MODEL,
         class_names=class_names,
         palette=SceneDataset.palette,
+        options={"output_stride": settings.output_stride},
         notes=notes,
     )
 

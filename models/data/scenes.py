@@ -69,9 +69,9 @@ def draw_scene(height: int, width: int, rng: Generator) -> Scene:
     side = float(np.sqrt(height * width))
     light = rng.uniform(0, 2 * np.pi)
     repeated = int(rng.integers(1, len(CLASS_NAMES))) if rng.random() < 0.15 else 0  # a heap of one kind
-    for _ in range(int(rng.integers(4, 11))):
+    for _ in range(int(rng.integers(5, 13))):
         kind = repeated or int(rng.integers(1, len(CLASS_NAMES)))
-        radius = side * float(np.exp(rng.uniform(np.log(0.1), np.log(0.27))))
+        radius = side * float(np.exp(rng.uniform(np.log(0.09), np.log(0.2))))
         centre = rng.uniform(0, height), rng.uniform(0, width)
         _draw_object(image, labels, kind, centre, max(radius, 3.0), light, rng)
     return Scene(_photograph(image, rng), labels)
@@ -215,10 +215,10 @@ def _disc(u: Array, v: Array, radius: float, rng: Generator) -> tuple[Array, Arr
         shade = 0.45 + 0.6 * height + 0.35 * np.clip(height - 0.8, 0, 1)
     else:
         base = _near(rng, (0.75, 0.6, 0.3), (0.65, 0.65, 0.65), (0.8, 0.8, 0.8))
-        relief = _fractal_noise(*q.shape, cell=max(radius / 3, 2.0), rng=rng)
+        relief = _fractal_noise(*q.shape, cell=max(radius / 2.5, 2.0), rng=rng, octaves=2)
         emboss = np.diff(relief, axis=0, append=relief[-1:]) + np.diff(relief, axis=1, append=relief[:, -1:])
-        rim = np.exp(-(((q - 0.9) / 0.07) ** 2)) * rng.uniform(-0.3, 0.3)
-        shade = 0.85 + rng.uniform(0.2, 0.7) * emboss * np.float32(radius / 12) + rim
+        rim = np.exp(-(((q - 0.9) / 0.07) ** 2)) * rng.uniform(-0.35, 0.35)
+        shade = 0.9 + rng.uniform(0.2, 0.6) * emboss * np.float32(radius / 12) + rim
     return (q - 1) * short, base * np.clip(shade, 0.1, 1.6)[..., None]
 
 
