@@ -48,8 +48,8 @@ from .._layout import output_memory_format
 _HALF_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 # Weight gradients that one program accumulates in registers: all of a 3 x 3 kernel.
 _TAP_GROUP = 9
-# Loops over more taps than these are not unrolled.
-_MAX_UNROLLED_TAPS = tl.constexpr(49)
+# The weights of so many taps are kept in registers and their loop is unrolled.
+_KEPT_TAPS = tl.constexpr(9)
 # A program takes several tiles once there are this many programs (an H100 holds about 1000 at a time) ...
 _ENOUGH_PROGRAMS = 2048
 # ... but no more than this many tiles.
@@ -130,6 +130,16 @@ def _load_weight(weight, tap, c, c_valid, channels, TAPS: tl.constexpr, CHANNELS
     """One tap of [taps][channels] (channels_last) or [channels][taps]."""
     offset = tap * channels + c if CHANNELS_LAST else c * TAPS + tap
     return _by_channel(tl.load(weight + offset, mask=c_valid, other=0.0).to(tl.float32), CHANNELS_LAST)
+
+
+@triton.jit
+def _load_weights(weight, c, c_valid, channels, TAPS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """All taps, to be kept in registers: in a loop each would be loaded, and often passed between threads, anew."""
+    weights = ()
+    for tap in tl.static_range(TAPS):
+        kept = _load_weight(weight, tap, c, c_valid, channels, TAPS, CHANNELS_LAST)
+        weights = weights + (kept,)  # type: ignore[assignment]  # noqa: RUF005
+    return weights
 
 
 @triton.jit
@@ -241,6 +251,8 @@ def _forward_kernel(
         variance = tl.load(var + c, mask=c_valid, other=1.0)
         scale = _by_channel(tl.rsqrt(variance + eps) * _load_or(gamma, c, c_valid, 1.0), CHANNELS_LAST)
         shift = _by_channel(_load_or(beta, c, c_valid, 0.0), CHANNELS_LAST)
+    if TAPS <= _KEPT_TAPS:
+        weights = _load_weights(weight, c, c_valid, channels, TAPS, CHANNELS_LAST)
     if partials is not None:  # Welford's running mean and M2, one per lane
         lane_count = tl.zeros([PIXELS], tl.float32)
         lane_mean = _zeros(PIXELS, BLOCK_C, CHANNELS_LAST)
@@ -251,9 +263,9 @@ def _forward_kernel(
         )
         x_image = x + n.to(tl.int64) * height * width * x_channels
         sums = _zeros(PIXELS, BLOCK_C, CHANNELS_LAST)
-        if TAPS <= _MAX_UNROLLED_TAPS:
+        if TAPS <= _KEPT_TAPS:
             for tap in tl.static_range(TAPS):
-                sums += _load_weight(weight, tap, c, c_valid, channels, TAPS, CHANNELS_LAST) * _load_tap(
+                sums += weights[tap] * _load_tap(
                     x_image, i, j, pixel, valid, c_in, c_valid, tap, x_channels, height, width, pad_top, pad_left,
                     rate_h, rate_w, KW, SH, SW, SAME_WIDTH, CHANNELS_LAST,
                 )  # fmt: skip
@@ -462,17 +474,19 @@ def _grad_input_kernel(
     if WIDE:
         c_in = c_in.to(tl.int64)
     c_valid = c_in < in_channels
+    KEEP_WEIGHTS: tl.constexpr = MULTIPLIER == 1 and TAPS <= _KEPT_TAPS
+    if KEEP_WEIGHTS:
+        weights = _load_weights(weight, c_in, c_valid, channels, TAPS, CHANNELS_LAST)
     for item in range(first, tl.minimum(first + steps, items)):
         n, h, w, pixel, valid = _pixels(
             item, height, width, row_tiles, col_tiles, phases_h, phases_w, TILE_H, TILE_W, FLAT
         )
         grad_image = grad + n.to(tl.int64) * rows * cols * channels
         sums = _zeros(TILE_H * TILE_W, BLOCK_C, CHANNELS_LAST)
-        if TAPS * MULTIPLIER <= _MAX_UNROLLED_TAPS:
-            for k in tl.static_range(TAPS * MULTIPLIER):
-                c = c_in * MULTIPLIER + k // TAPS
-                sums += _load_weight(weight, k % TAPS, c, c_valid, channels, TAPS, CHANNELS_LAST) * _load_gradient(
-                    grad_image, h, w, pixel, valid, c, c_valid, k % TAPS, channels, rows, cols, pad_top, pad_left,
+        if KEEP_WEIGHTS:
+            for tap in tl.static_range(TAPS):
+                sums += weights[tap] * _load_gradient(
+                    grad_image, h, w, pixel, valid, c_in, c_valid, tap, channels, rows, cols, pad_top, pad_left,
                     rate_h, rate_w, KW, SH, SW, SAME_WIDTH, CHANNELS_LAST,
                 )  # fmt: skip
         else:
@@ -520,6 +534,8 @@ def _grad_weight_kernel(
         first_tap: tl.constexpr = 0
     else:
         first_tap = tl.program_id(1) * GROUP
+    if grad_x is not None and not CHANNELS_LAST:
+        weights = _load_weights(weight, c, c_valid, channels, TAPS, CHANNELS_LAST)
     tap_sums = ()
     for _ in tl.static_range(GROUP):
         tap_sums = tap_sums + (_zeros(PIXELS, BLOCK_C, CHANNELS_LAST),)  # type: ignore[assignment]  # noqa: RUF005
@@ -541,7 +557,12 @@ def _grad_weight_kernel(
             )  # fmt: skip
             updated = updated + (tap_sums[k] + g * value,)  # type: ignore[assignment]  # noqa: RUF005
             if grad_x is not None:
-                sums += g * _load_weight(weight, first_tap + k, c, c_valid, channels, TAPS, CHANNELS_LAST)
+                if CHANNELS_LAST:
+                    # For each pixel, so that every thread loads its own vector; all taps would not fit the registers.
+                    row = weight + k * channels + tl.zeros([PIXELS, 1], tl.int32)
+                    sums += g * tl.load(row + c[None, :], mask=mask, other=0.0).to(tl.float32)
+                else:
+                    sums += g * weights[k]
         tap_sums = updated
         if grad_x is not None:
             tl.store(grad_x + x_start + offsets, sums.to(grad_x.dtype.element_ty), mask=mask)
@@ -628,11 +649,12 @@ def _largest_fitting(size: int, largest: int) -> int:
     return max(b for k in range(largest.bit_length()) if 8 * _padded(size, b := 1 << k) <= 9 * size)
 
 
-def _channel_block(channels: int) -> int:
-    """Channels of a channels_last tile: full 128-byte lines where the padding allows."""
-    if channels <= 32:
+def _channel_block(channels: int, element_size: int) -> int:
+    """Channels of a channels_last tile: a 128-byte line, or a half or quarter of one where that pads less."""
+    line = 128 // element_size
+    if channels <= line:
         return triton.next_power_of_2(channels)
-    return min((64, 128, 32), key=lambda b: _padded(channels, b))
+    return max(_largest_fitting(channels, line), line // 4)
 
 
 def _in_programs(items: int, channels: int, block_c: int, **tile: Any) -> _Tiling:
@@ -644,7 +666,7 @@ def _in_programs(items: int, channels: int, block_c: int, **tile: Any) -> _Tilin
 def _flat_tiling(shape: _Shape, channels: int, plane: int, elements: int, planes_together: bool = True) -> _Tiling:
     """Tiles of consecutive pixels of a plane."""
     if shape.channels_last:
-        block_c = _channel_block(channels)
+        block_c = _channel_block(channels, shape.element_size)
         tile_w = min(max(1, elements // block_c), triton.next_power_of_2(plane))
     else:
         # At least a warp's worth of lanes.
@@ -665,7 +687,7 @@ def _tap_tiling(shape: _Shape, channels: int, rows: int, cols: int, phases: tupl
         return _flat_tiling(shape, channels, rows * cols, elements, shape.same_width)
     phases_h, phases_w = (q if q < size else 1 for q, size in zip(phases, (rows, cols), strict=True))
     phase_rows, phase_cols = triton.cdiv(rows, phases_h), triton.cdiv(cols, phases_w)
-    block_c = _channel_block(channels)
+    block_c = _channel_block(channels, shape.element_size)
     # As few as possible of: lanes that are computed times what a 3-wide kernel reads for each column of them.
     widths = [w for w in (8, 16, 32, 4, 2, 1) if w == 1 or w < 2 * phase_cols]
     tile_w = min(widths, key=lambda w: _padded(phase_cols, w) * (w + 2) / w)
@@ -768,12 +790,12 @@ def _slice_block(slices: int) -> tuple[int, int]:
 
 
 def _elements_per_thread(shape: _Shape, accumulators: int = 1) -> int:
-    """channels_last: two 16-byte vectors where a thread keeps few accumulators for each element, one where it keeps a
-    kernel's worth. Contiguous: shifted rows are not aligned and load one element at a time; more than 4 would spill."""
+    """channels_last: two 16-byte vectors where a thread keeps one accumulator for each element, one where it keeps
+    more. Contiguous: shifted rows are not aligned and load one element at a time; more than 4 would spill."""
     if not shape.channels_last:
         return 4
     vector = 16 // shape.element_size
-    return vector if accumulators > 3 else 2 * vector
+    return vector if accumulators > 1 else 2 * vector
 
 
 def _forward(
@@ -791,7 +813,7 @@ def _forward(
     activation: int = 0,
 ) -> tuple[Tensor, Tensor] | None:
     """Writes ``y``; returns the batch's (mean, var) if ``statistics``."""
-    per_thread = _elements_per_thread(shape)
+    per_thread = _elements_per_thread(shape, 3 if statistics else 1)
     # Outputs i and i + q read the same input rows, one tap apart, if s*q = r*(whole number).
     phases = (shape.rate[0] // math.gcd(shape.rate[0], shape.stride[0]),
               shape.rate[1] // math.gcd(shape.rate[1], shape.stride[1]))  # fmt: skip
