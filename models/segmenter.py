@@ -89,7 +89,8 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
         version = content.get("version")
         raise UserError(f"{where}: weights of format version {version}; this package reads {_FORMAT_VERSION}")
     kinds = {"model": str, "options": dict, "class_names": list, "palette": list, "state_dict": dict}
-    names, palette = content.get("class_names"), content.get("palette")
+    names: Any = content.get("class_names")
+    palette: Any = content.get("palette")
     sound = (
         all(isinstance(content.get(key), kind) for key, kind in kinds.items())
         and 0 < len(names) == len(palette) <= 256

@@ -79,7 +79,8 @@ def start_near_identity(model: nn.Module, centre: float = 0.4) -> None:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Weight decay for the kernels of dense convolutions only: not for normalisation, biases and depthwise kernels."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             depthwise = parameter.ndim == 4 and parameter.shape[1] == 1 and parameter.shape[-1] > 1

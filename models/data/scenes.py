@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 Generator = np.random.Generator
 
 CLASS_NAMES: tuple[str, ...] = ("background", "disc", "ring", "bricks", "triangle", "zebra", "leaf")
@@ -215,7 +216,7 @@ def _disc(u: Array, v: Array, radius: float, rng: Generator) -> tuple[Array, Arr
         shade = 0.45 + 0.6 * height + 0.35 * np.clip(height - 0.8, 0, 1)
     else:
         base = _near(rng, (0.75, 0.6, 0.3), (0.65, 0.65, 0.65), (0.8, 0.8, 0.8))
-        relief = _fractal_noise(*q.shape, cell=max(radius / 2.5, 2.0), rng=rng, octaves=2)
+        relief = _fractal_noise(q.shape[0], q.shape[1], max(radius / 2.5, 2.0), rng, octaves=2)
         emboss = np.diff(relief, axis=0, append=relief[-1:]) + np.diff(relief, axis=1, append=relief[:, -1:])
         rim = np.exp(-(((q - 0.9) / 0.07) ** 2)) * rng.uniform(-0.35, 0.35)
         shade = 0.9 + rng.uniform(0.2, 0.6) * emboss * np.float32(radius / 12) + rim
