@@ -200,7 +200,7 @@ def _curve(losses: Sequence[float]) -> str:
     width, height, left, bottom = 720, 220, 44, 28
     window = max(1, len(losses) // 60)
     smooth = [_mean(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
-    top = max(losses) * 1.05
+    top = math.ceil(2 * max(losses)) / 2 or 1.0
 
     def points(values: Sequence[float]) -> str:
         x = [left + i / (len(values) - 1) * (width - left - 8) for i in range(len(values))]
@@ -250,7 +250,8 @@ def _madds(r: Results) -> str:
     return (
         "<p>DeepLab v3+ with Xception-65 at 513 &times; 513, 21 classes, in billions, counted on the built models "
         "beside table 5 of the paper (arXiv:1802.02611). The paper's counter rounds the output grid of an atrous "
-        f"convolution up to a multiple of its rate; the true count does not.{small}</p>{_table(head, rows)}"
+        f"convolution up to a multiple of its rate; the true count does not. SC: atrous separable "
+        f"convolutions in the ASPP and the decoder.{small}</p>{_table(head, rows)}"
     )
 
 
