@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 TESTS = Path(__file__).parent
 sys.path.append(str(TESTS.parent / "benchmarks"))
@@ -40,6 +41,11 @@ def run_cases(selection: str, interpreted: bool) -> None:
     assert " skipped" not in result.stdout
 
 
+@pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0",
+    reason=f"the interpreter of Triton {triton.__version__} needs NumPy < 2.4",
+)
 @pytest.mark.parametrize("part", PARTS)
 def test_in_the_interpreter(part: str) -> None:
     run_cases(PARTS[part], interpreted=True)
@@ -84,6 +90,15 @@ def test_general_kernels_compile(layout: str, monkeypatch: pytest.MonkeyPatch) -
     )  # fmt: skip
     assert set(usage) == {"forward_kernel", "grad_input_kernel", "grad_weight_kernel", "sum_slices_kernel"}
     assert all(variant["registers"] > 0 for variants in usage.values() for variant in variants)
+
+
+@compiled_here
+def test_sizes_of_one_compile() -> None:
+    """Triton turns arguments that are 1 into constants, which have fewer methods than values."""
+    usage = resources(
+        {"conv2d", "bn_act_training", "conv2d_backward"}, batch=1, channels=1, size=1, kernel=1, dtype=torch.float32
+    )  # fmt: skip
+    assert {"forward_kernel", "merge_statistics_kernel", "normalise_kernel", "grad_weight_kernel"} <= set(usage)
 
 
 def test_a_launch_is_compiled_as_triton_specialises_it() -> None:
