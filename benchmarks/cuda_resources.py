@@ -3,9 +3,9 @@
     python benchmarks/cuda_resources.py          # sm_80, 90, 100, 120; writes results/compile/cuda_resources.*
     python benchmarks/cuda_resources.py --arch 90 --kernels nhwc --no-write
 
-nvcc's ptxas reports the resources; the widths come from the machine code, through cuobjdump (nvcc's own or the one that
-ships with Triton). Shared memory is dynamic and chosen at the launch, never more than 48 KB; only what a kernel declares
-shows here. Exit code 1 if a kernel spills.
+nvcc's ptxas reports the resources; the widths come from the machine code, through cuobjdump (nvcc's own or the one
+that ships with Triton). Shared memory is dynamic, chosen at the launch and at most 48 KB: here it shows as 0. Exit code
+1 if a kernel spills.
 """
 
 from __future__ import annotations
@@ -51,7 +51,12 @@ def find_tool(name: str) -> str | None:
     spec = importlib.util.find_spec("triton")
     bundled = Path(spec.origin).parent / "backends/nvidia/bin" / name if spec and spec.origin else None
     home = os.environ.get("CUDA_HOME")
-    candidates = [Path(home) / "bin" / name if home else None, shutil.which(name), f"/usr/local/cuda/bin/{name}", bundled]
+    candidates = [
+        Path(home) / "bin" / name if home else None,
+        shutil.which(name),
+        f"/usr/local/cuda/bin/{name}",
+        bundled,
+    ]
     return next((str(c) for c in candidates if c and Path(c).exists()), None)
 
 
@@ -91,7 +96,18 @@ def access_widths(cubin: Path, cuobjdump: str) -> dict[str, tuple[int, int]]:
 def compile_source(source: Path, arch: int, nvcc: str, cuobjdump: str | None) -> list[Resources]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
-        command = [nvcc, "-std=c++20", "-O3", "-DNDEBUG", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", "-o", str(cubin)]
+        command = [
+            nvcc,
+            "-std=c++20",
+            "-O3",
+            "-DNDEBUG",
+            f"-arch=sm_{arch}",
+            "-Xptxas",
+            "-v",
+            "-cubin",
+            "-o",
+            str(cubin),
+        ]
         done = subprocess.run([*command, str(source)], capture_output=True, text=True)
         if done.returncode != 0:
             raise SystemExit(f"{source.name} does not compile for sm_{arch}:\n{done.stdout}{done.stderr}")
@@ -108,10 +124,16 @@ def compile_source(source: Path, arch: int, nvcc: str, cuobjdump: str | None) ->
         load, store = widths.get(mangled, (None, None))
         found.append(
             Resources(
-                names[mangled], arch, number(r"Used (\d+) registers"), number(r"(\d+) bytes smem"),
-                number(r"(\d+) bytes stack frame"), number(r"(\d+) bytes spill stores"),
-                number(r"(\d+) bytes spill loads"), load, store,
-            )  # fmt: skip
+                names[mangled],
+                arch,
+                number(r"Used (\d+) registers"),
+                number(r"(\d+) bytes smem"),
+                number(r"(\d+) bytes stack frame"),
+                number(r"(\d+) bytes spill stores"),
+                number(r"(\d+) bytes spill loads"),
+                load,
+                store,
+            )
         )
     return found
 
@@ -134,14 +156,26 @@ def table(resources: Sequence[Resources]) -> str:
     for r in resources:
         rows[r.kernel][r.arch] = r
     architectures = sorted({r.arch for r in resources})
-    head = ["kernel", *(f"registers sm_{a}" for a in architectures), "static shared B", "spill stores / loads B", "load / store bits"]
+    head = [
+        "kernel",
+        *(f"registers sm_{a}" for a in architectures),
+        "static shared B",
+        "spill stores / loads B",
+        "load / store bits",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for kernel, by_arch in rows.items():
         some = by_arch.get(90) or next(iter(by_arch.values()))
         stores, loads = (max(getattr(r, f"spill_{k}_bytes") for r in by_arch.values()) for k in ("store", "load"))
         width = "-" if some.widest_load_bits is None else f"{some.widest_load_bits} / {some.widest_store_bits}"
         registers = [str(by_arch[a].registers) if a in by_arch else "-" for a in architectures]
-        cells = [f"`{kernel}`", *registers, str(max(r.shared_bytes for r in by_arch.values())), f"{stores} / {loads}", width]
+        cells = [
+            f"`{kernel}`",
+            *registers,
+            str(max(r.shared_bytes for r in by_arch.values())),
+            f"{stores} / {loads}",
+            width,
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

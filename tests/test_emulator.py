@@ -1,5 +1,5 @@
-"""The CUDA kernels' own sources, compiled for the CPU with csrc/emulator and run under AddressSanitizer and UBSan, against
-the float64 reference, in several schedules."""
+"""The CUDA kernels' own sources, compiled for the CPU with csrc/emulator and run under AddressSanitizer and UBSan,
+against the float64 reference, in several schedules."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 CXX = os.environ.get("CXX", "g++")
 FLAGS = [
-    "-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-DDEEPLAB_KERNELS_EMULATOR",
-    "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
+    "-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter",
+    "-DDEEPLAB_KERNELS_EMULATOR", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
 ]  # fmt: skip
 
 pytestmark = pytest.mark.skipif(
@@ -157,8 +157,8 @@ def encode(case: Case, t: dict[str, Tensor | None]) -> bytes:
     header = struct.pack(
         "<23qd",
         OPERATORS.index(case.op), DTYPES[case.dtype], case.misalign,
-        case.n, case.c, case.m, *case.size, *case.out_size, *case.kernel, *case.stride, case.padding[0], case.padding[2],
-        *case.rate, case.channels_last, case.activation, case.batch_statistics, *want, 1e-3,
+        case.n, case.c, case.m, *case.size, *case.out_size, *case.kernel, *case.stride, case.padding[0],
+        case.padding[2], *case.rate, case.channels_last, case.activation, case.batch_statistics, *want, 1e-3,
     )  # fmt: skip
     parts = [header]
     for name in ("x", "weight", "gamma", "beta", "mean", "var", "grad", "y"):
@@ -191,7 +191,11 @@ def decode(case: Case, data: memoryview, offset: int) -> tuple[list[Tensor | Non
             results.append(None)
             continue
         dtype = case.acc if shape == vector else case.dtype
-        flat = torch.frombuffer(bytearray(data[offset : offset + size]), dtype=dtype) if size else torch.empty(0, dtype=dtype)
+        flat = (
+            torch.frombuffer(bytearray(data[offset : offset + size]), dtype=dtype)
+            if size
+            else torch.empty(0, dtype=dtype)
+        )
         offset += size
         if len(shape) == 4 and shape != weight and case.channels_last:
             results.append(flat.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2))
@@ -203,7 +207,11 @@ def decode(case: Case, data: memoryview, offset: int) -> tuple[list[Tensor | Non
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("emulator")
-    sources = [ROOT / "tests/emulator/driver.cpp", CSRC / "emulator/emulator.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
+    sources = [
+        ROOT / "tests/emulator/driver.cpp",
+        CSRC / "emulator/emulator.cpp",
+        *sorted((CSRC / "cuda").glob("*.cu")),
+    ]
     pending = list(sources)
     running: list[tuple[Path, subprocess.Popen[str]]] = []
     while pending or running:
@@ -224,7 +232,9 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Run:
     """Results of the driver over many cases."""
 
-    def __init__(self, driver: Path, cases: list[Case], folder: Path, order: str, seed: int = 0, dropped: str = "") -> None:
+    def __init__(
+        self, driver: Path, cases: list[Case], folder: Path, order: str, seed: int = 0, dropped: str = ""
+    ) -> None:
         calls, results = folder / "calls.bin", folder / f"{order}.bin"
         calls.write_bytes(b"".join(encode(c, inputs(c)) for c in cases))
         done = subprocess.run(
