@@ -12,8 +12,8 @@ namespace deeplab_kernels {
 
 enum class Activation : int { kNone = 0, kRelu = 1, kRelu6 = 2 };
 
-// Plain data: everything a kernel needs to know besides pointers. Sizes in elements; 64-bit so that tensors of more than
-// 2^31 elements index correctly.
+// Plain data: everything a kernel needs to know besides pointers. Sizes in elements; 64-bit so that tensors of more
+// than 2^31 elements index correctly.
 struct DepthwiseShape {
   int64_t batch;
   int64_t channels;    // of x
@@ -49,8 +49,10 @@ DK_HOST_DEVICE IndexRange tap_outputs(int64_t tap, int64_t stride, int64_t rate,
   return {begin < out ? begin : out, end < out ? end : out};
 }
 
-// The output that reads input `in_index` through tap `tap`, or -1 if there is none (the transposed convolution's gather).
-DK_HOST_DEVICE int64_t tap_output(int64_t in_index, int64_t tap, int64_t stride, int64_t rate, int64_t pad, int64_t out) {
+// The output that reads input `in_index` through tap `tap`, or -1 if there is none (the transposed convolution's
+// gather).
+DK_HOST_DEVICE int64_t tap_output(int64_t in_index, int64_t tap, int64_t stride, int64_t rate, int64_t pad,
+                                  int64_t out) {
   const int64_t shifted = in_index + pad - tap * rate;
   if (shifted < 0 || shifted % stride != 0) return -1;
   const int64_t index = shifted / stride;

@@ -112,22 +112,23 @@ const char* instruction_set() { return name(chosen()); }
 template <typename T>
 void atrous_depthwise_conv2d(const DepthwiseShape& shape, const T* x, const T* weight, T* y, const Parallel& parallel) {
   const PlanBuilder builder = make_plan<T>(shape, Purpose::kInference, !weights_finite(shape, weight));
-  with_kernels<T>([&](auto kernels) {
-    kernels.forward(builder.plan(), stored(x), stored(weight), nullptr, stored(y), parallel);
-  });
+  with_kernels<T>(
+      [&](auto kernels) { kernels.forward(builder.plan(), stored(x), stored(weight), nullptr, stored(y), parallel); });
 }
 
 template <typename T>
 void atrous_depthwise_conv2d_backward(const DepthwiseShape& shape, const T* grad_out, const T* x, const T* weight,
                                       T* grad_x, T* grad_weight, const Parallel& parallel) {
-  backward<T>(shape, {stored(grad_out), stored(x), stored(weight), nullptr, stored(grad_x), stored(grad_weight), nullptr, nullptr},
-              weight, nullptr, false, grad_weight, parallel);
+  backward<T>(
+      shape,
+      {stored(grad_out), stored(x), stored(weight), nullptr, stored(grad_x), stored(grad_weight), nullptr, nullptr},
+      weight, nullptr, false, grad_weight, parallel);
 }
 
 template <typename T>
 void atrous_depthwise_bn_act_inference(const DepthwiseShape& shape, const T* x, const T* weight,
-                                       const NormParameters<acc_t<T>>& norm, const acc_t<T>* mean,
-                                       const acc_t<T>* var, T* out, const Parallel& parallel) {
+                                       const NormParameters<acc_t<T>>& norm, const acc_t<T>* mean, const acc_t<T>* var,
+                                       T* out, const Parallel& parallel) {
   const BatchNorm<acc_t<T>> batch_norm{norm.gamma, norm.beta, mean, var, norm.eps, norm.activation};
   const PlanBuilder builder = make_plan<T>(shape, Purpose::kInference, !weights_finite(shape, weight));
   with_kernels<T>([&](auto kernels) {
@@ -137,12 +138,13 @@ void atrous_depthwise_bn_act_inference(const DepthwiseShape& shape, const T* x, 
 
 template <typename T>
 void atrous_depthwise_bn_act_training(const DepthwiseShape& shape, const T* x, const T* weight,
-                                      const NormParameters<acc_t<T>>& norm, T* out, T* y, acc_t<T>* mean,
-                                      acc_t<T>* var, const Parallel& parallel) {
+                                      const NormParameters<acc_t<T>>& norm, T* out, T* y, acc_t<T>* mean, acc_t<T>* var,
+                                      const Parallel& parallel) {
   const BatchNorm<acc_t<T>> batch_norm{norm.gamma, norm.beta, mean, var, norm.eps, norm.activation};
   const PlanBuilder builder = make_plan<T>(shape, Purpose::kTraining, !weights_finite(shape, weight));
   with_kernels<T>([&](auto kernels) {
-    kernels.training(builder.plan(), stored(x), stored(weight), batch_norm, stored(out), stored(y), mean, var, parallel);
+    kernels.training(builder.plan(), stored(x), stored(weight), batch_norm, stored(out), stored(y), mean, var,
+                     parallel);
   });
 }
 
@@ -152,7 +154,9 @@ void atrous_depthwise_bn_act_backward(const DepthwiseShape& shape, const T* grad
                                       const acc_t<T>* var, bool batch_statistics, T* grad_x, T* grad_weight,
                                       acc_t<T>* grad_gamma, acc_t<T>* grad_beta, const Parallel& parallel) {
   const BatchNorm<acc_t<T>> batch_norm{norm.gamma, norm.beta, mean, var, norm.eps, norm.activation};
-  backward<T>(shape, {stored(grad_out), stored(x), stored(weight), stored(y), stored(grad_x), stored(grad_weight), grad_gamma, grad_beta},
+  backward<T>(shape,
+              {stored(grad_out), stored(x), stored(weight), stored(y), stored(grad_x), stored(grad_weight), grad_gamma,
+               grad_beta},
               weight, &batch_norm, batch_statistics, grad_weight, parallel);
 }
 

@@ -39,14 +39,14 @@ void atrous_depthwise_conv2d_backward(const DepthwiseShape& shape, const T* grad
 
 template <typename T>
 void atrous_depthwise_bn_act_inference(const DepthwiseShape& shape, const T* x, const T* weight,
-                                       const NormParameters<acc_t<T>>& norm, const acc_t<T>* mean,
-                                       const acc_t<T>* var, T* out, const Parallel& parallel);
+                                       const NormParameters<acc_t<T>>& norm, const acc_t<T>* mean, const acc_t<T>* var,
+                                       T* out, const Parallel& parallel);
 
 // y may be null: then conv(x) is not kept. mean and var are outputs.
 template <typename T>
 void atrous_depthwise_bn_act_training(const DepthwiseShape& shape, const T* x, const T* weight,
-                                      const NormParameters<acc_t<T>>& norm, T* out, T* y, acc_t<T>* mean,
-                                      acc_t<T>* var, const Parallel& parallel);
+                                      const NormParameters<acc_t<T>>& norm, T* out, T* y, acc_t<T>* mean, acc_t<T>* var,
+                                      const Parallel& parallel);
 
 // y may be null: then conv(x) is recomputed. grad_x and grad_weight may each be null.
 template <typename T>

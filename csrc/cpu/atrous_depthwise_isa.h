@@ -46,18 +46,18 @@ struct BackwardTensors {
 };
 
 // norm of forward() and backward() may be null: the convolution alone.
-#define DK_DECLARE_ISA(isa)                                                                                            \
-  namespace isa {                                                                                                      \
-  template <typename T>                                                                                                \
-  struct Kernels {                                                                                                     \
-    using A = typename AccumulateOf<T>::type;                                                                          \
-    static void forward(const Plan& plan, const T* x, const T* weight, const BatchNorm<A>* norm, T* out,               \
-                        const Parallel& parallel);                                                                     \
-    static void training(const Plan& plan, const T* x, const T* weight, const BatchNorm<A>& norm, T* out, T* y,        \
-                         A* mean, A* var, const Parallel& parallel);                                                   \
-    static void backward(const Plan& plan, const BackwardTensors<T>& tensors, const BatchNorm<A>* norm,                \
-                         bool batch_statistics, const Parallel& parallel);                                             \
-  };                                                                                                                   \
+#define DK_DECLARE_ISA(isa)                                                                                     \
+  namespace isa {                                                                                               \
+  template <typename T>                                                                                         \
+  struct Kernels {                                                                                              \
+    using A = typename AccumulateOf<T>::type;                                                                   \
+    static void forward(const Plan& plan, const T* x, const T* weight, const BatchNorm<A>* norm, T* out,        \
+                        const Parallel& parallel);                                                              \
+    static void training(const Plan& plan, const T* x, const T* weight, const BatchNorm<A>& norm, T* out, T* y, \
+                         A* mean, A* var, const Parallel& parallel);                                            \
+    static void backward(const Plan& plan, const BackwardTensors<T>& tensors, const BatchNorm<A>* norm,         \
+                         bool batch_statistics, const Parallel& parallel);                                      \
+  };                                                                                                            \
   }
 
 DK_DECLARE_ISA(portable)

@@ -2,9 +2,9 @@
 // atrous_depthwise_{portable,avx2,avx512}.cpp, which define DK_ISA.
 //
 // Every pass streams: a row of x is widened and packed once into a ring of kernel_h rows in the fast caches, a row of
-// results is computed from the ring in registers and leaves through an epilogue (store; scale, shift, activate; statistics;
-// gradients). NCHW vectors run over columns, NHWC vectors over channels. Training passes recompute the convolution
-// instead of storing it: nine multiply-adds cost less than eight bytes of memory traffic.
+// results is computed from the ring in registers and leaves through an epilogue (store; scale, shift, activate;
+// statistics; gradients). NCHW vectors run over columns, NHWC vectors over channels. Training passes recompute the
+// convolution instead of storing it: nine multiply-adds cost less than eight bytes of memory traffic.
 #include <cstddef>
 
 #include "simd.h"
@@ -136,7 +136,8 @@ class Worker {
 
   enum class Needs { kForward, kStatistics, kBackward };
 
-  Worker(const Plan& plan, const T* x, const T* weight, Needs needs) : plan_(plan), s_(plan.shape), x_(x), weight_(weight) {
+  Worker(const Plan& plan, const T* x, const T* weight, Needs needs)
+      : plan_(plan), s_(plan.shape), x_(x), weight_(weight) {
     const int64_t most = smaller(plan.group_channels, s_.channels) * s_.multiplier;
     parts_ = kNhwc ? 1 : s_.multiplier;
     row_lanes_ = kNhwc ? rounded_up(most, L) : 1;
@@ -172,7 +173,8 @@ class Worker {
         for (int64_t l = count_; l < lanes_; ++l) weights_[t * lanes_ + l] = 0;
       }
       // A narrower last group leaves the previous one's values in the lanes beyond it.
-      if (count_ < lanes_ && !direct_) __builtin_memset(x_ring_.memory, 0, x_ring_.slots * x_ring_.row_size * sizeof(A));
+      if (count_ < lanes_ && !direct_)
+        __builtin_memset(x_ring_.memory, 0, x_ring_.slots * x_ring_.row_size * sizeof(A));
     } else {
       for (int64_t i = 0; i < count_ * taps; ++i) weights_[i] = widen(weight[i]);
     }
@@ -209,7 +211,8 @@ class Worker {
     }
   }
 
-  // Adds the band's outputs to mean and m2 (sum of squared deviations) of each channel. kept: where to store them, or null.
+  // Adds the band's outputs to mean and m2 (sum of squared deviations) of each channel. kept: where to store them, or
+  // null.
   void statistics(const Task& task, T* kept, double* mean, double* m2) {
     select_image(task.image);
     const IndexRange band = plan_.out_rows.band(task.band);
@@ -248,10 +251,10 @@ class Worker {
     const T* y;
     bool with_norm;
     bool batch_statistics;  // mean and variance depend on x; otherwise y, which may be infinite, has no part in it
-    const A* mean_grad;  // per lane: sum of g / count
-    const A* mean_dot;   // per lane: sum of g * xhat / count
-    T* grad_x;           // null: not wanted
-    double* grad_weight;  // [taps][lanes], added to; null: not wanted
+    const A* mean_grad;     // per lane: sum of g / count
+    const A* mean_dot;      // per lane: sum of g * xhat / count
+    T* grad_x;              // null: not wanted
+    double* grad_weight;    // [taps][lanes], added to; null: not wanted
   };
 
   // Gradients of x and of the weights over a band of input rows (of output rows if only the weights' is wanted).
@@ -709,8 +712,7 @@ class Worker {
     for (int64_t k = 0; k < rows; ++k)
       for (int64_t t = 0; t < segment.taps; ++t) {
         const ColumnTap& tap = plan_.forward.taps[segment.first_tap + t];
-        taps_[n++] = {rows_[k].data + tap.input * pixel,
-                      sums + (rows_[k].tap * s_.kernel_w + tap.tap) * dot_lanes()};
+        taps_[n++] = {rows_[k].data + tap.input * pixel, sums + (rows_[k].tap * s_.kernel_w + tap.tap) * dot_lanes()};
       }
     return n;
   }
@@ -969,7 +971,8 @@ struct Passes {
     const bool gradients = z.grad_x || z.grad_weight;
     const int64_t tasks = gradients ? images * rows.bands : 0;
     const Workspace sum_partials(size_t(plan.groups * sum_tasks * lanes * 2) * sizeof(double) + 64);
-    const Workspace weight_partials(size_t(z.grad_weight ? plan.groups * tasks * taps * lanes : 0) * sizeof(double) + 64);
+    const Workspace weight_partials(size_t(z.grad_weight ? plan.groups * tasks * taps * lanes : 0) * sizeof(double) +
+                                    64);
     const Workspace means(size_t(plan.groups * lanes * 2) * sizeof(A) + 64);
     auto sums_of = [&](int64_t task) { return sum_partials.as<double>() + task * lanes * 2; };
     auto weights_of = [&](int64_t task) { return weight_partials.as<double>() + task * taps * lanes; };

@@ -187,8 +187,8 @@ PlanBuilder::PlanBuilder(const DepthwiseShape& s, Purpose purpose, int64_t bytes
         if (whole.cost <= kept.cost + kept.cost / 8) kept = std::move(whole), padded = true;
       }
     }
-    return {kept.segments.data(), int64_t(kept.segments.size()), kept.taps.data(),
-            s.channels_last ? planner.step() : 1, padded};
+    return {kept.segments.data(), int64_t(kept.segments.size()), kept.taps.data(), s.channels_last ? planner.step() : 1,
+            padded};
   };
   plan.forward = columns(ColumnPlanner(width, false), storage_->forward, plan.x_row);
   if (purpose != Purpose::kBackward) return;

@@ -65,8 +65,8 @@ struct Plan {
 
 enum class Purpose { kInference, kTraining, kBackward };
 
-// Owns what a Plan points to. exact: no kernel may multiply padding with a weight or a gradient, which matters where one
-// of them is infinite or NaN.
+// Owns what a Plan points to. exact: no kernel may multiply padding with a weight or a gradient, which matters where
+// one of them is infinite or NaN.
 class PlanBuilder {
  public:
   PlanBuilder(const DepthwiseShape& shape, Purpose purpose, int64_t bytes_per_value, bool exact);

@@ -1,6 +1,5 @@
 // The calls of atrous_depthwise.h: from a run-time storage type to the kernels of that type.
 #include "atrous_depthwise.h"
-
 #include "atrous_depthwise_calls.h"
 
 namespace deeplab_kernels::cuda {

@@ -2,8 +2,8 @@
 // bindings and the emulator's driver make. Same operators and conventions as csrc/cpu/atrous_depthwise.h.
 //
 // All pointers are device pointers to dense tensors in the layout shape.channels_last names; weight is (C*m, kh, kw),
-// contiguous. Per-channel vectors are float (double for float64 x). Everything runs on context.stream, asynchronously, and
-// every sum is formed in an order that depends on the shapes alone.
+// contiguous. Per-channel vectors are float (double for float64 x). Everything runs on context.stream, asynchronously,
+// and every sum is formed in an order that depends on the shapes alone.
 #pragma once
 
 #include <cstdint>

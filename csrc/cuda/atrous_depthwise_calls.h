@@ -1,5 +1,5 @@
-// Which kernels serve a call, for one storage type. Instantiated by atrous_depthwise_<type>.cu, so that the types compile
-// in parallel.
+// Which kernels serve a call, for one storage type. Instantiated by atrous_depthwise_<type>.cu, so that the types
+// compile in parallel.
 #pragma once
 
 #include "atrous_depthwise.h"
@@ -10,7 +10,8 @@
 
 namespace deeplab_kernels::cuda {
 
-constexpr int64_t kReduceBlocks = 2048;  // blocks that a reduction aims at; the same on every GPU, so that results are too
+constexpr int64_t kReduceBlocks =
+    2048;  // blocks that a reduction aims at; the same on every GPU, so that results are too
 constexpr int64_t kStreamBlocks = int64_t(1) << 22;
 
 template <typename T>
@@ -18,8 +19,12 @@ struct Calls {
   using A = acc_t<T>;
 
   static Norm<A> norm_of(const NormParameters& norm) {
-    return {static_cast<const A*>(norm.gamma), static_cast<const A*>(norm.beta), static_cast<const A*>(norm.mean),
-            static_cast<const A*>(norm.var), A(norm.eps), norm.activation};
+    return {static_cast<const A*>(norm.gamma),
+            static_cast<const A*>(norm.beta),
+            static_cast<const A*>(norm.mean),
+            static_cast<const A*>(norm.var),
+            A(norm.eps),
+            norm.activation};
   }
   static Norm<A> no_norm() { return {nullptr, nullptr, nullptr, nullptr, A(0), Activation::kNone}; }
 
@@ -34,8 +39,8 @@ struct Calls {
   static bool is_3x3(const DepthwiseShape& s) { return s.kernel_h == 3 && s.kernel_w == 3 && s.multiplier == 1; }
 
   static bool takes_nhwc(const DepthwiseShape& s, const T* x, const T* weight, const T* out) {
-    return is_3x3(s) && fits_nhwc(s) && s.channels_last && s.channels % kVector<T> == 0 && is_aligned(x) && is_aligned(weight) &&
-           is_aligned(out);
+    return is_3x3(s) && fits_nhwc(s) && s.channels_last && s.channels % kVector<T> == 0 && is_aligned(x) &&
+           is_aligned(weight) && is_aligned(out);
   }
 
   static NhwcTiling conv_nhwc_tiling(const DepthwiseShape& s) {
@@ -43,16 +48,15 @@ struct Calls {
   }
 
   template <bool kMoments>
-  static void conv_nhwc(const Context& context, const DepthwiseShape& s, const NhwcTiling& t, const T* x, const T* weight,
-                        const Norm<A>& norm, T* out, A* partial) {
+  static void conv_nhwc(const Context& context, const DepthwiseShape& s, const NhwcTiling& t, const T* x,
+                        const T* weight, const Norm<A>& norm, T* out, A* partial) {
     const dim3 block(kNhwcPacks, unsigned(t.columns));
     launch("conv3x3_nhwc", s.stride_h == 1 ? conv3x3_nhwc<T, true, kMoments> : conv3x3_nhwc<T, false, kMoments>,
            s.batch * t.items() * t.column_blocks * t.groups, block,
            kMoments    ? block.x * block.y * sizeof(Moments<A, kVector<T>>)
            : norm.mean ? kNhwcPacks * kVector<T> * sizeof(Affine<A>)
                        : 0,
-           context.stream, s, t, x, weight, norm, out,
-           partial);
+           context.stream, s, t, x, weight, norm, out, partial);
   }
 
   // Bands for the NCHW kernel; none where it does not take the call.
@@ -65,11 +69,11 @@ struct Calls {
   }
 
   template <bool kMoments>
-  static void conv_nchw(const Context& context, const DepthwiseShape& s, const NchwTiling& t, const T* x, const T* weight,
-                        const Norm<A>& norm, T* out, A* partial) {
+  static void conv_nchw(const Context& context, const DepthwiseShape& s, const NchwTiling& t, const T* x,
+                        const T* weight, const Norm<A>& norm, T* out, A* partial) {
     launch("conv3x3_nchw", s.stride_h == 1 ? conv3x3_nchw<T, true, kMoments> : conv3x3_nchw<T, false, kMoments>,
-           s.batch * s.channels * t.bands, dim3(kNchwThreads), t.shared_bytes, context.stream, s, t, x, weight, norm, out,
-           partial);
+           s.batch * s.channels * t.bands, dim3(kNchwThreads), t.shared_bytes, context.stream, s, t, x, weight, norm,
+           out, partial);
   }
 
   // out = conv(x), or act(norm(conv(x))) where norm has a mean.
@@ -118,14 +122,14 @@ struct Calls {
     run_merge_moments(context.stream, partial, view.slices, view.channels, mean, var);
   }
 
-  static void training(const Context& context, const DepthwiseShape& s, const T* x, const T* weight, Norm<A> norm, T* out,
-                       T* y, A* mean, A* var) {
+  static void training(const Context& context, const DepthwiseShape& s, const T* x, const T* weight, Norm<A> norm,
+                       T* out, T* y, A* mean, A* var) {
     conv_moments(context, s, x, weight, y, out, mean, var);
     norm.mean = mean, norm.var = var;
     if (!y) return conv(context, s, x, weight, norm, out);  // a second convolution is cheaper than keeping the first
     const ChannelView view = channel_view<T>(s, is_aligned(y) && is_aligned(out), kStreamBlocks);
-    launch("normalise", s.channels_last ? normalise<T, true> : normalise<T, false>, pass_blocks<T>(s, view), pass_block(s),
-           0, context.stream, view, static_cast<const T*>(y), norm, out);
+    launch("normalise", s.channels_last ? normalise<T, true> : normalise<T, false>, pass_blocks<T>(s, view),
+           pass_block(s), 0, context.stream, view, static_cast<const T*>(y), norm, out);
   }
 
   static bool backward_takes_nhwc(const DepthwiseShape& s, const T* grad, const T* y, const T* x, const T* weight,
@@ -148,10 +152,8 @@ struct Calls {
            slices * t.column_blocks * t.groups, block,
            at_least(partial ? block.x * block.y * 9 * kNhwcBackwardVector<T> * sizeof(A) : 0,
                     norm ? kNhwcPacks * kNhwcBackwardVector<T> * sizeof(AffineGrad<A>) : 0),
-           context.stream, s, t, slices, grad, y,
-           norm ? *norm : NormGrad<A>{}, x, weight, grad_x, partial);
-    if (grad_weight)
-      run_sum_slices<T>(context.stream, partial, slices * t.column_blocks, 9, s.channels, grad_weight);
+           context.stream, s, t, slices, grad, y, norm ? *norm : NormGrad<A>{}, x, weight, grad_x, partial);
+    if (grad_weight) run_sum_slices<T>(context.stream, partial, slices * t.column_blocks, 9, s.channels, grad_weight);
   }
 
   static NchwTiling backward_nchw_tiling(const DepthwiseShape& s, const T* grad, const T* y, const T* x) {
@@ -163,8 +165,9 @@ struct Calls {
     });
   }
 
-  static void backward_nchw(const Context& context, const DepthwiseShape& s, const NchwTiling& t, const T* grad, const T* y,
-                            const NormGrad<A>* norm, const T* x, const T* weight, T* grad_x, T* grad_weight) {
+  static void backward_nchw(const Context& context, const DepthwiseShape& s, const NchwTiling& t, const T* grad,
+                            const T* y, const NormGrad<A>* norm, const T* x, const T* weight, T* grad_x,
+                            T* grad_weight) {
     A* partial = grad_weight ? acc_scratch(context, t.slices(s) * 9 * s.channels) : nullptr;
     launch("backward3x3_nchw", norm ? backward3x3_nchw<T, true> : backward3x3_nchw<T, false>,
            s.batch * s.channels * t.bands, dim3(kNchwThreads), t.shared_bytes, context.stream, s, t, grad, y,
@@ -172,8 +175,8 @@ struct Calls {
     if (grad_weight) run_sum_slices<T>(context.stream, partial, t.slices(s), 9, s.channels, grad_weight);
   }
 
-  static void conv_backward(const Context& context, const DepthwiseShape& s, const T* grad_y, const T* x, const T* weight,
-                            T* grad_x, T* grad_weight) {
+  static void conv_backward(const Context& context, const DepthwiseShape& s, const T* grad_y, const T* x,
+                            const T* weight, T* grad_x, T* grad_weight) {
     if (!grad_x && !grad_weight) return;
     if (backward_takes_nhwc(s, grad_y, nullptr, x, weight, grad_x))
       return backward_nhwc(context, s, grad_y, nullptr, nullptr, x, weight, grad_x, grad_weight);
@@ -216,8 +219,7 @@ struct Calls {
            static_cast<const A*>(partial), view.slices, view.channels, grad_beta, grad_gamma);
     if (!grad_x && !grad_weight) return;
     const int64_t count = s.batch * s.out_h * s.out_w;
-    const NormGrad<A> norm_grad_of{norm, grad_beta, grad_gamma,
-                                   batch_statistics && count > 0 ? A(1) / A(count) : A(0)};
+    const NormGrad<A> norm_grad_of{norm, grad_beta, grad_gamma, batch_statistics && count > 0 ? A(1) / A(count) : A(0)};
     if (backward_takes_nhwc(s, grad_out, y, x, weight, grad_x))
       return backward_nhwc(context, s, grad_out, y, &norm_grad_of, x, weight, grad_x, grad_weight);
     if (const NchwTiling t = backward_nchw_tiling(s, grad_out, y, x); t.bands > 0)

@@ -41,7 +41,8 @@ __device__ __forceinline__ Site site_of(int64_t index, int64_t channels, int64_t
   return site;
 }
 
-__device__ __forceinline__ int64_t offset_of(const Site& s, int64_t channels, int64_t h, int64_t w, bool channels_last) {
+__device__ __forceinline__ int64_t offset_of(const Site& s, int64_t channels, int64_t h, int64_t w,
+                                             bool channels_last) {
   return channels_last ? ((s.n * h + s.i) * w + s.j) * channels + s.c : ((s.n * channels + s.c) * h + s.i) * w + s.j;
 }
 
@@ -99,7 +100,8 @@ __global__ void __launch_bounds__(kGeneralThreads, 2)
   grad_x[index] = narrow<T>(sum);
 }
 
-// One tap of the weight gradient per block: partial[slice][tap][channel]. Threads: x over channels, y over output pixels.
+// One tap of the weight gradient per block: partial[slice][tap][channel]. Threads: x over channels, y over output
+// pixels.
 template <typename T>
 __global__ void __launch_bounds__(kGeneralThreads, 2)
     grad_weight_general(DepthwiseShape s, const T* grad_y, const T* x, int64_t slices, acc_t<T>* partial) {

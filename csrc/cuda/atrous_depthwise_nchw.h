@@ -1,9 +1,9 @@
 // 3x3 kernels for contiguous NCHW tensors (multiplier 1).
 //
 // A block owns a band of rows of one plane. The rows it needs lie in one run of memory, whatever the row length: it is
-// copied to shared memory in whole 16-byte vectors, keeping its misalignment, and the taps are read from there. A thread
-// marches down one column through the rows of one phase (h mod rate), three reads of shared memory an output; the lanes of a
-// warp are neighbouring columns, so that those reads and the stores are free of conflicts and coalesced.
+// copied to shared memory in whole 16-byte vectors, keeping its misalignment, and the taps are read from there. A
+// thread marches down one column through the rows of one phase (h mod rate), three reads of shared memory an output;
+// the lanes of a warp are neighbouring columns, so that those reads and the stores are free of conflicts and coalesced.
 //
 //   conv3x3_nchw      conv(x) [normalise + activate] [statistics]         floor: X + Y bytes
 //   backward3x3_nchw  grad_x and the weight gradient, from dy, or from grad_out and y with dy formed while it is copied
@@ -43,14 +43,15 @@ NchwTiling nchw_tiling(int64_t height, int64_t width, Bytes&& bytes) {
 
 inline bool fits_nchw(const DepthwiseShape& s) {
   constexpr int64_t kLimit = int64_t(1) << 28;
-  for (int64_t size : {s.in_h * s.in_w, s.out_h * s.out_w, s.pad_top, s.pad_left, s.rate_h, s.rate_w, s.stride_h, s.stride_w,
-                       s.out_h * s.stride_h, s.out_w * s.stride_w})
+  for (int64_t size : {s.in_h * s.in_w, s.out_h * s.out_w, s.pad_top, s.pad_left, s.rate_h, s.rate_w, s.stride_h,
+                       s.stride_w, s.out_h * s.stride_h, s.out_w * s.stride_w})
     if (size >= kLimit) return false;
   return true;
 }
 
-// Copies elements [begin, end) of a tensor of `total` into shared memory: element k goes to shared[k - base], where base is
-// begin rounded down to a whole vector. Returns base. Shared memory must hold end - base rounded up to a vector.
+// Copies elements [begin, end) of a tensor of `total` into shared memory: element k goes to shared[k - base], where
+// base is begin rounded down to a whole vector. Returns base. Shared memory must hold end - base rounded up to a
+// vector.
 template <typename T>
 __device__ __forceinline__ int64_t copy_run(const T* tensor, int64_t begin, int64_t end, int64_t total, T* shared) {
   constexpr int V = kVector<T>;
@@ -214,8 +215,8 @@ inline int64_t nchw_backward_bytes(const DepthwiseShape& s, int64_t rows, int64_
 // [n * bands][9][C].
 template <typename T, bool kNorm>
 __global__ void __launch_bounds__(kNchwThreads, 2)
-    backward3x3_nchw(DepthwiseShape s, NchwTiling tiling, const T* grad, const T* y, NormGrad<acc_t<T>> norm, const T* x,
-                     const T* weight, T* grad_x, acc_t<T>* partial) {
+    backward3x3_nchw(DepthwiseShape s, NchwTiling tiling, const T* grad, const T* y, NormGrad<acc_t<T>> norm,
+                     const T* x, const T* weight, T* grad_x, acc_t<T>* partial) {
   using A = acc_t<T>;
   constexpr int V = kVector<T>;
   const int64_t plane = blockIdx.x / tiling.bands;

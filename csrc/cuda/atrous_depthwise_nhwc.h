@@ -1,19 +1,19 @@
 // 3x3 kernels for channels_last tensors (multiplier 1).
 //
 // A thread owns one pack of channels and one column, and marches down the rows of one phase (h mod rate): an atrous
-// convolution of rate r is r ordinary ones on every r-th row. Each row it reads (three packs, one a column tap) goes into
-// three running sums, so a row is read once instead of three times. Threads: x over packs of channels (8 packs of 16 bytes
-// are a 128-byte line), y over columns, so that the column taps of a block hit in L1.
+// convolution of rate r is r ordinary ones on every r-th row. Each row it reads (three packs, one a column tap) goes
+// into three running sums, so a row is read once instead of three times. Threads: x over packs of channels (8 packs of
+// 16 bytes are a 128-byte line), y over columns, so that the column taps of a block hit in L1.
 //
 //   conv3x3_nhwc      conv(x) [normalise + activate] [statistics]         floor: X + Y bytes
 //   backward3x3_nhwc  grad_x and the weight gradient, from dy, or from grad_out and y with dy formed on the fly
 //                                                                         floor: 2X + Y (2X + 2Y) bytes
 #pragma once
 
+#include <initializer_list>
+
 #include "norm.h"
 #include "reduce.h"
-
-#include <initializer_list>
 
 namespace deeplab_kernels::cuda {
 
@@ -45,11 +45,12 @@ NhwcTiling nhwc_tiling(int64_t batch, int64_t channels, int64_t rows, int64_t wi
   return t;
 }
 
-// Rows and columns, and offsets within one row, are counted in 32 bits by these kernels: registers are what they are short
-// of. Larger images go the general way.
+// Rows and columns, and offsets within one row, are counted in 32 bits by these kernels: registers are what they are
+// short of. Larger images go the general way.
 inline bool fits_nhwc(const DepthwiseShape& s) {
   constexpr int64_t kLimit = int64_t(1) << 28;
-  for (int64_t size : {s.in_h, s.in_w, s.out_h, s.out_w, s.pad_top, s.pad_left, s.rate_h, s.rate_w, s.stride_h, s.stride_w})
+  for (int64_t size :
+       {s.in_h, s.in_w, s.out_h, s.out_w, s.pad_top, s.pad_left, s.rate_h, s.rate_w, s.stride_h, s.stride_w})
     if (size >= kLimit) return false;
   // Offsets of taps outside the image are formed too, though never read.
   const int64_t span = s.in_w + s.out_w + 2 * (s.rate_w + s.pad_left) + s.out_w * s.stride_w;
@@ -112,7 +113,8 @@ __device__ __forceinline__ void multiply_add(Pack<A, V>& sum, const A (&factor)[
 }
 
 // kUnitStride: vertical stride 1, rows marched by phase. Otherwise every output row reads its three rows.
-// kMoments: the statistics go to partial[slice][3][C], slice = block / groups; norm is then not read and out may be null.
+// kMoments: the statistics go to partial[slice][3][C], slice = block / groups; norm is then not read and out may be
+// null.
 template <typename T, bool kUnitStride, bool kMoments>
 __global__ void __launch_bounds__(kNhwcThreads, 3)
     conv3x3_nhwc(DepthwiseShape s, NhwcTiling tiling, const T* x, const T* weight, Norm<acc_t<T>> norm, T* out,
@@ -295,8 +297,7 @@ __global__ void __launch_bounds__(kNhwcThreads, 3)
             multiply_add(sums[6 + v], x2.v, dy);
           }
         }
-        if (grad_x && q >= run.begin)
-          store_raw<T, V>(grad_x + x_offset(q), pack_raw<T, V>(sum0));
+        if (grad_x && q >= run.begin) store_raw<T, V>(grad_x + x_offset(q), pack_raw<T, V>(sum0));
         sum0 = sum1, sum1 = sum2;
       }
     }

@@ -1,5 +1,6 @@
 // Passes over one or two whole activations with a few values per channel: statistics, normalise + activate, and the two
-// passes of the backward of normalise + activate. Memory-bound; every access is a 16-byte vector where the layout allows.
+// passes of the backward of normalise + activate. Memory-bound; every access is a 16-byte vector where the layout
+// allows.
 //
 //   channel_moments    y            -> mean, var
 //   normalise          y            -> act(norm(y))
@@ -120,7 +121,8 @@ __global__ void __launch_bounds__(kPassThreads, 2) channel_moments(ChannelView v
 }
 
 template <typename T, bool kChannelsLast>
-__global__ void __launch_bounds__(kPassThreads, 2) normalise(ChannelView view, const T* y, Norm<acc_t<T>> norm, T* out) {
+__global__ void __launch_bounds__(kPassThreads, 2)
+    normalise(ChannelView view, const T* y, Norm<acc_t<T>> norm, T* out) {
   using A = acc_t<T>;
   using Site = PassSite<T, kChannelsLast>;
   const Site site(view);

@@ -1,5 +1,5 @@
-// What every CUDA source includes first: the language (CUDA's, or the emulator's on a CPU), the launch, and dynamic shared
-// memory. No kernel is launched anywhere else.
+// What every CUDA source includes first: the language (CUDA's, or the emulator's on a CPU), the launch, and dynamic
+// shared memory. No kernel is launched anywhere else.
 #pragma once
 
 #if defined(DEEPLAB_KERNELS_EMULATOR)
@@ -29,8 +29,9 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, dim
 #if defined(DEEPLAB_KERNELS_EMULATOR)
   emulator::run_grid(dim3(static_cast<unsigned>(blocks)), block, shared_bytes, [&] { kernel(args...); });
 #else
-  if (blocks > 0x7fffffff) throw std::runtime_error(std::string("deeplab_kernels: ") + name + ": the tensor is too large");
-  kernel<<<static_cast<unsigned>(blocks), block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
+  if (blocks > 0x7fffffff)
+    throw std::runtime_error(std::string("deeplab_kernels: ") + name + ": the tensor is too large");
+  kernel<<<static_cast<unsigned>(blocks), block, shared_bytes, static_cast<cudaStream_t>(stream)> > >(args...);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess)
     throw std::runtime_error(std::string("deeplab_kernels: ") + name + ": " + cudaGetErrorString(error));

@@ -2,8 +2,8 @@
 //   out  = act(z),  z = scale * (y - mean) + beta,  scale = gamma / sqrt(var + eps)
 //   g    = grad_out * act'(z)
 //   dy   = scale * (g - mean(g) - xhat * mean(g * xhat)),  xhat = (y - mean) / sqrt(var + eps)
-// The last two means are left out where the statistics were given. Subtracting the mean first keeps a channel whose mean is
-// large beside its deviation exact.
+// The last two means are left out where the statistics were given. Subtracting the mean first keeps a channel whose
+// mean is large beside its deviation exact.
 #pragma once
 
 #include "pack.h"

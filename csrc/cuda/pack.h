@@ -61,7 +61,7 @@ struct RawBytes<8> {
 
 // V elements as they lie in memory: one load, still to be converted.
 template <typename T, int V>
-using Raw = typename RawBytes<V * int(sizeof(T))>::type;
+using Raw = typename RawBytes<V* int(sizeof(T))>::type;
 
 template <typename A, int V>
 struct Pack {

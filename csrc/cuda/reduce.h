@@ -1,13 +1,13 @@
-// Sums that come out the same on every run: each thread's own, a tree over the threads of a block, one partial result per
-// slice of the work in global memory, and a second kernel that merges the slices in a fixed order.
+// Sums that come out the same on every run: each thread's own, a tree over the threads of a block, one partial result
+// per slice of the work in global memory, and a second kernel that merges the slices in a fixed order.
 #pragma once
 
 #include "pack.h"
 
 namespace deeplab_kernels::cuda {
 
-// Merges `value` over threadIdx.y; the result is valid where threadIdx.y == 0. shared holds one Value per thread, and is
-// free to be written when all threads of the block are here.
+// Merges `value` over threadIdx.y; the result is valid where threadIdx.y == 0. shared holds one Value per thread, and
+// is free to be written when all threads of the block are here.
 template <typename Value>
 __device__ __forceinline__ Value merge_over_y(Value value, Value* shared) {
   const int x = threadIdx.x, y = threadIdx.y, width = blockDim.x, height = blockDim.y;

@@ -18,8 +18,8 @@
 #endif
 
 #if defined(__x86_64__)
-// Saves the registers that a call must preserve on this stack, and goes on where `next` left off. swapcontext does the same
-// with a system call, which takes most of the time of a short thread.
+// Saves the registers that a call must preserve on this stack, and goes on where `next` left off. swapcontext does the
+// same with a system call, which takes most of the time of a short thread.
 extern "C" void emulator_switch_stack(void** saved, void* next);
 asm(R"(
 .text
@@ -105,8 +105,8 @@ const void* scheduler_stack = nullptr;
 size_t scheduler_stack_size = 0;
 
 [[noreturn]] void fail(const char* what) {
-  std::fprintf(stderr, "emulator: block (%u, %u, %u) thread %d: %s\n", blockIdx.x, blockIdx.y, blockIdx.z, current_number,
-               what);
+  std::fprintf(stderr, "emulator: block (%u, %u, %u) thread %d: %s\n", blockIdx.x, blockIdx.y, blockIdx.z,
+               current_number, what);
   std::abort();
 }
 

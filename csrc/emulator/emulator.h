@@ -1,8 +1,9 @@
 // The header under which the sources of csrc/cuda compile with a plain C++ compiler, for tests: the words of CUDA that
-// those sources use, carried out on the CPU. The threads of a block are fibres that meet at barriers; blocks run one after
-// the other, in the order the schedule names. What it shows that a GPU would not: reads and writes out of bounds of any
-// buffer including shared memory (AddressSanitizer), a missing barrier (results change with the schedule), a barrier that
-// some threads of a block never reach (an error), shared memory read before it is written (it is filled with NaN).
+// those sources use, carried out on the CPU. The threads of a block are fibres that meet at barriers; blocks run one
+// after the other, in the order the schedule names. What it shows that a GPU would not: reads and writes out of bounds
+// of any buffer including shared memory (AddressSanitizer), a missing barrier (results change with the schedule), a
+// barrier that some threads of a block never reach (an error), shared memory read before it is written (it is filled
+// with NaN).
 #pragma once
 
 #include <cmath>

@@ -133,8 +133,8 @@ Tensor bn_act_inference(const Tensor& x_any, const Tensor& weight_any, const Opt
     using T = decltype(value);
     using A = cpu::acc_t<T>;
     cpu::atrous_depthwise_bn_act_inference<T>(shape, in<T>(x), in<T>(weight),
-                                              norm_parameters<A>(gamma, beta, eps, activation), in<A>(mean),
-                                              in<A>(var), out<T>(result), torch_pool());
+                                              norm_parameters<A>(gamma, beta, eps, activation), in<A>(mean), in<A>(var),
+                                              out<T>(result), torch_pool());
   });
   return as_dtype(result, x_any.scalar_type());
 }
@@ -185,11 +185,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(
   dispatch(x.scalar_type(), [&](auto value) {
     using T = decltype(value);
     using A = cpu::acc_t<T>;
-    cpu::atrous_depthwise_bn_act_backward<T>(
-        shape, in<T>(grad), in<T>(x), in<T>(weight), have_y ? in<T>(y) : nullptr,
-        norm_parameters<A>(gamma, beta, eps, activation), in<A>(mean), in<A>(var), batch_statistics,
-        out_or_null<T>(grad_x, need_grad_x), out_or_null<T>(grad_weight, need_grad_weight), out<A>(grad_gamma),
-        out<A>(grad_beta), torch_pool());
+    cpu::atrous_depthwise_bn_act_backward<T>(shape, in<T>(grad), in<T>(x), in<T>(weight), have_y ? in<T>(y) : nullptr,
+                                             norm_parameters<A>(gamma, beta, eps, activation), in<A>(mean), in<A>(var),
+                                             batch_statistics, out_or_null<T>(grad_x, need_grad_x),
+                                             out_or_null<T>(grad_weight, need_grad_weight), out<A>(grad_gamma),
+                                             out<A>(grad_beta), torch_pool());
   });
   return {as_dtype(grad_x, x_any.scalar_type()), as_dtype(grad_weight, x_any.scalar_type()), grad_gamma, grad_beta};
 }

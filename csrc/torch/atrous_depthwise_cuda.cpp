@@ -30,8 +30,8 @@ cuda::Dtype dtype_of(const Tensor& x) {
   }
 }
 
-// The device and stream of one call, and its scratch memory: freed when the call returns, which torch's allocator allows
-// because the memory is handed out again on the same stream only.
+// The device and stream of one call, and its scratch memory: freed when the call returns, which torch's allocator
+// allows because the memory is handed out again on the same stream only.
 class Launcher {
  public:
   explicit Launcher(const Tensor& x) : x_(x), guard_(x.get_device_index()) {
@@ -110,7 +110,8 @@ Tensor bn_act_inference(const Tensor& x_any, const Tensor& weight_any, const Opt
   const Tensor x = with_layout(x_any, shape.channels_last), weight = torch::stable::contiguous(weight_any);
   check_norm(gamma, beta, shape, x);
   check_statistics(mean, var, shape, x);
-  const cuda::NormParameters norm{in_or_null(gamma), in_or_null(beta), in(mean), in(var), eps, activation_of(activation)};
+  const cuda::NormParameters norm{in_or_null(gamma),        in_or_null(beta), in(mean), in(var), eps,
+                                  activation_of(activation)};
   Tensor result = empty_nchw(output_size(shape), x, shape.channels_last);
   cuda::atrous_depthwise_bn_act_inference(launcher.context(), dtype_of(x), shape, in(x), in(weight), norm, out(result));
   return result;
@@ -125,7 +126,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_training(const Tensor& x_any, 
   const Tensor x = with_layout(x_any, shape.channels_last), weight = torch::stable::contiguous(weight_any);
   const ScalarType acc = accumulation_type(x.scalar_type());
   check_norm(gamma, beta, shape, x);
-  const cuda::NormParameters norm{in_or_null(gamma), in_or_null(beta), nullptr, nullptr, eps, activation_of(activation)};
+  const cuda::NormParameters norm{in_or_null(gamma),        in_or_null(beta), nullptr, nullptr, eps,
+                                  activation_of(activation)};
   Tensor result = empty_nchw(output_size(shape), x, shape.channels_last);
   Tensor y = save_conv ? empty_nchw(output_size(shape), x, shape.channels_last) : empty_vector(0, x, x.scalar_type());
   Tensor mean = empty_vector(shape.out_channels(), x, acc);
@@ -150,7 +152,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(
   const Tensor grad = with_layout(grad_any, shape.channels_last);
   const bool have_y = was_kept(y_any, shape, x);
   const Tensor y = have_y ? with_layout(y_any, shape.channels_last) : y_any;
-  const cuda::NormParameters norm{in_or_null(gamma), in_or_null(beta), in(mean), in(var), eps, activation_of(activation)};
+  const cuda::NormParameters norm{in_or_null(gamma),        in_or_null(beta), in(mean), in(var), eps,
+                                  activation_of(activation)};
   Tensor grad_x = gradient_like(x, shape, need_grad_x);
   Tensor grad_weight = gradient_like(weight, shape, need_grad_weight);
   Tensor grad_gamma = empty_vector(shape.out_channels(), x, acc);

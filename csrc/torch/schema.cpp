@@ -11,8 +11,7 @@
 
 STABLE_TORCH_LIBRARY(deeplab_kernels, m) {
   // y = conv(x, weight)
-  m.def(
-      "atrous_depthwise_conv2d(Tensor x, Tensor weight, int[2] stride, int[4] padding, int[2] dilation) -> Tensor");
+  m.def("atrous_depthwise_conv2d(Tensor x, Tensor weight, int[2] stride, int[4] padding, int[2] dilation) -> Tensor");
   // Gradients of the above. A gradient that is not needed comes back as an empty tensor of shape (0,).
   m.def(
       "atrous_depthwise_conv2d_backward(Tensor grad_out, Tensor x, Tensor weight, int[2] stride, int[4] padding, "
@@ -20,18 +19,21 @@ STABLE_TORCH_LIBRARY(deeplab_kernels, m) {
   // out = act(gamma * (conv(x) - mean) / sqrt(var + eps) + beta) with given statistics (inference, frozen BN).
   // gamma = None means 1, beta = None means 0.
   m.def(
-      "atrous_depthwise_bn_act_inference(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var, "
+      "atrous_depthwise_bn_act_inference(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor mean, Tensor "
+      "var, "
       "float eps, int activation, int[2] stride, int[4] padding, int[2] dilation) -> Tensor");
   // The same with the batch's own statistics. Returns (out, y, mean, var): y = conv(x) if save_conv, otherwise an empty
   // tensor of shape (0,); mean and biased var over (N, H, W), in the accumulation dtype.
   m.def(
-      "atrous_depthwise_bn_act_training(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, float eps, int activation, "
+      "atrous_depthwise_bn_act_training(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, float eps, int "
+      "activation, "
       "int[2] stride, int[4] padding, int[2] dilation, bool save_conv) -> (Tensor, Tensor, Tensor, Tensor)");
   // Backward of both. y is conv(x) or an empty tensor, in which case it is recomputed from x. batch_statistics tells
   // whether mean and var are functions of x. Returns (grad_x, grad_weight, grad_gamma, grad_beta), the last two in the
   // accumulation dtype, always computed; the first two as in atrous_depthwise_conv2d_backward.
   m.def(
-      "atrous_depthwise_bn_act_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor y, Tensor? gamma, Tensor? beta, "
+      "atrous_depthwise_bn_act_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor y, Tensor? gamma, Tensor? "
+      "beta, "
       "Tensor mean, Tensor var, float eps, int activation, bool batch_statistics, int[2] stride, int[4] padding, "
       "int[2] dilation, bool need_grad_x, bool need_grad_weight) -> (Tensor, Tensor, Tensor, Tensor)");
 }

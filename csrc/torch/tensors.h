@@ -27,8 +27,9 @@ inline bool is_channels_last(const Tensor& x) {
   return true;
 }
 
-// x itself when it is dense in the wanted layout (DepthwiseShape::channels_last), otherwise a copy. A tensor dense in both
-// counts as contiguous, and one dense in neither is copied to contiguous (_layout.py, which the fake kernels follow).
+// x itself when it is dense in the wanted layout (DepthwiseShape::channels_last), otherwise a copy. A tensor dense in
+// both counts as contiguous, and one dense in neither is copied to contiguous (_layout.py, which the fake kernels
+// follow).
 inline Tensor with_layout(const Tensor& x, bool channels_last) {
   if (channels_last ? is_channels_last(x) : x.is_contiguous()) return x;
   return torch::stable::contiguous(x, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
@@ -48,7 +49,8 @@ inline Tensor empty_vector(int64_t size, const Tensor& like, ScalarType dtype) {
 }
 
 // Bounds under which no index computed in 64 bits overflows.
-constexpr int64_t kLargestParameter = (int64_t{1} << 31) - 1;  // kernel, stride, rate, padding; ops/_validation.py has it too
+constexpr int64_t kLargestParameter =
+    (int64_t{1} << 31) - 1;  // kernel, stride, rate, padding; ops/_validation.py has it too
 constexpr int64_t kLargestImageSide = int64_t{1} << 40;
 
 // Geometry of one call. The Python layer has validated user input and raised readable errors; the checks here only keep
@@ -77,9 +79,9 @@ inline DepthwiseShape depthwise_shape(const Tensor& x, const Tensor& weight, con
   STD_TORCH_CHECK(weight.size(1) == 1 && shape.multiplier * shape.channels == weight.size(0) &&
                       (shape.multiplier > 0 || shape.channels == 0),
                   "weight must have shape (channels * multiplier, 1, kh, kw)");
-  STD_TORCH_CHECK(shape.in_h > 0 && shape.in_w > 0 && shape.in_h <= kLargestImageSide &&
-                      shape.in_w <= kLargestImageSide,
-                  "the height and width of x must be positive and at most 2^40");
+  STD_TORCH_CHECK(
+      shape.in_h > 0 && shape.in_w > 0 && shape.in_h <= kLargestImageSide && shape.in_w <= kLargestImageSide,
+      "the height and width of x must be positive and at most 2^40");
   for (int64_t value : {shape.kernel_h, shape.kernel_w, stride[0], stride[1], dilation[0], dilation[1]})
     STD_TORCH_CHECK(value > 0 && value <= kLargestParameter,
                     "kernel, stride and dilation must be positive and below 2^31");

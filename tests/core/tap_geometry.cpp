@@ -78,8 +78,8 @@ void activations() {
   struct Row {
     T z, relu, relu6, slope, slope6;
   };
-  const Row rows[] = {{-1, 0, 0, 0, 0}, {0, 0, 0, 0, 0},    {T(0.5), T(0.5), T(0.5), 1, 1},
-                      {6, 6, 6, 1, 0},  {7, 7, 6, 1, 0},    {inf, inf, 6, 1, 0},
+  const Row rows[] = {{-1, 0, 0, 0, 0},  {0, 0, 0, 0, 0}, {T(0.5), T(0.5), T(0.5), 1, 1},
+                      {6, 6, 6, 1, 0},   {7, 7, 6, 1, 0}, {inf, inf, 6, 1, 0},
                       {-inf, 0, 0, 0, 0}};
   for (const Row& row : rows) {
     expect(activate(row.z, Activation::kNone) == row.z, "none", 0, 0, 0, 0, 0, 0);

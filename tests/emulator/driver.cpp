@@ -2,9 +2,9 @@
 //
 //   driver calls.bin results.bin forward|reverse|random seed dropped_barrier
 //
-// A call is kHeader int64 (see Call), then its input tensors one after the other, each as an int64 count of bytes (-1 for
-// null) and the bytes; outputs come back in the same form. Buffers are allocated to the byte, so that AddressSanitizer sees
-// any access outside, and filled with 0xff (NaN). The barriers that ran are printed at the end.
+// A call is kHeader int64 (see Call), then its input tensors one after the other, each as an int64 count of bytes (-1
+// for null) and the bytes; outputs come back in the same form. Buffers are allocated to the byte, so that
+// AddressSanitizer sees any access outside, and filled with 0xff (NaN). The barriers that ran are printed at the end.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -76,10 +76,10 @@ void write_buffer(std::FILE* file, const Buffer& buffer) {
 }
 
 void run(const Call& call, std::FILE* in, std::FILE* out) {
-  const DepthwiseShape s{call.batch,    call.channels, call.multiplier, call.in_h,   call.in_w,
-                         call.out_h,    call.out_w,    call.kernel_h,   call.kernel_w, call.stride_h,
-                         call.stride_w, call.pad_top,  call.pad_left,   call.rate_h, call.rate_w,
-                         call.channels_last != 0};
+  const DepthwiseShape s{call.batch,    call.channels, call.multiplier, call.in_h,
+                         call.in_w,     call.out_h,    call.out_w,      call.kernel_h,
+                         call.kernel_w, call.stride_h, call.stride_w,   call.pad_top,
+                         call.pad_left, call.rate_h,   call.rate_w,     call.channels_last != 0};
   const auto dtype = static_cast<cuda::Dtype>(call.dtype);
   const int64_t size = dtype == cuda::Dtype::kFloat64 ? 8 : dtype == cuda::Dtype::kFloat32 ? 4 : 2;
   const int64_t acc = dtype == cuda::Dtype::kFloat64 ? 8 : 4;
@@ -106,8 +106,8 @@ void run(const Call& call, std::FILE* in, std::FILE* out) {
                                            results[1].data);
   } else {
     const Buffer gamma = input(0), beta = input(0);
-    cuda::NormParameters norm{gamma.data, beta.data, nullptr, nullptr, call.eps,
-                              static_cast<Activation>(call.activation)};
+    cuda::NormParameters norm{gamma.data, beta.data, nullptr,
+                              nullptr,    call.eps,  static_cast<Activation>(call.activation)};
     if (call.op == kTraining) {
       results.push_back(output(out_bytes));
       results.push_back(output(out_bytes, call.want_first));
