@@ -208,7 +208,10 @@ def test_unneeded_gradients_are_empty(layout: str, need: tuple[bool, bool], back
     full = backend("atrous_depthwise_conv2d_backward")(*arguments)
     some = backend("atrous_depthwise_conv2d_backward")(*arguments[:-2], *need)
     for wanted, result, needed in zip(full, some, need, strict=True):
-        assert torch.equal(result, wanted) if needed else result.shape == (0,)
+        if needed:
+            torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-4)
+        else:
+            assert result.shape == (0,)
 
 
 def test_views_off_a_16_byte_boundary(backend: Callable[[str], Operator]) -> None:
