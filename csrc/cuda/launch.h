@@ -31,7 +31,9 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, dim
 #else
   if (blocks > 0x7fffffff)
     throw std::runtime_error(std::string("deeplab_kernels: ") + name + ": the tensor is too large");
-  kernel<<<static_cast<unsigned>(blocks), block, shared_bytes, static_cast<cudaStream_t>(stream)> > >(args...);
+  // clang-format off
+  kernel<<<static_cast<unsigned>(blocks), block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
+  // clang-format on
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess)
     throw std::runtime_error(std::string("deeplab_kernels: ") + name + ": " + cudaGetErrorString(error));
