@@ -5,9 +5,9 @@ DeepLab v3+ against cuDNN, PyTorch's native kernel and torch.compile.
     python benchmarks/gpu_suite.py --rehearse                 # without a GPU: the same steps, tiny and on the CPU
 
 The most important comes first and every finished step is written to the output file, so that a run that is cut short
-still counts. The library is built in a temporary copy; the source tree is not touched. A layer whose result differs from
-float64 is not timed. Times are medians of CUDA-event timings, alternatives interleaved, caches flushed
-between calls; `floor_us` is what the tensors take at the copy bandwidth measured in the same run.
+still counts. The library is built in a temporary copy; the source tree is not touched. A layer whose result differs
+from float64 is not timed. Times are medians of CUDA-event timings, alternatives interleaved, caches flushed between
+calls; `floor_us` is what the tensors take at the copy bandwidth measured in the same run.
 """
 
 from __future__ import annotations
