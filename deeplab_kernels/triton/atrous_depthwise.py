@@ -855,7 +855,7 @@ def _sum_slices(partials: Tensor, first: Tensor, second: Tensor | None = None) -
         "partials": partials, "first": first, "second": second, "slices": slices, "rows": rows, "channels": channels,
         "BLOCK_S": block_s, "BLOCK_C": block_c,
     }  # fmt: skip
-    _launch(_sum_slices_kernel, (triton.cdiv(channels, block_c), rows), arguments, 4, partials.device)
+    _launch(_sum_slices_kernel, (triton.cdiv(channels, block_c), rows), arguments, 8, partials.device)
 
 
 def _backward(
