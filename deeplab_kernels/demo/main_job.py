@@ -42,11 +42,11 @@ class Settings:
     test_scenes: int = 60
     scene_size: int = 193
     output_stride: int = 8
-    steps: int = 2400
+    steps: int = 2000
     batch_size: int = 4
     crop: int = 97
     learning_rate: float = 0.2
-    time_limit: float = 110.0
+    time_limit: float = 140.0
     layers: tuple[speed.Layer, ...] = speed.LAYERS
     rounds: int = 9
     multi_scale: bool = True

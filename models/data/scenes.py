@@ -302,7 +302,7 @@ def _photograph(image: Array, rng: Generator) -> NDArray[np.uint8]:
     height, width, _ = image.shape
     light = 1 + rng.uniform(0, 0.35) * _smooth_noise(height, width, max(height, width) / 1.5, rng)
     image = image * (light * rng.uniform(0.7, 1.15))[..., None].astype(np.float32)
-    if rng.random() < 0.12:
+    if rng.random() < 0.08:
         saturation = np.float32(max(0, rng.uniform(-0.4, 0.6)))
         grey = image @ _GREY
         image = _mix(np.repeat(grey[..., None], 3, axis=2), image, np.full(grey.shape, saturation, np.float32))
