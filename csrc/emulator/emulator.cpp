@@ -174,16 +174,28 @@ void run_block(int threads, std::mt19937_64& random) {
   std::vector<int> order(threads);
   std::iota(order.begin(), order.end(), 0);
   if (schedule.order == Order::kReverse) std::reverse(order.begin(), order.end());
+  std::vector<bool> visited((threads + 31) / 32);
   for (;;) {
     if (schedule.order == Order::kRandom) std::shuffle(order.begin(), order.end(), random);
     bool progress = false;
     int done = 0, waiting = 0;
-    for (int t : order) {
-      Fibre& f = fibres[t];
-      if (f.state == State::kInExchange && exchange_complete(t, f.mask, f.exchanges)) f.state = State::kReady;
-      if (f.state == State::kReady) {
-        progress = true;
-        resume(t);
+    // A warp runs until all its threads wait at a block barrier or are done, before the next one starts: the widest lead
+    // that one warp can have over another.
+    std::fill(visited.begin(), visited.end(), false);
+    for (int leader : order) {
+      const int warp = leader / 32;
+      if (visited[warp]) continue;
+      visited[warp] = true;
+      for (bool moved = true; moved;) {
+        moved = false;
+        for (int t : order) {
+          Fibre& f = fibres[t];
+          if (t / 32 != warp) continue;
+          if (f.state == State::kInExchange && exchange_complete(t, f.mask, f.exchanges)) f.state = State::kReady;
+          if (f.state != State::kReady) continue;
+          progress = moved = true;
+          resume(t);
+        }
       }
     }
     for (int t : order) {
