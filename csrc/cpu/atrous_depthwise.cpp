@@ -84,7 +84,8 @@ bool all_finite(const T* values, int64_t count) {
 
 template <typename T>
 PlanBuilder make_plan(const DepthwiseShape& shape, Purpose purpose, bool exact) {
-  return PlanBuilder(shape, purpose, sizeof(acc_t<T>), exact);
+  const int64_t vector_bytes = chosen() == InstructionSet::kAvx512 ? 64 : chosen() == InstructionSet::kAvx2 ? 32 : 16;
+  return PlanBuilder(shape, purpose, sizeof(T), sizeof(acc_t<T>), vector_bytes / sizeof(acc_t<T>), exact);
 }
 
 template <typename T>

@@ -1,10 +1,11 @@
 // The vectorised kernels of the atrous depthwise convolution. Included once for each instruction set by
 // atrous_depthwise_{portable,avx2,avx512}.cpp, which define DK_ISA.
 //
-// Every pass streams: a row of x is widened and packed once into a ring of kernel_h rows in the fast caches, a row of
-// results is computed from the ring in registers and leaves through an epilogue (store; scale, shift, activate;
-// statistics; gradients). NCHW vectors run over columns, NHWC vectors over channels. Training passes recompute the
-// convolution instead of storing it: nine multiply-adds cost less than eight bytes of memory traffic.
+// Every pass streams: a row of x is widened and packed once into a window of rows in the fast caches (NHWC float rows
+// may be read in place), a row of results is computed from the window in registers and leaves through an epilogue
+// (store; scale, shift, activate; statistics; gradients). NCHW vectors run over columns, NHWC vectors over channels.
+// Training passes recompute the convolution instead of storing it: nine multiply-adds cost less than eight bytes of
+// memory traffic.
 #include <cstddef>
 
 #include "simd.h"
@@ -13,26 +14,94 @@
 namespace deeplab_kernels::cpu {
 namespace {
 
-template <typename A>
-struct Tap {
-  const A* input;
-  const A* weight;
+// The taps of a segment for one class of rows, kernel row by kernel row: where each reads, from the row's base, and
+// which weight it takes.
+struct TapTable {
+  int64_t* offset;
+  int64_t* weight;
+  int64_t per_row;
+};
+
+// The taps of one result row.
+struct Taps {
+  const int64_t* offset;
+  const int64_t* weight;
+  int64_t count;
 };
 
 DK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 DK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 DK_INLINE int64_t rounded_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
-// acc[b] = sum over taps of weight * input[offset + b*step]
+// acc[b] = sum over taps of weights[tap] * input[tap + b*step], the last b at `last` instead.
 template <typename A, bool kNhwc, int B>
-DK_INLINE void accumulate(const Tap<A>* taps, int64_t count, int64_t offset, int64_t step, int64_t lane,
+DK_INLINE void accumulate(const Taps& taps, const A* weights, const A* input, int64_t step, int64_t last,
                           Vec<A> (&acc)[B]) {
   for (int b = 0; b < B; ++b) acc[b] = Vec<A>{};
-  for (int64_t t = 0; t < count; ++t) {
-    const A* input = taps[t].input + offset;
-    const Vec<A> weight = kNhwc ? load(taps[t].weight + lane) : broadcast(*taps[t].weight);
+  for (int64_t t = 0; t < taps.count; ++t) {
+    const A* p = input + taps.offset[t];
+    const A* w = weights + taps.weight[t];
+    const Vec<A> weight = kNhwc ? load(w) : broadcast(*w);
 #pragma GCC unroll 8
-    for (int b = 0; b < B; ++b) acc[b] += weight * load(input + b * step);
+    for (int b = 0; b < B - 1; ++b) acc[b] += weight * load(p + b * step);
+    acc[B - 1] += weight * load(p + last);
+  }
+}
+
+// The same for a number of taps known to the compiler, with the weights already in registers.
+template <typename A, int N, int B>
+DK_INLINE void accumulate(const A* const (&inputs)[N], const Vec<A> (&weights)[N], int64_t offset, int64_t step,
+                          int64_t last, Vec<A> (&acc)[B]) {
+  for (int b = 0; b < B; ++b) acc[b] = Vec<A>{};
+#pragma GCC unroll 16
+  for (int t = 0; t < N; ++t) {
+    const A* p = inputs[t] + offset;
+#pragma GCC unroll 8
+    for (int b = 0; b < B - 1; ++b) acc[b] += weights[t] * load(p + b * step);
+    acc[B - 1] += weights[t] * load(p + last);
+  }
+}
+
+// The nine taps of a 3x3 kernel where the taps of a kernel row lie `step` apart, as the results do: each input is
+// loaded once for the up to three results that share it.
+template <typename A, int B>
+DK_INLINE void accumulate_sliding(const A* const (&inputs)[9], const Vec<A> (&weights)[9], int64_t offset, int64_t step,
+                                  Vec<A> (&acc)[B]) {
+  for (int b = 0; b < B; ++b) acc[b] = Vec<A>{};
+#pragma GCC unroll 3
+  for (int u = 0; u < 3; ++u) {
+    const A* p = inputs[3 * u] + offset;
+#pragma GCC unroll 8
+    for (int c = 0; c < B + 2; ++c) {
+      const Vec<A> input = load(p + c * step);
+#pragma GCC unroll 3
+      for (int v = 0; v < 3; ++v)
+        if (c - v >= 0 && c - v < B) acc[c - v] += weights[3 * u + v] * input;
+    }
+  }
+}
+
+// The same for two neighbouring vectors of channels, one cache line of floats with AVX2; too many weights for the
+// registers come from the stack.
+template <typename A, int B>
+DK_INLINE void accumulate_sliding(const A* const (&inputs)[9], const Vec<A> (&weights)[2][9], int64_t offset,
+                                  int64_t step, Vec<A> (&acc)[2][B]) {
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; ++h)
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) acc[h][b] = Vec<A>{};
+#pragma GCC unroll 3
+  for (int u = 0; u < 3; ++u) {
+    const A* p = inputs[3 * u] + offset;
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h)
+#pragma GCC unroll 8
+      for (int c = 0; c < B + 2; ++c) {
+        const Vec<A> input = load(p + c * step + h * kLanes<A>);
+#pragma GCC unroll 3
+        for (int v = 0; v < 3; ++v)
+          if (c - v >= 0 && c - v < B) acc[h][c - v] += weights[h][3 * u + v] * input;
+      }
   }
 }
 
@@ -53,6 +122,8 @@ DK_INLINE void dot_products(const A* const* inputs, const A* grad, int64_t count
   for (int t = 0; t < N; ++t) store(sums[t], sum[t]);
 }
 constexpr int kMostDots = 9;
+constexpr int64_t kColumnTile = 32;
+constexpr int64_t kRowsAhead = 7;
 
 // X: a vector or a scalar.
 template <typename X>
@@ -74,33 +145,36 @@ DK_INLINE X masked(X grad, X z, Activation activation) {
   return grad;
 }
 
-// Packed rows, found again by their row index.
+// Packed rows first, first + step, ... of an image, in consecutive slots.
 template <typename A>
-struct Ring {
+struct Window {
   A* memory;
-  int64_t* tags;
-  int64_t slots, row_size;
+  int64_t slots, step, pitch;
+  int64_t first, count;
 
-  void clear() {
-    for (int64_t i = 0; i < slots; ++i) tags[i] = -1;
-  }
-  A* slot(int64_t i) const { return memory + i * row_size; }
+  void clear() { count = 0; }
 
-  // Slot that holds `row`, or -1.
-  int64_t find(int64_t row) const {
-    for (int64_t i = 0; i < slots; ++i)
-      if (tags[i] == row) return i;
-    return -1;
-  }
-  // A slot that holds none of the rows still needed.
-  int64_t evict(const int64_t* needed, int64_t count) const {
-    for (int64_t i = 0; i < slots; ++i) {
-      bool free = true;
-      for (int64_t k = 0; k < count; ++k) free = free && tags[i] != needed[k];
-      if (free) return i;
+  // Makes rows low ... high present, filling the missing ones through fill(row, slot) and dropping some below low.
+  // While at it, fills rows up to `limit` where there is room: read some rows after they were written, loads across two
+  // stores find them in the cache and need not wait.
+  template <typename Fill>
+  DK_INLINE void require(int64_t low, int64_t high, int64_t limit, const Fill& fill) {
+    if (count == 0 || low < first || low > first + count * step || (step > 1 && (low - first) % step != 0))
+      first = low, count = 0;
+    if (first + (count - 1) * step >= high) return;
+    for (int64_t row = first + count * step; row <= high || (row <= limit && count < slots); row += step) {
+      if (count == slots) {
+        const int64_t dropped = (low - first) / step;
+        __builtin_memmove(memory, memory + dropped * pitch, size_t((count - dropped) * pitch) * sizeof(A));
+        first = low, count -= dropped;
+      }
+      fill(row, memory + count * pitch);
+      ++count;
     }
-    return 0;  // not reached: there are as many slots as rows needed at once
   }
+
+  // Where `row` is or would be.
+  DK_INLINE const A* at(int64_t row) const { return memory + (step == 1 ? row - first : (row - first) / step) * pitch; }
 };
 
 // Hands out parts of one block; with base null it only adds up their sizes.
@@ -140,17 +214,25 @@ class Worker {
       : plan_(plan), s_(plan.shape), x_(x), weight_(weight) {
     const int64_t most = smaller(plan.group_channels, s_.channels) * s_.multiplier;
     parts_ = kNhwc ? 1 : s_.multiplier;
+    out_pixel_ = s_.out_channels();
     row_lanes_ = kNhwc ? rounded_up(most, L) : 1;
-    // Nothing to widen, pad or gather: the taps read x itself.
-    direct_ = kNhwc && sizeof(T) == sizeof(A) && s_.multiplier == 1 && most == s_.channels && most % L == 0;
+    direct_ = kNhwc && plan.direct;
     Arena measure(nullptr);
     allocate(measure, needs);
     const size_t bytes = measure.used();
     void* memory = thread_scratch(bytes);
+    // What is never written must read as zero: padding, and the lanes beyond the last channel.
+    if (!kNhwc || most % L != 0 || needs != Needs::kForward) __builtin_memset(memory, 0, bytes);
     Arena arena(memory);
     allocate(arena, needs);
-    // What is never written must read as zero: padding, and the lanes beyond the last channel.
-    __builtin_memset(memory, 0, bytes);
+    const int64_t x_step = direct_ ? 1 : x_window_.step, x_pitch = direct_ ? s_.in_w * s_.channels : x_window_.pitch;
+    x_advance_ = plan.out_rows.step * s_.stride_h / x_step * x_pitch;
+    fill_tables(plan.forward, plan.forward_rows, plan.forward_rows.source_step / x_step * x_pitch, x_pixel(), 1, 0,
+                forward_tables_);
+    if (needs == Needs::kBackward)
+      fill_tables(plan.transposed, plan.transposed_rows,
+                  plan.transposed_rows.source_step / grad_window_.step * grad_window_.pitch, lanes_or_one(), parts_,
+                  grad_window_.pitch / parts_, transposed_tables_);
   }
 
   int64_t lanes() const { return kNhwc ? lanes_ : parts_; }
@@ -174,7 +256,7 @@ class Worker {
       }
       // A narrower last group leaves the previous one's values in the lanes beyond it.
       if (count_ < lanes_ && !direct_)
-        __builtin_memset(x_ring_.memory, 0, x_ring_.slots * x_ring_.row_size * sizeof(A));
+        __builtin_memset(x_window_.memory, 0, size_t(x_window_.slots * x_window_.pitch) * sizeof(A));
     } else {
       for (int64_t i = 0; i < count_ * taps; ++i) weights_[i] = widen(weight[i]);
     }
@@ -198,16 +280,18 @@ class Worker {
   void forward(const Task& task, T* out, bool with_norm) {
     select_image(task.image);
     const IndexRange band = plan_.out_rows.band(task.band);
-    for (int64_t position = band.begin; position < band.end; ++position) {
+    for (int64_t position = band.begin; position < band.end;) {
       const int64_t i = plan_.out_rows.rows[position];
-      const int64_t rows = x_rows_of(i);
+      const int64_t count = smaller(plan_.out_rows.batches[position], band.end - position);
+      const A* base = x_base(position, count);
       for (int64_t part = 0; part < parts_; ++part) {
         T* row = out + out_offset(i, part);
         if (with_norm)
-          convolve<false>(plan_.forward, rows, part, StoreActivated{*this, row, part});
+          convolve<false>(i, count, part, base, StoreActivated{*this, row, part});
         else
-          convolve<false>(plan_.forward, rows, part, Store{*this, row});
+          convolve<false>(i, count, part, base, Store{*this, row});
       }
+      position += count;
     }
   }
 
@@ -220,9 +304,9 @@ class Worker {
     double seen = 0;
     for (int64_t position = band.begin; position < band.end; ++position) {
       const int64_t i = plan_.out_rows.rows[position];
-      const int64_t rows = x_rows_of(i);
+      const A* base = x_base(i);
       for (int64_t part = 0; part < parts_; ++part) {
-        convolve<true>(plan_.forward, rows, part, Keep{*this, y_});
+        convolve<true>(i, 1, part, base, Keep{*this, y_});
         if (kept) store_row(y_, kept + out_offset(i, part));
         row_statistics(seen, mean + part, m2 + part);
       }
@@ -237,9 +321,9 @@ class Worker {
     for (int64_t l = 0; l < lanes(); ++l) sum[l] = dot[l] = 0;
     for (int64_t position = band.begin; position < band.end; ++position) {
       const int64_t i = plan_.out_rows.rows[position];
-      const int64_t rows = y ? 0 : x_rows_of(i);
+      const A* base = y ? nullptr : x_base(i);
       for (int64_t part = 0; part < parts_; ++part) {
-        convolution_row(i, part, rows, y);
+        convolution_row(i, part, base, y);
         const A* g = grad_row(grad_out + out_offset(i, part));
         row_gradient_sums(g, part, sum + part, dot + part);
       }
@@ -260,14 +344,14 @@ class Worker {
   // Gradients of x and of the weights over a band of input rows (of output rows if only the weights' is wanted).
   void gradients(const Task& task, const GradientPass& pass) {
     select_image(task.image);
-    grad_ring_.clear();
+    grad_window_.clear();
     pass_ = pass;
     dot_updates_ = 0;
     if (pass.grad_weight) __builtin_memset(dots_, 0, s_.taps() * parts_ * dot_lanes() * sizeof(A));
     if (!pass.grad_x) {
       const IndexRange band = plan_.out_rows.band(task.band);
       for (int64_t position = band.begin; position < band.end; ++position)
-        fill_grad_slot(plan_.out_rows.rows[position], 0, true);
+        fill_grad_slot(plan_.out_rows.rows[position], grad_window_.memory, true);
     } else {
       const IndexRange band = plan_.in_rows.band(task.band);
       for (int64_t position = band.begin; position < band.end; ++position)
@@ -280,37 +364,73 @@ class Worker {
   // ---- memory
 
   void allocate(Arena& arena, Needs needs) {
-    const int64_t kh = s_.kernel_h, taps = s_.taps(), m = s_.multiplier;
+    const int64_t taps = s_.taps(), m = s_.multiplier;
     const int64_t most = kNhwc ? row_lanes_ : m;
-    x_ring_ = {nullptr, nullptr, kh, kNhwc ? s_.in_w * row_lanes_ : plan_.x_row.size()};
-    x_ring_.memory = arena.take<A>(direct_ ? 0 : x_ring_.slots * x_ring_.row_size);
-    x_ring_.tags = arena.take<int64_t>(kh);
+    x_window_ = {
+        nullptr, plan_.x_window.slots, plan_.x_window.step, kNhwc ? s_.in_w * row_lanes_ : plan_.x_row.size(), 0, 0};
+    x_window_.memory = arena.take<A>(direct_ ? 0 : x_window_.slots * x_window_.pitch);
+    forward_tables_ = take_tables(arena, plan_.forward, plan_.forward_rows, 1);
     weights_ = arena.take<A>(taps * most);
-    taps_ = arena.take<Tap<A>>(taps * parts_);
-    rows_ = arena.take<Row>(kh);
-    needed_ = arena.take<int64_t>(kh);
     scale_ = arena.take<A>(most), shift_ = arena.take<A>(most);
     mean_ = arena.take<A>(most), inv_std_ = arena.take<A>(most);
-    out_row_size_ = kNhwc ? s_.out_w * row_lanes_ : rounded_up(s_.out_w, kMostLanes) + kMostLanes;
     if (needs == Needs::kForward) return;
-    y_ = arena.take<A>(out_row_size_);
+    const int64_t out_row = kNhwc ? s_.out_w * row_lanes_ : rounded_up(s_.out_w, kMostLanes) + kMostLanes;
+    y_ = arena.take<A>(out_row);
     if (needs == Needs::kStatistics) return;
-    g_ = arena.take<A>(out_row_size_);
-    grad_ring_ = {nullptr, nullptr, kh, (kNhwc ? out_row_size_ : plan_.grad_row.size()) * parts_};
-    grad_ring_.memory = arena.take<A>(grad_ring_.slots * grad_ring_.row_size);
-    grad_ring_.tags = arena.take<int64_t>(kh);
-    grad_rows_ = arena.take<Row>(kh);
-    grad_needed_ = arena.take<int64_t>(kh);
+    g_ = arena.take<A>(out_row);
+    grad_window_ = {
+        nullptr, plan_.grad_window.slots, plan_.grad_window.step, (kNhwc ? out_row : plan_.grad_row.size()) * parts_, 0,
+        0};
+    grad_window_.memory = arena.take<A>(grad_window_.slots * grad_window_.pitch);
+    transposed_tables_ = take_tables(arena, plan_.transposed, plan_.transposed_rows, parts_);
     dots_ = arena.take<A>(taps * parts_ * dot_lanes());
     dx_ = arena.take<A>(kNhwc ? (m > 1 ? s_.in_w * row_lanes_ : 0) : rounded_up(s_.in_w, kMostLanes) + kMostLanes);
   }
 
+  // One table for each class of rows and segment of columns.
+  static TapTable* take_tables(Arena& arena, const Columns& columns, const Rows& rows, int64_t parts) {
+    TapTable* tables = arena.take<TapTable>(rows.classes * columns.count);
+    for (int64_t q = 0; q < rows.classes; ++q)
+      for (int64_t i = 0; i < columns.count; ++i) {
+        const int64_t per_row = columns.segments[i].taps * parts;
+        const int64_t entries = per_row * (rows.class_begin[q + 1] - rows.class_begin[q]);
+        int64_t* offset = arena.take<int64_t>(entries);
+        int64_t* weight = arena.take<int64_t>(entries);
+        if (tables) tables[q * columns.count + i] = {offset, weight, per_row};
+      }
+    return tables;
+  }
+
+  // pitch: from the source of one kernel row to that of the next; pixel: from one packed column to the next.
+  void fill_tables(const Columns& columns, const Rows& rows, int64_t pitch, int64_t pixel, int64_t parts,
+                   int64_t part_size, const TapTable* tables) const {
+    for (int64_t q = 0; q < rows.classes; ++q)
+      for (int64_t i = 0; i < columns.count; ++i) {
+        const TapTable& table = tables[q * columns.count + i];
+        const Segment& segment = columns.segments[i];
+        int64_t n = 0;
+        for (int64_t k = 0; k < rows.class_begin[q + 1] - rows.class_begin[q]; ++k)
+          for (int64_t part = 0; part < parts; ++part)
+            for (int64_t t = 0; t < segment.taps; ++t) {
+              const ColumnTap& tap = columns.taps[segment.first_tap + t];
+              const int64_t u = rows.kernel_rows[rows.class_begin[q] + k];
+              table.offset[n] = k * pitch + part * part_size + tap.input * pixel;
+              table.weight[n++] = (part * s_.taps() + u * s_.kernel_w + tap.tap) * lanes_or_one();
+            }
+      }
+  }
+
+  static Taps taps_of(const TapTable* tables, const Columns& columns, int64_t segment, const ResultRow& row) {
+    const TapTable& table = tables[row.row_class * columns.count + segment];
+    const int64_t begin = row.first * table.per_row;
+    return {table.offset + begin, table.weight + begin, (row.last - row.first) * table.per_row};
+  }
+
   int64_t dot_lanes() const { return kNhwc ? row_lanes_ : L; }
 
-  struct Row {
-    int64_t tap;  // along the kernel's height
-    const A* data;
-  };
+  int64_t lanes_or_one() const { return kNhwc ? row_lanes_ : 1; }
+  // From one column to the next in what the taps of a forward pass read.
+  int64_t x_pixel() const { return direct_ ? s_.channels : lanes_or_one(); }
 
   // ---- addresses
 
@@ -325,7 +445,7 @@ class Worker {
 
   void select_image(int64_t image) {
     image_ = image;
-    x_ring_.clear();
+    x_window_.clear();
   }
 
   // ---- packing
@@ -366,134 +486,255 @@ class Worker {
       store(even + w / 2, every_second<0>(a, b));
       store(odd + w / 2, every_second<1>(a, b));
     }
-    for (; w < row.columns; ++w) (w % 2 ? odd : even)[w / 2] = widen(src[w]);
-  }
-
-  // Fills rows_ with the input rows that output row i reads; returns their number.
-  int64_t x_rows_of(int64_t i) {
-    int64_t count = 0;
-    for (int64_t u = 0; u < s_.kernel_h; ++u) {
-      const int64_t h = tap_input(i, u, s_.stride_h, s_.rate_h, s_.pad_top);
-      if (h < 0 || h >= s_.in_h) continue;
-      rows_[count].tap = u;
-      needed_[count++] = h;
+    for (; w < row.columns; ++w) {
+      A* half = w % 2 ? odd : even;
+      half[w / 2] = widen(src[w]);
     }
-    for (int64_t k = 0; k < count; ++k) {
-      if (direct_) {
-        // T is A here; the cast keeps the other instantiations compiling.
-        rows_[k].data = reinterpret_cast<const A*>(x_ + in_offset(needed_[k]));
-        continue;
-      }
-      int64_t slot = x_ring_.find(needed_[k]);
-      if (slot < 0) {
-        slot = x_ring_.evict(needed_, count);
-        pack_x_row(needed_[k], x_ring_.slot(slot));
-        x_ring_.tags[slot] = needed_[k];
-      }
-      rows_[k].data = x_ring_.slot(slot);
+  }
+
+  // What the taps of the output row at this position are relative to; packs the input rows that it and those after it,
+  // count in all, read.
+  DK_INLINE const A* x_base(int64_t position, int64_t count) {
+    const ResultRow& row = plan_.forward_rows.rows[plan_.out_rows.rows[position]];
+    if (count == 1) return x_base(row, row.high);
+    return x_base(row, plan_.forward_rows.rows[plan_.out_rows.rows[position + count - 1]].high);
+  }
+  DK_INLINE const A* x_base(int64_t i) { return x_base(plan_.forward_rows.rows[i], plan_.forward_rows.rows[i].high); }
+  DK_INLINE const A* x_base(const ResultRow& row, int64_t high) {
+    if (direct_) {
+      // T is A here; the cast keeps the other instantiations compiling.
+      return reinterpret_cast<const A*>(x_ + in_offset(row.source));
     }
-    return count;
+    if (row.first < row.last)
+      x_window_.require(row.keep, high, smaller(s_.in_h - 1, high + kRowsAhead * x_window_.step),
+                        [this](int64_t h, A* slot) { pack_x_row(h, slot); });
+    return x_window_.at(row.source);
   }
 
-  // ---- the convolution of one row
+  // ---- the convolution of some rows
 
-  int64_t collect(const Columns& columns, const Segment& segment, const Row* rows, int64_t count, const A* weights,
-                  Tap<A>* taps) const {
-    const int64_t pixel = kNhwc ? lanes_ : 1, stride = kNhwc ? lanes_ : 1;
-    int64_t n = 0;
-    for (int64_t k = 0; k < count; ++k)
-      for (int64_t t = 0; t < segment.taps; ++t) {
-        const ColumnTap& tap = columns.taps[segment.first_tap + t];
-        taps[n++] = {rows[k].data + tap.input * pixel, weights + (rows[k].tap * s_.kernel_w + tap.tap) * stride};
-      }
-    return n;
-  }
+  // Rows computed together, apart by these distances in what they read and, in columns, in what they write.
+  struct Batch {
+    int64_t rows, source, result;
+  };
 
   template <bool kWholeVectors, typename Emit>
-  void convolve(const Columns& columns, int64_t rows, int64_t part, const Emit& emit) {
-    const A* weights = weights_ + part * s_.taps();
-    for (int64_t i = 0; i < columns.count; ++i) {
-      const Segment& segment = columns.segments[i];
-      const int64_t taps = collect(columns, segment, rows_, rows, weights, taps_);
-      run<kWholeVectors>(segment, taps, columns.input_step, emit);
+  DK_INLINE void convolve(int64_t i, int64_t count, int64_t part, const A* base, const Emit& emit) const {
+    const Columns& columns = plan_.forward;
+    const Batch batch{count, x_advance_, plan_.out_rows.step * s_.out_w};
+    for (int64_t n = 0; n < columns.count; ++n)
+      run<kWholeVectors>(columns.segments[n], taps_of(forward_tables_, columns, n, plan_.forward_rows.rows[i]),
+                         weights_ + part * s_.taps(), base, columns.input_step * x_pixel(), batch, emit);
+  }
+
+  // step: from the inputs of one result to those of the next (NHWC).
+  template <bool kWholeVectors, typename Emit>
+  void run(const Segment& segment, const Taps& taps, const A* weights, const A* base, int64_t step, const Batch& batch,
+           const Emit& emit) const {
+    switch (taps.count) {
+      case 9:
+        return run_taps<kWholeVectors, 9>(segment, taps, weights, base, step, batch, emit);
+      case 6:
+        return run_taps<kWholeVectors, 6>(segment, taps, weights, base, step, batch, emit);
+      case 4:
+        return run_taps<kWholeVectors, 4>(segment, taps, weights, base, step, batch, emit);
+      default:
+        return run_taps<kWholeVectors, 0>(segment, taps, weights, base, step, batch, emit);
     }
   }
 
-  // kWholeVectors: emit may be given columns beyond the segment's end (NCHW).
-  template <bool kWholeVectors, typename Emit>
-  void run(const Segment& segment, int64_t taps, int64_t input_step, const Emit& emit) const {
-    int64_t k = 0;
+  // N: number of taps, 0 if known only at run time.
+  template <bool kWholeVectors, int N, typename Emit>
+  DK_INLINE void run_taps(const Segment& segment, const Taps& taps, const A* weights, const A* base, int64_t step,
+                          const Batch& batch, const Emit& emit) const {
     if constexpr (kNhwc) {
-      const int64_t step = input_step * lanes_;
-      for (; k + 4 <= segment.count; k += 4) pixels<4>(segment, taps, k, step, emit);
-      switch (segment.count - k) {
-        case 3:
-          return pixels<3>(segment, taps, k, step, emit);
-        case 2:
-          return pixels<2>(segment, taps, k, step, emit);
-        case 1:
-          return pixels<1>(segment, taps, k, step, emit);
-      }
-    } else {
-      const int64_t n = segment.count;
-      const int64_t end = kWholeVectors ? rounded_up(n, L) : n;
-      for (; k + 4 * L <= end; k += 4 * L) block<4>(segment, taps, k, L, emit);
-      switch ((end - k) / L) {
-        case 3:
-          block<3>(segment, taps, k, L, emit);
-          break;
-        case 2:
-          block<2>(segment, taps, k, L, emit);
-          break;
-        case 1:
-          block<1>(segment, taps, k, L, emit);
-          break;
-      }
-      if (end % L == 0) return;
-      // The last columns again in a whole vector: same sums, same values.
-      if (n >= L)
-        block<1>(segment, taps, n - L, L, emit);
+      // Results whose distance is the rate share inputs: 3x3 kernels of stride 1 take them together.
+      const int64_t apart = N == 9 && segment.step == 1 && s_.stride_w == 1 ? s_.rate_w : 0;
+      if (apart > 0 && apart * 4 <= segment.count && taps.offset[1] - taps.offset[0] == apart * step)
+        channels<N, N == 9>(segment, taps, weights, base, step, apart, batch, emit);
       else
-        block<1>(segment, taps, 0, n, emit);
+        channels<N, false>(segment, taps, weights, base, step, 1, batch, emit);
+    } else {
+      const auto source = source_of<N, false>(taps, weights, base);
+      const int64_t n = segment.count;
+      // The last vector starts so that it ends with the segment: what it shares with the one before gets the same
+      // values.
+      const int64_t vectors = (n + L - 1) / L, end = kWholeVectors ? (vectors - 1) * L : n - L;
+      for (int64_t r = 0; r < batch.rows; ++r) {
+        const int64_t from = r * batch.source, to = segment.begin + r * batch.result;
+        if (n < L) {
+          block<1>(source, from, to, 0, kWholeVectors ? L : n, emit);
+          continue;
+        }
+        int64_t k = 0;
+        for (; k + 6 * L < vectors * L; k += 4 * L) block<4>(source, from + k, to + k, 3 * L, L, emit);
+        switch (vectors - k / L) {
+          case 6:
+            block<6>(source, from + k, to + k, end - k, L, emit);
+            break;
+          case 5:
+            block<5>(source, from + k, to + k, end - k, L, emit);
+            break;
+          case 4:
+            block<4>(source, from + k, to + k, end - k, L, emit);
+            break;
+          case 3:
+            block<3>(source, from + k, to + k, end - k, L, emit);
+            break;
+          case 2:
+            block<2>(source, from + k, to + k, end - k, L, emit);
+            break;
+          case 1:
+            block<1>(source, from + k, to + k, end - k, L, emit);
+            break;
+        }
+      }
     }
   }
 
-  template <int B, typename Emit>
-  DK_INLINE void pixels(const Segment& segment, int64_t taps, int64_t k, int64_t step, const Emit& emit) const {
-    for (int64_t l = 0; l < lanes_; l += L) {
+  // NHWC: results `apart` columns apart side by side, for each first column.
+  template <int N, bool kSliding, typename Emit>
+  DK_INLINE void channels(const Segment& segment, const Taps& taps, const A* weights, const A* base, int64_t step,
+                          int64_t apart, const Batch& batch, const Emit& emit) const {
+    // A vector or two of channels at a time, whose weights stay in registers or close; few columns at a time, so that
+    // all that a tile touches stays in the first-level cache.
+    const int64_t width = larger(1, kColumnTile / apart) * apart;
+    for (int64_t tile = 0; tile < segment.count; tile += width) {
+      const int64_t tile_end = smaller(segment.count, tile + width);
+      int64_t l = 0;
+      if constexpr (kSliding)
+        for (; l + 2 * L <= lanes_; l += 2 * L) {
+          lanes<N, kSliding>(TwoVectors(taps, weights + l, base + l), segment, tile, tile_end, step, apart, l, batch,
+                             emit);
+        }
+      for (; l < lanes_; l += L)
+        lanes<N, kSliding>(source_of<N, kSliding>(taps, weights + l, base + l), segment, tile, tile_end, step, apart, l,
+                           batch, emit);
+    }
+  }
+
+  template <int N, bool kSliding, typename From, typename Emit>
+  DK_INLINE void lanes(const From& source, const Segment& segment, int64_t tile, int64_t tile_end, int64_t step,
+                       int64_t apart, int64_t l, const Batch& batch, const Emit& emit) const {
+    const int64_t from_step = apart * step, to_step = apart * segment.step;
+    for (int64_t r = 0; r < batch.rows; ++r)
+      for (int64_t q = 0; q < apart; ++q) {
+        int64_t from = r * batch.source + (tile + q) * step;
+        int64_t to = segment.begin + r * batch.result + (tile + q) * segment.step;
+        int64_t left = (tile_end - tile - q + apart - 1) / apart;
+        for (; left >= 4; left -= 4, from += 4 * from_step, to += 4 * to_step)
+          pixels<4>(source, from, from_step, to, to_step, l, emit);
+        switch (left) {
+          case 3:
+            pixels<3>(source, from, from_step, to, to_step, l, emit);
+            break;
+          case 2:
+            pixels<2>(source, from, from_step, to, to_step, l, emit);
+            break;
+          case 1:
+            pixels<1>(source, from, from_step, to, to_step, l, emit);
+            break;
+        }
+      }
+  }
+
+  // What the results of one segment are computed from.
+  template <int N, bool kSliding>
+  struct Source {
+    const A* input[N];
+    V weight[N];
+    DK_INLINE Source(const Taps& taps, const A* weights, const A* base) {
+#pragma GCC unroll 16
+      for (int t = 0; t < N; ++t) {
+        input[t] = base + taps.offset[t];
+        weight[t] = kNhwc ? load(weights + taps.weight[t]) : broadcast(weights[taps.weight[t]]);
+      }
+    }
+    template <int B>
+    DK_INLINE void operator()(int64_t offset, int64_t step, int64_t last, V (&acc)[B]) const {
+      if constexpr (kSliding)
+        accumulate_sliding<A, B>(input, weight, offset, step, acc);
+      else
+        accumulate<A, N, B>(input, weight, offset, step, last, acc);
+    }
+  };
+
+  // With the number of taps known only at run time.
+  struct AnySource {
+    const Taps& taps;
+    const A *weights, *base;
+    template <int B>
+    DK_INLINE void operator()(int64_t offset, int64_t step, int64_t last, V (&acc)[B]) const {
+      accumulate<A, kNhwc, B>(taps, weights, base + offset, step, last, acc);
+    }
+  };
+  template <int N, bool kSliding>
+  DK_INLINE static auto source_of(const Taps& taps, const A* weights, const A* base) {
+    if constexpr (N == 0)
+      return AnySource{taps, weights, base};
+    else
+      return Source<N, kSliding>(taps, weights, base);
+  }
+
+  struct TwoVectors {
+    const A* input[9];
+    V weight[2][9];
+    DK_INLINE TwoVectors(const Taps& taps, const A* weights, const A* base) {
+#pragma GCC unroll 16
+      for (int t = 0; t < 9; ++t) {
+        input[t] = base + taps.offset[t];
+        weight[0][t] = load(weights + taps.weight[t]), weight[1][t] = load(weights + taps.weight[t] + L);
+      }
+    }
+  };
+
+  // B results side by side, to_step columns apart, of one vector of channels.
+  template <int B, typename From, typename Emit>
+  DK_INLINE void pixels(const From& source, int64_t from, int64_t step, int64_t to, int64_t to_step, int64_t l,
+                        const Emit& emit) const {
+    int64_t at[B];
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) at[b] = to + to_step * b;
+    if constexpr (__is_same(From, TwoVectors)) {
+      V acc[2][B];
+      accumulate_sliding<A, B>(source.input, source.weight, from, step, acc);
+      emit.template operator()<B>(at, l, acc[0], smaller(L, count_ - l));
+      emit.template operator()<B>(at, l + L, acc[1], smaller(L, count_ - l - L));
+    } else {
       V acc[B];
-      accumulate<A, true, B>(taps_, taps, k * step + l, step, l, acc);
-      emit.template operator()<B>(segment, k, l, acc, smaller(L, count_ - l));
+      source.template operator()<B>(from, step, (B - 1) * step, acc);
+      emit.template operator()<B>(at, l, acc, smaller(L, count_ - l));
     }
   }
-  template <int B, typename Emit>
-  DK_INLINE void block(const Segment& segment, int64_t taps, int64_t k, int64_t valid, const Emit& emit) const {
+  // B vectors of columns, the last one `last` columns behind the first.
+  template <int B, typename From, typename Emit>
+  DK_INLINE void block(const From& source, int64_t from, int64_t to, int64_t last, int64_t valid,
+                       const Emit& emit) const {
     V acc[B];
-    accumulate<A, false, B>(taps_, taps, k, L, 0, acc);
-    emit.template operator()<B>(segment, k, 0, acc, valid);
+    source.template operator()<B>(from, L, last, acc);
+    int64_t at[B];
+#pragma GCC unroll 8
+    for (int b = 0; b < B - 1; ++b) at[b] = to + b * L;
+    at[B - 1] = to + last;
+    emit.template operator()<B>(at, 0, acc, valid);
   }
 
-  // ---- epilogues: element b of acc is output k + b (NHWC) or the vector of outputs k + b*L ... (NCHW)
+  // ---- epilogues: acc[b] is column at[b] of the result, channels l ... (NHWC), or columns at[b] ... (NCHW)
 
   template <int B, typename Out>
-  DK_INLINE void write(const Segment& segment, int64_t k, int64_t l, const V (&acc)[B], int64_t valid, Out* row,
+  DK_INLINE void write(const int64_t (&at)[B], int64_t l, const V (&acc)[B], int64_t valid, Out* row,
                        int64_t pixel) const {
-#pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) {
-      Out* p = kNhwc ? row + (segment.begin + segment.step * (k + b)) * pixel + l : row + segment.begin + k + b * L;
-      if (valid == L)
-        store(p, acc[b]);
-      else
-        store_part(p, acc[b], valid);
-    }
+    Out* p = kNhwc ? row + l : row;
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) put(p + (kNhwc ? at[b] * pixel : at[b]), acc[b], valid);
   }
 
   struct Store {
     const Worker& w;
     T* row;
     template <int B>
-    DK_INLINE void operator()(const Segment& s, int64_t k, int64_t l, const V (&acc)[B], int64_t valid) const {
-      w.write(s, k, l, acc, valid, row, w.s_.out_channels());
+    DK_INLINE void operator()(const int64_t (&at)[B], int64_t l, const V (&acc)[B], int64_t valid) const {
+      w.write(at, l, acc, valid, row, w.out_pixel_);
     }
   };
 
@@ -501,8 +742,8 @@ class Worker {
     const Worker& w;
     T* row;
     template <int B>
-    DK_INLINE void operator()(const Segment& s, int64_t k, int64_t l, const V (&acc)[B], int64_t valid) const {
-      w.write(s, k, l, acc, valid, row, w.s_.channels);
+    DK_INLINE void operator()(const int64_t (&at)[B], int64_t l, const V (&acc)[B], int64_t valid) const {
+      w.write(at, l, acc, valid, row, w.s_.channels);
     }
   };
 
@@ -511,12 +752,12 @@ class Worker {
     T* row;
     int64_t part;
     template <int B>
-    DK_INLINE void operator()(const Segment& s, int64_t k, int64_t l, V (&acc)[B], int64_t valid) const {
+    DK_INLINE void operator()(const int64_t (&at)[B], int64_t l, V (&acc)[B], int64_t valid) const {
       const V scale = kNhwc ? load(w.scale_ + l) : broadcast(w.scale_[part]);
       const V shift = kNhwc ? load(w.shift_ + l) : broadcast(w.shift_[part]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int b = 0; b < B; ++b) acc[b] = activated(V(acc[b] * scale + shift), w.activation_);
-      w.write(s, k, l, acc, valid, row, w.s_.out_channels());
+      w.write(at, l, acc, valid, row, w.out_pixel_);
     }
   };
 
@@ -525,19 +766,20 @@ class Worker {
     const Worker& w;
     A* row;
     template <int B>
-    DK_INLINE void operator()(const Segment& s, int64_t k, int64_t l, const V (&acc)[B], int64_t) const {
-      w.write(s, k, l, acc, L, row, w.lanes_);
+    DK_INLINE void operator()(const int64_t (&at)[B], int64_t l, const V (&acc)[B], int64_t) const {
+      w.write(at, l, acc, L, row, w.lanes_);
     }
   };
 
-  // Phase of a strided gradient: outputs of one segment side by side (NCHW).
+  // Phase of a strided gradient: results of one segment side by side (NCHW).
   struct KeepPhase {
     const Worker& w;
     A* row;
+    int64_t begin;
     template <int B>
-    DK_INLINE void operator()(const Segment&, int64_t k, int64_t, const V (&acc)[B], int64_t) const {
-#pragma GCC unroll 4
-      for (int b = 0; b < B; ++b) store(row + k + b * L, acc[b]);
+    DK_INLINE void operator()(const int64_t (&at)[B], int64_t, const V (&acc)[B], int64_t) const {
+#pragma GCC unroll 8
+      for (int b = 0; b < B; ++b) store(row + at[b] - begin, acc[b]);
     }
   };
 
@@ -551,7 +793,8 @@ class Worker {
       for (int64_t j = 0; j < s_.out_w; j += L) put(dst + j, load(row + j), smaller(L, s_.out_w - j));
     }
   }
-  DK_INLINE static void put(T* p, V v, int64_t valid) {
+  template <typename Out>
+  DK_INLINE static void put(Out* p, V v, int64_t valid) {
     if (valid == L)
       store(p, v);
     else
@@ -635,22 +878,22 @@ class Worker {
 
   // ---- backward
 
-  // conv(x) of a row into y_: from y if it was kept, otherwise from the rows in rows_.
-  void convolution_row(int64_t i, int64_t part, int64_t rows, const T* y) {
+  // conv(x) of a row into y_: from y if it was kept, otherwise from x.
+  void convolution_row(int64_t i, int64_t part, const A* base, const T* y) {
     if (y)
       widened_row(y + out_offset(i, part), y_);
     else
-      convolve<true>(plan_.forward, rows, part, Keep{*this, y_});
+      convolve<true>(i, 1, part, base, Keep{*this, y_});
   }
 
   // Gradient of conv(x) from the gradient of the activation's output, for row i of one part.
-  void fill_grad_row(int64_t i, int64_t part, int64_t rows, A* dst) {
+  void fill_grad_row(int64_t i, int64_t part, const A* base, A* dst) {
     const T* src = pass_.grad_out + out_offset(i, part);
     if (!pass_.with_norm) {
       widened_row(src, dst);
       return;
     }
-    convolution_row(i, part, rows, pass_.y);
+    convolution_row(i, part, base, pass_.y);
     const A* g = grad_row(src);
     const bool batch = pass_.batch_statistics;
     if constexpr (kNhwc) {
@@ -680,58 +923,48 @@ class Worker {
   }
 
   // Row i of every part into the slot, and, where this band owns the row, its share of the weights' gradient.
-  void fill_grad_slot(int64_t i, int64_t slot, bool owned) {
+  void fill_grad_slot(int64_t i, A* slot, bool owned) {
     const bool dots = pass_.grad_weight && owned;
-    const bool needs_x = dots || (pass_.with_norm && !pass_.y);
-    const int64_t rows = needs_x ? x_rows_of(i) : 0;
+    const A* base = dots || (pass_.with_norm && !pass_.y) ? x_base(i) : nullptr;
     for (int64_t part = 0; part < parts_; ++part) {
-      A* row = grad_ring_.slot(slot) + part * (grad_ring_.row_size / parts_);
+      A* row = slot + part * (grad_window_.pitch / parts_);
       if constexpr (!kNhwc) row -= plan_.grad_row.origin;
-      fill_grad_row(i, part, rows, row);
-      if (dots) row_dots(rows, part, row);
+      fill_grad_row(i, part, base, row);
+      if (dots) row_dots(i, part, base, row);
     }
     if (!dots) return;
     dot_updates_ += kNhwc ? s_.out_w : s_.out_w / L + 1;
     if (dot_updates_ > 512) flush_dots();  // float sums stay short
   }
 
-  void row_dots(int64_t rows, int64_t part, const A* grad) {
+  void row_dots(int64_t i, int64_t part, const A* base, const A* grad) {
     A* sums = dots_ + part * s_.taps() * dot_lanes();
-    for (int64_t i = 0; i < plan_.forward.count; ++i) {
-      const Segment& segment = plan_.forward.segments[i];
-      // With the sums in the weights' place, the taps say what to multiply and where to add.
-      const int64_t taps = collect_dots(segment, rows, sums);
-      const A* g = grad + segment.begin * (kNhwc ? lanes_ : 1);
-      for (int64_t t = 0; t < taps; t += kMostDots) dots(segment, taps_ + t, smaller(kMostDots, taps - t), g);
+    for (int64_t n = 0; n < plan_.forward.count; ++n) {
+      const Segment& segment = plan_.forward.segments[n];
+      const Taps taps = taps_of(forward_tables_, plan_.forward, n, plan_.forward_rows.rows[i]);
+      const A* g = grad + segment.begin * lanes_or_one();
+      for (int64_t t = 0; t < taps.count; t += kMostDots)
+        dots(segment, {taps.offset + t, taps.weight + t, smaller(kMostDots, taps.count - t)}, base, g, sums);
     }
   }
 
-  int64_t collect_dots(const Segment& segment, int64_t rows, A* sums) const {
-    const int64_t pixel = kNhwc ? lanes_ : 1;
-    int64_t n = 0;
-    for (int64_t k = 0; k < rows; ++k)
-      for (int64_t t = 0; t < segment.taps; ++t) {
-        const ColumnTap& tap = plan_.forward.taps[segment.first_tap + t];
-        taps_[n++] = {rows_[k].data + tap.input * pixel, sums + (rows_[k].tap * s_.kernel_w + tap.tap) * dot_lanes()};
-      }
-    return n;
-  }
-
-  void dots(const Segment& segment, const Tap<A>* taps, int64_t count, const A* grad) {
+  void dots(const Segment& segment, const Taps& taps, const A* base, const A* grad, A* row_sums) const {
     const A* inputs[kMostDots];
     A* sums[kMostDots];
     if constexpr (kNhwc) {
       for (int64_t l = 0; l < lanes_; l += L) {
-        for (int64_t t = 0; t < count; ++t) inputs[t] = taps[t].input + l, sums[t] = const_cast<A*>(taps[t].weight) + l;
-        dispatch_dots(count, inputs, grad + l, segment.count, plan_.forward.input_step * lanes_, lanes_, sums);
+        for (int64_t t = 0; t < taps.count; ++t)
+          inputs[t] = base + taps.offset[t] + l, sums[t] = row_sums + taps.weight[t] + l;
+        dispatch_dots(taps.count, inputs, grad + l, segment.count, plan_.forward.input_step * x_pixel(), lanes_, sums);
       }
     } else {
-      for (int64_t t = 0; t < count; ++t) inputs[t] = taps[t].input, sums[t] = const_cast<A*>(taps[t].weight);
+      for (int64_t t = 0; t < taps.count; ++t)
+        inputs[t] = base + taps.offset[t], sums[t] = row_sums + taps.weight[t] * L;
       // A padded segment is the whole row, and the gradient's row is zero beyond its end.
       const int64_t whole = plan_.forward.padded ? (segment.count + L - 1) / L : segment.count / L;
-      dispatch_dots(count, inputs, grad, whole, L, L, sums);
+      dispatch_dots(taps.count, inputs, grad, whole, L, L, sums);
       for (int64_t k = whole * L; k < segment.count; ++k)
-        for (int64_t t = 0; t < count; ++t) sums[t][0] += grad[k] * inputs[t][k];
+        for (int64_t t = 0; t < taps.count; ++t) sums[t][0] += grad[k] * inputs[t][k];
     }
   }
 
@@ -776,42 +1009,25 @@ class Worker {
   }
 
   void grad_x_row(int64_t h, int64_t band_begin) {
-    int64_t count = 0;
-    for (int64_t u = 0; u < s_.kernel_h; ++u) {
-      const int64_t i = tap_output(h, u, s_.stride_h, s_.rate_h, s_.pad_top, s_.out_h);
-      if (i < 0) continue;
-      grad_rows_[count].tap = u;
-      grad_needed_[count++] = i;
-    }
-    for (int64_t k = 0; k < count; ++k) {
-      int64_t slot = grad_ring_.find(grad_needed_[k]);
-      if (slot < 0) {
-        slot = grad_ring_.evict(grad_needed_, count);
-        fill_grad_slot(grad_needed_[k], slot, owns(grad_needed_[k], band_begin));
-        grad_ring_.tags[slot] = grad_needed_[k];
-      }
-      grad_rows_[k].data = grad_ring_.slot(slot);
-    }
+    const ResultRow& row = plan_.transposed_rows.rows[h];
+    if (row.first < row.last)
+      grad_window_.require(row.keep, row.high, row.high,
+                           [&](int64_t i, A* slot) { fill_grad_slot(i, slot, owns(i, band_begin)); });
+    const A* base = grad_window_.at(row.source);
     const Columns& columns = plan_.transposed;
     T* out = pass_.grad_x + in_offset(h);
-    for (int64_t i = 0; i < columns.count; ++i) {
-      const Segment& segment = columns.segments[i];
-      int64_t taps = 0;
-      for (int64_t part = 0; part < parts_; ++part) {
-        taps += collect(columns, segment, grad_rows_, count, weights_ + part * s_.taps(), taps_ + taps);
-        if (part + 1 < parts_)
-          for (int64_t k = 0; k < count; ++k) grad_rows_[k].data += grad_ring_.row_size / parts_;
-      }
-      for (int64_t k = 0; k < count; ++k) grad_rows_[k].data -= (parts_ - 1) * (grad_ring_.row_size / parts_);
+    for (int64_t n = 0; n < columns.count; ++n) {
+      const Segment& segment = columns.segments[n];
+      const Taps taps = taps_of(transposed_tables_, columns, n, row);
       if constexpr (kNhwc) {
         if (s_.multiplier == 1)
-          run<false>(segment, taps, columns.input_step, StoreGradX{*this, out});
+          run<false>(segment, taps, weights_, base, lanes_or_one(), Batch{1, 0, 0}, StoreGradX{*this, out});
         else
-          run<true>(segment, taps, columns.input_step, Keep{*this, dx_});
+          run<true>(segment, taps, weights_, base, lanes_or_one(), Batch{1, 0, 0}, Keep{*this, dx_});
       } else if (segment.step == 1) {
-        run<false>(segment, taps, columns.input_step, StoreGradX{*this, out});
+        run<false>(segment, taps, weights_, base, lanes_or_one(), Batch{1, 0, 0}, StoreGradX{*this, out});
       } else {
-        run<true>(segment, taps, columns.input_step, KeepPhase{*this, dx_});
+        run<true>(segment, taps, weights_, base, lanes_or_one(), Batch{1, 0, 0}, KeepPhase{*this, dx_, segment.begin});
         for (int64_t k = 0; k < segment.count; ++k) narrow(dx_[k], out + segment.begin + segment.step * k);
       }
     }
@@ -832,11 +1048,9 @@ class Worker {
 
   // An output row counts for the band that holds the first input row it touches.
   bool owns(int64_t i, int64_t band_begin) const {
-    for (int64_t u = 0; u < s_.kernel_h; ++u) {
-      const int64_t h = tap_input(i, u, s_.stride_h, s_.rate_h, s_.pad_top);
-      if (h >= 0 && h < s_.in_h) return plan_.in_row_position[h] >= band_begin;
-    }
-    return false;
+    const ResultRow& row = plan_.forward_rows.rows[i];
+    return row.first < row.last &&
+           plan_.in_row_position[row.source + row.first * plan_.forward_rows.source_step] >= band_begin;
   }
 
  public:
@@ -852,16 +1066,16 @@ class Worker {
   const DepthwiseShape& s_;
   const T* x_;
   const T* weight_;
-  int64_t parts_, row_lanes_, out_row_size_ = 0;
+  int64_t parts_, row_lanes_;
+  int64_t out_pixel_;
+  int64_t x_advance_;  // from one output row to the next of its phase, in what they read
   bool direct_;
   int64_t group_ = -1, image_ = -1, first_ = 0, first_in_ = 0, count_ = 0, lanes_ = 1;
   Activation activation_ = Activation::kNone;
-  Ring<A> x_ring_{}, grad_ring_{};
+  Window<A> x_window_{}, grad_window_{};
+  TapTable *forward_tables_ = nullptr, *transposed_tables_ = nullptr;
   A *weights_ = nullptr, *scale_ = nullptr, *shift_ = nullptr, *mean_ = nullptr, *inv_std_ = nullptr;
   A *y_ = nullptr, *g_ = nullptr, *dots_ = nullptr, *dx_ = nullptr;
-  Tap<A>* taps_ = nullptr;
-  Row *rows_ = nullptr, *grad_rows_ = nullptr;
-  int64_t *needed_ = nullptr, *grad_needed_ = nullptr;
   GradientPass pass_{};
   int64_t dot_updates_ = 0;
 };

@@ -50,16 +50,6 @@ DK_INLINE void store(A* p, Vec<A> v) {
   *reinterpret_cast<typename VectorOf<A, kLanes<A>>::unaligned*>(p) = v;
 }
 
-// Every second element of a and then of b, from element kFirst on.
-template <int kFirst, typename V, int... kIndex>
-DK_INLINE V every_second(V a, V b, std::integer_sequence<int, kIndex...>) {
-  return __builtin_shufflevector(a, b, (2 * kIndex + kFirst)...);
-}
-template <int kFirst, typename V>
-DK_INLINE V every_second(V a, V b) {
-  return every_second<kFirst>(a, b, std::make_integer_sequence<int, sizeof(V) / sizeof(a[0])>());
-}
-
 // Rounds to nearest, ties to even; NaN stays NaN.
 DK_INLINE void store(BFloat16Bits* p, Vec<float> v) {
   constexpr int n = kLanes<float>;
@@ -92,16 +82,17 @@ DK_INLINE void narrow(float value, BFloat16Bits* p) {
 
 template <typename A>
 DK_INLINE Vec<A> broadcast(A value) {
-  return Vec<A>{} + value;
+  return value - Vec<A>{};  // x - 0 is x, also for -0
 }
 
-// The first n lanes; the others are zero.
-template <typename T>
-DK_INLINE auto load_part(const T* p, int64_t n) {
-  using V = decltype(load(p));
-  V v = {};
-  for (int64_t l = 0; l < n; ++l) v[l] = widen(p[l]);
-  return v;
+// Every second element of a and then of b, from element kFirst on.
+template <int kFirst, typename V, int... kIndex>
+DK_INLINE V every_second(V a, V b, std::integer_sequence<int, kIndex...>) {
+  return __builtin_shufflevector(a, b, (2 * kIndex + kFirst)...);
+}
+template <int kFirst, typename V>
+DK_INLINE V every_second(V a, V b) {
+  return every_second<kFirst>(a, b, std::make_integer_sequence<int, sizeof(V) / sizeof(a[0])>());
 }
 
 template <typename T, typename V>
