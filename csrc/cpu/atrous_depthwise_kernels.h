@@ -287,9 +287,9 @@ class Worker {
       for (int64_t part = 0; part < parts_; ++part) {
         T* row = out + out_offset(i, part);
         if (with_norm)
-          convolve<false>(i, count, part, base, StoreActivated{*this, row, part});
+          convolve<false>(i, count, plan_.out_rows.step * s_.out_w, part, base, StoreActivated{*this, row, part});
         else
-          convolve<false>(i, count, part, base, Store{*this, row});
+          convolve<false>(i, count, plan_.out_rows.step * s_.out_w, part, base, Store{*this, row});
       }
       position += count;
     }
@@ -302,15 +302,17 @@ class Worker {
     const IndexRange band = plan_.out_rows.band(task.band);
     for (int64_t l = 0; l < lanes(); ++l) mean[l] = m2[l] = 0;
     double seen = 0;
-    for (int64_t position = band.begin; position < band.end; ++position) {
-      const int64_t i = plan_.out_rows.rows[position];
-      const A* base = x_base(i);
+    for (int64_t position = band.begin; position < band.end;) {
+      const int64_t count = smaller(plan_.out_rows.batches[position], band.end - position);
+      const A* base = x_base(position, count);
       for (int64_t part = 0; part < parts_; ++part) {
-        convolve<true>(i, 1, part, base, Keep{*this, y_});
-        if (kept) store_row(y_, kept + out_offset(i, part));
-        row_statistics(seen, mean + part, m2 + part);
+        keep_rows(position, count, part, base);
+        for (int64_t r = 0; kept && r < count; ++r)
+          store_row(y_row(r), kept + out_offset(plan_.out_rows.rows[position + r], part));
+        row_statistics(seen, count * s_.out_w, mean + part, m2 + part);
       }
-      seen += double(s_.out_w);
+      seen += double(count * s_.out_w);
+      position += count;
     }
   }
 
@@ -319,14 +321,18 @@ class Worker {
     select_image(task.image);
     const IndexRange band = plan_.out_rows.band(task.band);
     for (int64_t l = 0; l < lanes(); ++l) sum[l] = dot[l] = 0;
-    for (int64_t position = band.begin; position < band.end; ++position) {
-      const int64_t i = plan_.out_rows.rows[position];
-      const A* base = y ? nullptr : x_base(i);
+    for (int64_t position = band.begin; position < band.end;) {
+      const int64_t count = smaller(plan_.out_rows.batches[position], band.end - position);
+      const A* base = y ? nullptr : x_base(position, count);
       for (int64_t part = 0; part < parts_; ++part) {
-        convolution_row(i, part, base, y);
-        const A* g = grad_row(grad_out + out_offset(i, part));
-        row_gradient_sums(g, part, sum + part, dot + part);
+        if (!y) keep_rows(position, count, part, base);
+        for (int64_t r = 0; r < count; ++r) {
+          const int64_t offset = out_offset(plan_.out_rows.rows[position + r], part);
+          if (y) widened_row(y + offset, y_row(r));
+          row_gradient_sums(y_row(r), grad_row(grad_out + offset), part, sum + part, dot + part);
+        }
       }
+      position += count;
     }
   }
 
@@ -354,8 +360,13 @@ class Worker {
         fill_grad_slot(plan_.out_rows.rows[position], grad_window_.memory, true);
     } else {
       const IndexRange band = plan_.in_rows.band(task.band);
-      for (int64_t position = band.begin; position < band.end; ++position)
-        grad_x_row(plan_.in_rows.rows[position], band.begin);
+      for (int64_t position = band.begin; position < band.end;) {
+        // Rows of which every column or channel has to be put in its place come one at a time.
+        const bool alone = s_.stride_w > 1 || s_.multiplier > 1;
+        const int64_t count = alone ? 1 : smaller(plan_.in_rows.batches[position], band.end - position);
+        grad_x_rows(position, count, band.begin);
+        position += count;
+      }
     }
     if (pass.grad_weight) flush_dots();
   }
@@ -375,7 +386,7 @@ class Worker {
     mean_ = arena.take<A>(most), inv_std_ = arena.take<A>(most);
     if (needs == Needs::kForward) return;
     const int64_t out_row = kNhwc ? s_.out_w * row_lanes_ : rounded_up(s_.out_w, kMostLanes) + kMostLanes;
-    y_ = arena.take<A>(out_row);
+    y_ = arena.take<A>(plan_.rows_together * out_row);
     if (needs == Needs::kStatistics) return;
     g_ = arena.take<A>(out_row);
     grad_window_ = {
@@ -518,14 +529,22 @@ class Worker {
     int64_t rows, source, result;
   };
 
+  // result: distance of the rows in what emit writes, in columns.
   template <bool kWholeVectors, typename Emit>
-  DK_INLINE void convolve(int64_t i, int64_t count, int64_t part, const A* base, const Emit& emit) const {
+  DK_INLINE void convolve(int64_t i, int64_t count, int64_t result, int64_t part, const A* base,
+                          const Emit& emit) const {
     const Columns& columns = plan_.forward;
-    const Batch batch{count, x_advance_, plan_.out_rows.step * s_.out_w};
+    const Batch batch{count, x_advance_, result};
     for (int64_t n = 0; n < columns.count; ++n)
       run<kWholeVectors>(columns.segments[n], taps_of(forward_tables_, columns, n, plan_.forward_rows.rows[i]),
                          weights_ + part * s_.taps(), base, columns.input_step * x_pixel(), batch, emit);
   }
+
+  // conv(x) of a batch into y_, row behind row.
+  void keep_rows(int64_t position, int64_t count, int64_t part, const A* base) {
+    convolve<false>(plan_.out_rows.rows[position], count, s_.out_w, part, base, Keep{*this, y_});
+  }
+  A* y_row(int64_t r) const { return y_ + r * s_.out_w * lanes_or_one(); }
 
   // step: from the inputs of one result to those of the next (NHWC).
   template <bool kWholeVectors, typename Emit>
@@ -761,13 +780,13 @@ class Worker {
     }
   };
 
-  // Into a row of A, whole vectors.
+  // Into rows of A, with all lanes of a group (NHWC).
   struct Keep {
     const Worker& w;
     A* row;
     template <int B>
-    DK_INLINE void operator()(const int64_t (&at)[B], int64_t l, const V (&acc)[B], int64_t) const {
-      w.write(at, l, acc, L, row, w.lanes_);
+    DK_INLINE void operator()(const int64_t (&at)[B], int64_t l, const V (&acc)[B], int64_t valid) const {
+      w.write(at, l, acc, kNhwc ? L : valid, row, w.lanes_);
     }
   };
 
@@ -801,8 +820,18 @@ class Worker {
       store_part(p, v, valid);
   }
 
-  // A row of T tensors with the outputs' shape, widened; the result is valid until the next call.
-  const A* grad_row(const T* src) { return widened_row(src, g_); }
+  // A row of the gradient: columns `pixel` apart (NHWC).
+  struct GradRow {
+    const A* data;
+    int64_t pixel;
+  };
+  // In place where it needs no widening; otherwise valid until the next call.
+  GradRow grad_row(const T* src) {
+    if constexpr (sizeof(T) == sizeof(A)) {
+      if (!kNhwc || count_ == lanes_) return {reinterpret_cast<const A*>(src), out_pixel_};
+    }
+    return {widened_row(src, g_), lanes_};
+  }
   const A* widened_row(const T* src, A* memory) const {
     if constexpr (kNhwc) {
       for (int64_t j = 0; j < s_.out_w; ++j) copy_widened(src + j * s_.out_channels(), memory + j * lanes_, count_);
@@ -814,26 +843,27 @@ class Worker {
 
   // ---- sums over a row
 
-  void row_statistics(double seen, double* mean, double* m2) const {
-    const double n = double(s_.out_w);
+  // The first `columns` of y_ (NHWC: pixels), NCHW rows lying one behind the other.
+  void row_statistics(double seen, int64_t columns, double* mean, double* m2) const {
+    const double n = double(columns);
     if constexpr (kNhwc) {
       for (int64_t l = 0; l < lanes_; l += L) {
         V sum = {};
-        for (int64_t j = 0; j < s_.out_w; ++j) sum += load(y_ + j * lanes_ + l);
+        for (int64_t j = 0; j < columns; ++j) sum += load(y_ + j * lanes_ + l);
         const V centre = sum / A(n);
         V squares = {};
-        for (int64_t j = 0; j < s_.out_w; ++j) {
+        for (int64_t j = 0; j < columns; ++j) {
           const V d = load(y_ + j * lanes_ + l) - centre;
           squares += d * d;
         }
         for (int64_t e = 0; e < L; ++e) merge(seen, n, centre[e], squares[e], mean[l + e], m2[l + e]);
       }
     } else {
-      const int64_t whole = s_.out_w / L * L;
+      const int64_t whole = columns / L * L;
       V sums = {};
       for (int64_t j = 0; j < whole; j += L) sums += load(y_ + j);
       A sum = sum_of_lanes<A>(sums);
-      for (int64_t j = whole; j < s_.out_w; ++j) sum += y_[j];
+      for (int64_t j = whole; j < columns; ++j) sum += y_[j];
       const A centre = sum / A(n);
       V squares = {};
       for (int64_t j = 0; j < whole; j += L) {
@@ -841,19 +871,19 @@ class Worker {
         squares += d * d;
       }
       A square = sum_of_lanes<A>(squares);
-      for (int64_t j = whole; j < s_.out_w; ++j) square += (y_[j] - centre) * (y_[j] - centre);
+      for (int64_t j = whole; j < columns; ++j) square += (y_[j] - centre) * (y_[j] - centre);
       merge(seen, n, centre, square, *mean, *m2);
     }
   }
 
-  void row_gradient_sums(const A* g, int64_t part, double* sum, double* dot) const {
+  void row_gradient_sums(const A* y_row, const GradRow& g, int64_t part, double* sum, double* dot) const {
     if constexpr (kNhwc) {
       for (int64_t l = 0; l < lanes_; l += L) {
         const V scale = load(scale_ + l), shift = load(shift_ + l), mean = load(mean_ + l), inv = load(inv_std_ + l);
         V sums = {}, dots = {};
         for (int64_t j = 0; j < s_.out_w; ++j) {
-          const V y = load(y_ + j * lanes_ + l);
-          const V grad = masked(load(g + j * lanes_ + l), V(y * scale + shift), activation_);
+          const V y = load(y_row + j * lanes_ + l);
+          const V grad = masked(load(g.data + j * g.pixel + l), V(y * scale + shift), activation_);
           sums += grad, dots += grad * ((y - mean) * inv);
         }
         for (int64_t e = 0; e < L; ++e) sum[l + e] += sums[e], dot[l + e] += dots[e];
@@ -863,14 +893,14 @@ class Worker {
       const int64_t whole = s_.out_w / L * L;
       V sums = {}, dots = {};
       for (int64_t j = 0; j < whole; j += L) {
-        const V y = load(y_ + j);
-        const V grad = masked(load(g + j), V(y * scale + shift), activation_);
+        const V y = load(y_row + j);
+        const V grad = masked(load(g.data + j), V(y * scale + shift), activation_);
         sums += grad, dots += grad * ((y - mean) * inv);
       }
       A sum_row = sum_of_lanes<A>(sums), dot_row = sum_of_lanes<A>(dots);
       for (int64_t j = whole; j < s_.out_w; ++j) {
-        const A grad = masked(g[j], y_[j] * scale + shift, activation_);
-        sum_row += grad, dot_row += grad * ((y_[j] - mean) * inv);
+        const A grad = masked(g.data[j], y_row[j] * scale + shift, activation_);
+        sum_row += grad, dot_row += grad * ((y_row[j] - mean) * inv);
       }
       *sum += sum_row, *dot += dot_row;
     }
@@ -883,7 +913,7 @@ class Worker {
     if (y)
       widened_row(y + out_offset(i, part), y_);
     else
-      convolve<true>(i, 1, part, base, Keep{*this, y_});
+      convolve<false>(i, 1, 0, part, base, Keep{*this, y_});
   }
 
   // Gradient of conv(x) from the gradient of the activation's output, for row i of one part.
@@ -894,7 +924,7 @@ class Worker {
       return;
     }
     convolution_row(i, part, base, pass_.y);
-    const A* g = grad_row(src);
+    const GradRow g = grad_row(src);
     const bool batch = pass_.batch_statistics;
     if constexpr (kNhwc) {
       for (int64_t l = 0; l < lanes_; l += L) {
@@ -902,7 +932,7 @@ class Worker {
         const V mean_grad = load(pass_.mean_grad + l), mean_dot = load(pass_.mean_dot + l);
         for (int64_t j = 0; j < s_.out_w; ++j) {
           const V y = load(y_ + j * lanes_ + l);
-          const V grad = masked(load(g + j * lanes_ + l), V(y * scale + shift), activation_);
+          const V grad = masked(load(g.data + j * g.pixel + l), V(y * scale + shift), activation_);
           store(dst + j * lanes_ + l, V(scale * (batch ? V(grad - mean_grad - (y - mean) * inv * mean_dot) : grad)));
         }
       }
@@ -912,11 +942,11 @@ class Worker {
       const int64_t whole = s_.out_w / L * L;
       for (int64_t j = 0; j < whole; j += L) {
         const V y = load(y_ + j);
-        const V grad = masked(load(g + j), V(y * scale + shift), activation_);
+        const V grad = masked(load(g.data + j), V(y * scale + shift), activation_);
         store(dst + j, V(scale * (batch ? V(grad - mean_grad - (y - mean) * inv * mean_dot) : grad)));
       }
       for (int64_t j = whole; j < s_.out_w; ++j) {
-        const A grad = masked(g[j], y_[j] * scale + shift, activation_);
+        const A grad = masked(g.data[j], y_[j] * scale + shift, activation_);
         dst[j] = scale * (batch ? grad - mean_grad - (y_[j] - mean) * inv * mean_dot : grad);
       }
     }
@@ -1008,11 +1038,16 @@ class Worker {
     dot_updates_ = 0;
   }
 
-  void grad_x_row(int64_t h, int64_t band_begin) {
+  void grad_x_rows(int64_t position, int64_t count, int64_t band_begin) {
+    const int64_t h = plan_.in_rows.rows[position];
     const ResultRow& row = plan_.transposed_rows.rows[h];
+    const ResultRow& last = plan_.transposed_rows.rows[plan_.in_rows.rows[position + count - 1]];
     if (row.first < row.last)
-      grad_window_.require(row.keep, row.high, row.high,
+      grad_window_.require(row.keep, last.high, last.high,
                            [&](int64_t i, A* slot) { fill_grad_slot(i, slot, owns(i, band_begin)); });
+    const int64_t advance =
+        count == 1 ? 0 : (last.source - row.source) / (count - 1) / grad_window_.step * grad_window_.pitch;
+    const Batch batch{count, advance, plan_.in_rows.step * s_.in_w};
     const A* base = grad_window_.at(row.source);
     const Columns& columns = plan_.transposed;
     T* out = pass_.grad_x + in_offset(h);
@@ -1021,13 +1056,13 @@ class Worker {
       const Taps taps = taps_of(transposed_tables_, columns, n, row);
       if constexpr (kNhwc) {
         if (s_.multiplier == 1)
-          run<false>(segment, taps, weights_, base, lanes_or_one(), Batch{1, 0, 0}, StoreGradX{*this, out});
+          run<false>(segment, taps, weights_, base, lanes_or_one(), batch, StoreGradX{*this, out});
         else
-          run<true>(segment, taps, weights_, base, lanes_or_one(), Batch{1, 0, 0}, Keep{*this, dx_});
+          run<true>(segment, taps, weights_, base, lanes_or_one(), batch, Keep{*this, dx_});
       } else if (segment.step == 1) {
-        run<false>(segment, taps, weights_, base, lanes_or_one(), Batch{1, 0, 0}, StoreGradX{*this, out});
+        run<false>(segment, taps, weights_, base, lanes_or_one(), batch, StoreGradX{*this, out});
       } else {
-        run<true>(segment, taps, weights_, base, lanes_or_one(), Batch{1, 0, 0}, KeepPhase{*this, dx_, segment.begin});
+        run<true>(segment, taps, weights_, base, lanes_or_one(), batch, KeepPhase{*this, dx_, segment.begin});
         for (int64_t k = 0; k < segment.count; ++k) narrow(dx_[k], out + segment.begin + segment.step * k);
       }
     }

@@ -315,6 +315,7 @@ PlanBuilder::PlanBuilder(const DepthwiseShape& s, Purpose purpose, int64_t store
   plan.x_window = window(storage_->forward_rows, storage_->out_rows, shared_step, s.in_h, x_row, s.rate_h);
   const int64_t out_step = natural ? 1 : shared_step;
   const int64_t most = s.channels_last ? kRowsTogetherNhwc : kRowsTogetherNchw;
+  plan.rows_together = most;
   storage_->out_batches = storage_->forward_rows.batches(storage_->out_rows, out_step,
                                                          plan.direct ? WindowSize{s.in_h, 1} : plan.x_window, most);
   plan.out_rows = {storage_->out_rows.data(), s.out_h, out_bands, out_step, storage_->out_batches.data()};

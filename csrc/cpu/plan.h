@@ -83,6 +83,7 @@ struct Plan {
   // The tasks of a group share channels: NCHW, one channel of x; NHWC, group_channels of them.
   int64_t groups, group_channels;
   RowOrder out_rows, in_rows;
+  int64_t rows_together;           // the longest batch
   const int64_t* in_row_position;  // position of an input row in in_rows
   bool direct;                     // NHWC: the taps read x itself where it needs no conversion
   Rows forward_rows, transposed_rows;
