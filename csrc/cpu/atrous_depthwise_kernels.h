@@ -250,6 +250,7 @@ class Worker {
     const T* weight = weight_ + first_ * taps;
     if constexpr (kNhwc) {
       lanes_ = row_lanes_;
+      active_ = rounded_up(count_, L);
       for (int64_t t = 0; t < taps; ++t) {
         for (int64_t l = 0; l < count_; ++l) weights_[t * lanes_ + l] = widen(weight[l * taps + t]);
         for (int64_t l = count_; l < lanes_; ++l) weights_[t * lanes_ + l] = 0;
@@ -468,22 +469,34 @@ class Worker {
         if (count_ == s_.channels && count_ == lanes_) return copy_widened(src, dst, s_.in_w * count_);
         for (int64_t w = 0; w < s_.in_w; ++w) copy_widened(src + w * s_.channels, dst + w * lanes_, count_);
       } else {
-        const int64_t m = s_.multiplier;
-        for (int64_t w = 0; w < s_.in_w; ++w)
-          for (int64_t c = 0; c < count_ / m; ++c) {
-            const A value = widen(src[w * s_.channels + c]);
-            for (int64_t q = 0; q < m; ++q) dst[w * lanes_ + c * m + q] = value;
-          }
+        for (int64_t w = 0; w < s_.in_w; ++w) repeat_channels(src + w * s_.channels, dst + w * lanes_);
       }
     } else {
       const PackedRow& row = plan_.x_row;
       if (row.phases == 1) return copy_widened(src, dst - row.origin, row.columns);
       if (row.phases == 2) return deinterleave(src, dst);
-      for (int64_t w = 0; w < row.columns; ++w) {
-        const int64_t e = w - row.origin;
-        dst[e % row.phases * row.phase_size + e / row.phases] = widen(src[w]);
+      for (int64_t q = 0; q < row.phases; ++q) {
+        if (q < 64 && !(row.used >> q & 1)) continue;
+        // The first column at or right of the image's left edge in this phase.
+        const int64_t e = (-row.origin - q + row.phases - 1) / row.phases;
+        A* column = dst + q * row.phase_size + e;
+        for (int64_t w = row.origin + q + e * row.phases; w < row.columns; w += row.phases) *column++ = widen(src[w]);
       }
     }
+  }
+
+  // Each channel once for each of its outputs.
+  DK_INLINE void repeat_channels(const T* src, A* dst) const {
+    const int64_t m = s_.multiplier, channels = count_ / m;
+    int64_t c = 0;
+    if (m == 2)
+      for (; c + L <= channels; c += L) {
+        const V v = load(src + c);
+        store(dst + 2 * c, doubled<0>(v));
+        store(dst + 2 * c + L, doubled<1>(v));
+      }
+    for (; c < channels; ++c)
+      for (int64_t q = 0; q < m; ++q) dst[c * m + q] = widen(src[c]);
   }
 
   void deinterleave(const T* src, A* dst) const {
@@ -622,11 +635,11 @@ class Worker {
       const int64_t tile_end = smaller(segment.count, tile + width);
       int64_t l = 0;
       if constexpr (kSliding)
-        for (; l + 2 * L <= lanes_; l += 2 * L) {
+        for (; l + 2 * L <= active_; l += 2 * L) {
           lanes<N, kSliding>(TwoVectors(taps, weights + l, base + l), segment, tile, tile_end, step, apart, l, batch,
                              emit);
         }
-      for (; l < lanes_; l += L)
+      for (; l < active_; l += L)
         lanes<N, kSliding>(source_of<N, kSliding>(taps, weights + l, base + l), segment, tile, tile_end, step, apart, l,
                            batch, emit);
     }
@@ -847,16 +860,16 @@ class Worker {
   void row_statistics(double seen, int64_t columns, double* mean, double* m2) const {
     const double n = double(columns);
     if constexpr (kNhwc) {
-      for (int64_t l = 0; l < lanes_; l += L) {
+      for (int64_t l = 0; l < active_; l += L) {
         V sum = {};
         for (int64_t j = 0; j < columns; ++j) sum += load(y_ + j * lanes_ + l);
         const V centre = sum / A(n);
-        V squares = {};
+        V squares = {}, rests = {};
         for (int64_t j = 0; j < columns; ++j) {
           const V d = load(y_ + j * lanes_ + l) - centre;
-          squares += d * d;
+          squares += d * d, rests += d;
         }
-        for (int64_t e = 0; e < L; ++e) merge(seen, n, centre[e], squares[e], mean[l + e], m2[l + e]);
+        for (int64_t e = 0; e < L; ++e) merge(seen, n, centre[e], rests[e], squares[e], mean[l + e], m2[l + e]);
       }
     } else {
       const int64_t whole = columns / L * L;
@@ -865,20 +878,23 @@ class Worker {
       A sum = sum_of_lanes<A>(sums);
       for (int64_t j = whole; j < columns; ++j) sum += y_[j];
       const A centre = sum / A(n);
-      V squares = {};
+      V squares = {}, rests = {};
       for (int64_t j = 0; j < whole; j += L) {
         const V d = load(y_ + j) - centre;
-        squares += d * d;
+        squares += d * d, rests += d;
       }
-      A square = sum_of_lanes<A>(squares);
-      for (int64_t j = whole; j < columns; ++j) square += (y_[j] - centre) * (y_[j] - centre);
-      merge(seen, n, centre, square, *mean, *m2);
+      A square = sum_of_lanes<A>(squares), rest = sum_of_lanes<A>(rests);
+      for (int64_t j = whole; j < columns; ++j) {
+        const A d = y_[j] - centre;
+        square += d * d, rest += d;
+      }
+      merge(seen, n, centre, rest, square, *mean, *m2);
     }
   }
 
   void row_gradient_sums(const A* y_row, const GradRow& g, int64_t part, double* sum, double* dot) const {
     if constexpr (kNhwc) {
-      for (int64_t l = 0; l < lanes_; l += L) {
+      for (int64_t l = 0; l < active_; l += L) {
         const V scale = load(scale_ + l), shift = load(shift_ + l), mean = load(mean_ + l), inv = load(inv_std_ + l);
         V sums = {}, dots = {};
         for (int64_t j = 0; j < s_.out_w; ++j) {
@@ -927,7 +943,7 @@ class Worker {
     const GradRow g = grad_row(src);
     const bool batch = pass_.batch_statistics;
     if constexpr (kNhwc) {
-      for (int64_t l = 0; l < lanes_; l += L) {
+      for (int64_t l = 0; l < active_; l += L) {
         const V scale = load(scale_ + l), shift = load(shift_ + l), mean = load(mean_ + l), inv = load(inv_std_ + l);
         const V mean_grad = load(pass_.mean_grad + l), mean_dot = load(pass_.mean_dot + l);
         for (int64_t j = 0; j < s_.out_w; ++j) {
@@ -982,7 +998,7 @@ class Worker {
     const A* inputs[kMostDots];
     A* sums[kMostDots];
     if constexpr (kNhwc) {
-      for (int64_t l = 0; l < lanes_; l += L) {
+      for (int64_t l = 0; l < active_; l += L) {
         for (int64_t t = 0; t < taps.count; ++t)
           inputs[t] = base + taps.offset[t] + l, sums[t] = row_sums + taps.weight[t] + l;
         dispatch_dots(taps.count, inputs, grad + l, segment.count, plan_.forward.input_step * x_pixel(), lanes_, sums);
@@ -1090,6 +1106,12 @@ class Worker {
 
  public:
   // Chan, Golub and LeVeque's update: (n values with this mean and m2) joins (seen values with mean and m2).
+  // n values whose deviations from `centre`, itself rounded, sum up to `rest` and their squares to `squares`.
+  DK_INLINE static void merge(double seen, double n, double centre, double rest, double squares, double& mean,
+                              double& m2) {
+    merge(seen, n, centre + rest / n, larger_of(squares - rest * rest / n, 0), mean, m2);
+  }
+  DK_INLINE static double larger_of(double a, double b) { return a < b ? b : a; }
   DK_INLINE static void merge(double seen, double n, double add_mean, double add_m2, double& mean, double& m2) {
     const double delta = add_mean - mean, total = seen + n;
     mean += delta * (n / total);
@@ -1105,7 +1127,9 @@ class Worker {
   int64_t out_pixel_;
   int64_t x_advance_;  // from one output row to the next of its phase, in what they read
   bool direct_;
-  int64_t group_ = -1, image_ = -1, first_ = 0, first_in_ = 0, count_ = 0, lanes_ = 1;
+  int64_t group_ = -1, image_ = -1, first_ = 0, first_in_ = 0, count_ = 0;
+  int64_t lanes_ = 1;   // room for the channels of any group (NHWC)
+  int64_t active_ = 1;  // whole vectors of the selected group's channels
   Activation activation_ = Activation::kNone;
   Window<A> x_window_{}, grad_window_{};
   TapTable *forward_tables_ = nullptr, *transposed_tables_ = nullptr;

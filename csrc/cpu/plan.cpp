@@ -68,10 +68,13 @@ class ColumnPlanner {
       for (const PhaseTap& t : phase_taps(q)) origin = std::min(origin, t.a);
     // The row itself serves as an operand too (weight gradient), hence the sources' own extent.
     int64_t size = ceil_div(sources_ - origin, step_) + kMostLanes;
+    uint64_t used = 0;
     for (int64_t q = 0; q < phases_; ++q)
-      for (const PhaseTap& t : phase_taps(q))
+      for (const PhaseTap& t : phase_taps(q)) {
         size = std::max(size, (t.a - origin) / step_ + round_up(phase_count(q), kMostLanes) + kMostLanes);
-    return {origin, step_, size, sources_};
+        if (const int64_t phase = (t.a - origin) % step_; phase < 64) used |= uint64_t(1) << phase;
+      }
+    return {origin, step_, size, sources_, used};
   }
 
   ColumnPlan packed(const PackedRow& row, bool clipped) const {

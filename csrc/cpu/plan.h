@@ -57,6 +57,7 @@ struct PackedRow {
   int64_t origin;  // <= 0
   int64_t phases, phase_size;
   int64_t columns;  // how many image columns are packed
+  uint64_t used;    // bit q: some tap reads phase q (of the first 64)
   int64_t size() const { return phases * phase_size; }
 };
 

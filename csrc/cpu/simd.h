@@ -6,6 +6,10 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "atrous_depthwise_isa.h"
 
 namespace deeplab_kernels::cpu {
@@ -95,10 +99,42 @@ DK_INLINE V every_second(V a, V b) {
   return every_second<kFirst>(a, b, std::make_integer_sequence<int, sizeof(V) / sizeof(a[0])>());
 }
 
+// Each element of one half of v twice.
+template <int kHalf, typename V, int... kIndex>
+DK_INLINE V doubled(V v, std::integer_sequence<int, kIndex...>) {
+  return __builtin_shufflevector(v, v, (kIndex / 2 + kHalf * int(sizeof...(kIndex)) / 2)...);
+}
+template <int kHalf, typename V>
+DK_INLINE V doubled(V v) {
+  return doubled<kHalf>(v, std::make_integer_sequence<int, sizeof(V) / sizeof(v[0])>());
+}
+
+// The first n lanes, n < kLanes.
 template <typename T, typename V>
 DK_INLINE void store_part(T* p, V v, int64_t n) {
-  for (int64_t l = 0; l < n; ++l) narrow(v[l], p + l);
+  decltype(widen(*p)) values[sizeof(V) / sizeof(v[0])];
+  store(values, v);
+  for (int64_t l = 0; l < n; ++l) narrow(values[l], p + l);
 }
+#if defined(__AVX512F__)
+DK_INLINE void store_part(float* p, Vec<float> v, int64_t n) {
+  _mm512_mask_storeu_ps(p, __mmask16((1 << n) - 1), reinterpret_cast<__m512>(v));
+}
+DK_INLINE void store_part(double* p, Vec<double> v, int64_t n) {
+  _mm512_mask_storeu_pd(p, __mmask8((1 << n) - 1), reinterpret_cast<__m512d>(v));
+}
+#elif defined(__AVX2__)
+alignas(64) constexpr int64_t kMasks[8] = {-1, -1, -1, -1, 0, 0, 0, 0};
+DK_INLINE void store_part(float* p, Vec<float> v, int64_t n) {
+  const __m256i mask =
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(reinterpret_cast<const int32_t*>(kMasks) + 8 - n));
+  _mm256_maskstore_ps(p, mask, reinterpret_cast<__m256>(v));
+}
+DK_INLINE void store_part(double* p, Vec<double> v, int64_t n) {
+  _mm256_maskstore_pd(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMasks + 4 - n)),
+                      reinterpret_cast<__m256d>(v));
+}
+#endif
 
 template <typename A>
 DK_INLINE A sum_of_lanes(Vec<A> v) {
