@@ -179,8 +179,8 @@ void run_block(int threads, std::mt19937_64& random) {
     if (schedule.order == Order::kRandom) std::shuffle(order.begin(), order.end(), random);
     bool progress = false;
     int done = 0, waiting = 0;
-    // A warp runs until all its threads wait at a block barrier or are done, before the next one starts: the widest lead
-    // that one warp can have over another.
+    // A warp runs until all its threads wait at a block barrier or are done, before the next one starts: the widest
+    // lead that one warp can have over another.
     std::fill(visited.begin(), visited.end(), false);
     for (int leader : order) {
       const int warp = leader / 32;
