@@ -124,6 +124,8 @@ DK_INLINE void dot_products(const A* const* inputs, const A* grad, int64_t count
 constexpr int kMostDots = 9;
 constexpr int64_t kColumnTile = 32;
 constexpr int64_t kRowsAhead = 7;
+// Up to this much of conv(x) is kept between two passes over a group: it should stay in a core's share of the caches.
+constexpr int64_t kKeptBytes = 2 << 20;
 
 // X: a vector or a scalar.
 template <typename X>
@@ -210,7 +212,8 @@ class Worker {
 
   enum class Needs { kForward, kStatistics, kBackward };
 
-  Worker(const Plan& plan, const T* x, const T* weight, Needs needs)
+  // keep: one worker makes both passes over its groups, so that the first may leave conv(x) for the second.
+  Worker(const Plan& plan, const T* x, const T* weight, Needs needs, bool keep = false)
       : plan_(plan), s_(plan.shape), x_(x), weight_(weight) {
     const int64_t most = smaller(plan.group_channels, s_.channels) * s_.multiplier;
     parts_ = kNhwc ? 1 : s_.multiplier;
@@ -218,13 +221,13 @@ class Worker {
     row_lanes_ = kNhwc ? rounded_up(most, L) : 1;
     direct_ = kNhwc && plan.direct;
     Arena measure(nullptr);
-    allocate(measure, needs);
+    allocate(measure, needs, keep);
     const size_t bytes = measure.used();
     void* memory = thread_scratch(bytes);
     // What is never written must read as zero: padding, and the lanes beyond the last channel.
-    if (!kNhwc || most % L != 0 || needs != Needs::kForward) __builtin_memset(memory, 0, bytes);
+    if (!kNhwc || most % L != 0 || needs != Needs::kForward) __builtin_memset(memory, 0, smaller(bytes, cleared_));
     Arena arena(memory);
-    allocate(arena, needs);
+    allocate(arena, needs, keep);
     const int64_t x_step = direct_ ? 1 : x_window_.step, x_pitch = direct_ ? s_.in_w * s_.channels : x_window_.pitch;
     x_advance_ = plan.out_rows.step * s_.stride_h / x_step * x_pitch;
     fill_tables(plan.forward, plan.forward_rows, plan.forward_rows.source_step / x_step * x_pitch, x_pixel(), 1, 0,
@@ -328,9 +331,10 @@ class Worker {
       for (int64_t part = 0; part < parts_; ++part) {
         if (!y) keep_rows(position, count, part, base);
         for (int64_t r = 0; r < count; ++r) {
-          const int64_t offset = out_offset(plan_.out_rows.rows[position + r], part);
+          const int64_t i = plan_.out_rows.rows[position + r], offset = out_offset(i, part);
           if (y) widened_row(y + offset, y_row(r));
-          row_gradient_sums(y_row(r), grad_row(grad_out + offset), part, sum + part, dot + part);
+          row_gradient_sums(!y && kept_ ? kept_row(i, part) : y_row(r), grad_row(grad_out + offset), part, sum + part,
+                            dot + part);
         }
       }
       position += count;
@@ -375,7 +379,7 @@ class Worker {
  private:
   // ---- memory
 
-  void allocate(Arena& arena, Needs needs) {
+  void allocate(Arena& arena, Needs needs, bool keep) {
     const int64_t taps = s_.taps(), m = s_.multiplier;
     const int64_t most = kNhwc ? row_lanes_ : m;
     x_window_ = {
@@ -397,6 +401,9 @@ class Worker {
     transposed_tables_ = take_tables(arena, plan_.transposed, plan_.transposed_rows, parts_);
     dots_ = arena.take<A>(taps * parts_ * dot_lanes());
     dx_ = arena.take<A>(kNhwc ? (m > 1 ? s_.in_w * row_lanes_ : 0) : rounded_up(s_.in_w, kMostLanes) + kMostLanes);
+    cleared_ = arena.used();
+    const int64_t kept = s_.batch * s_.out_h * s_.out_w * lanes_or_one() * parts_;
+    kept_ = keep && kept * int64_t(sizeof(A)) <= kKeptBytes ? arena.take<A>(kept) : nullptr;
   }
 
   // One table for each class of rows and segment of columns.
@@ -553,9 +560,16 @@ class Worker {
                          weights_ + part * s_.taps(), base, columns.input_step * x_pixel(), batch, emit);
   }
 
-  // conv(x) of a batch into y_, row behind row.
+  // conv(x) of a batch into y_, row behind row, or to where it is kept.
   void keep_rows(int64_t position, int64_t count, int64_t part, const A* base) {
-    convolve<false>(plan_.out_rows.rows[position], count, s_.out_w, part, base, Keep{*this, y_});
+    const int64_t i = plan_.out_rows.rows[position];
+    if (kept_)
+      convolve<false>(i, count, plan_.out_rows.step * s_.out_w, part, base, Keep{*this, kept_row(i, part)});
+    else
+      convolve<false>(i, count, s_.out_w, part, base, Keep{*this, y_});
+  }
+  A* kept_row(int64_t i, int64_t part) const {
+    return kept_ + ((image_ * parts_ + part) * s_.out_h + i) * s_.out_w * lanes_or_one();
   }
   A* y_row(int64_t r) const { return y_ + r * s_.out_w * lanes_or_one(); }
 
@@ -924,12 +938,12 @@ class Worker {
 
   // ---- backward
 
-  // conv(x) of a row into y_: from y if it was kept, otherwise from x.
-  void convolution_row(int64_t i, int64_t part, const A* base, const T* y) {
-    if (y)
-      widened_row(y + out_offset(i, part), y_);
-    else
-      convolve<false>(i, 1, 0, part, base, Keep{*this, y_});
+  // conv(x) of a row: from y if the forward pass stored it, from the first pass if that kept it, otherwise from x.
+  const A* convolution_row(int64_t i, int64_t part, const A* base, const T* y) {
+    if (y) return widened_row(y + out_offset(i, part), y_);
+    if (kept_) return kept_row(i, part);
+    convolve<false>(i, 1, 0, part, base, Keep{*this, y_});
+    return y_;
   }
 
   // Gradient of conv(x) from the gradient of the activation's output, for row i of one part.
@@ -939,7 +953,7 @@ class Worker {
       widened_row(src, dst);
       return;
     }
-    convolution_row(i, part, base, pass_.y);
+    const A* y_row = convolution_row(i, part, base, pass_.y);
     const GradRow g = grad_row(src);
     const bool batch = pass_.batch_statistics;
     if constexpr (kNhwc) {
@@ -947,7 +961,7 @@ class Worker {
         const V scale = load(scale_ + l), shift = load(shift_ + l), mean = load(mean_ + l), inv = load(inv_std_ + l);
         const V mean_grad = load(pass_.mean_grad + l), mean_dot = load(pass_.mean_dot + l);
         for (int64_t j = 0; j < s_.out_w; ++j) {
-          const V y = load(y_ + j * lanes_ + l);
+          const V y = load(y_row + j * lanes_ + l);
           const V grad = masked(load(g.data + j * g.pixel + l), V(y * scale + shift), activation_);
           store(dst + j * lanes_ + l, V(scale * (batch ? V(grad - mean_grad - (y - mean) * inv * mean_dot) : grad)));
         }
@@ -957,13 +971,13 @@ class Worker {
       const A mean_grad = pass_.mean_grad[part], mean_dot = pass_.mean_dot[part];
       const int64_t whole = s_.out_w / L * L;
       for (int64_t j = 0; j < whole; j += L) {
-        const V y = load(y_ + j);
+        const V y = load(y_row + j);
         const V grad = masked(load(g.data + j), V(y * scale + shift), activation_);
         store(dst + j, V(scale * (batch ? V(grad - mean_grad - (y - mean) * inv * mean_dot) : grad)));
       }
       for (int64_t j = whole; j < s_.out_w; ++j) {
-        const A grad = masked(g.data[j], y_[j] * scale + shift, activation_);
-        dst[j] = scale * (batch ? grad - mean_grad - (y_[j] - mean) * inv * mean_dot : grad);
+        const A grad = masked(g.data[j], y_row[j] * scale + shift, activation_);
+        dst[j] = scale * (batch ? grad - mean_grad - (y_row[j] - mean) * inv * mean_dot : grad);
       }
     }
   }
@@ -971,7 +985,7 @@ class Worker {
   // Row i of every part into the slot, and, where this band owns the row, its share of the weights' gradient.
   void fill_grad_slot(int64_t i, A* slot, bool owned) {
     const bool dots = pass_.grad_weight && owned;
-    const A* base = dots || (pass_.with_norm && !pass_.y) ? x_base(i) : nullptr;
+    const A* base = dots || (pass_.with_norm && !pass_.y && !kept_) ? x_base(i) : nullptr;
     for (int64_t part = 0; part < parts_; ++part) {
       A* row = slot + part * (grad_window_.pitch / parts_);
       if constexpr (!kNhwc) row -= plan_.grad_row.origin;
@@ -1127,6 +1141,7 @@ class Worker {
   int64_t out_pixel_;
   int64_t x_advance_;  // from one output row to the next of its phase, in what they read
   bool direct_;
+  int64_t cleared_ = INT64_MAX;  // bytes of scratch memory that have to start as zero
   int64_t group_ = -1, image_ = -1, first_ = 0, first_in_ = 0, count_ = 0;
   int64_t lanes_ = 1;   // room for the channels of any group (NHWC)
   int64_t active_ = 1;  // whole vectors of the selected group's channels
@@ -1134,7 +1149,7 @@ class Worker {
   Window<A> x_window_{}, grad_window_{};
   TapTable *forward_tables_ = nullptr, *transposed_tables_ = nullptr;
   A *weights_ = nullptr, *scale_ = nullptr, *shift_ = nullptr, *mean_ = nullptr, *inv_std_ = nullptr;
-  A *y_ = nullptr, *g_ = nullptr, *dots_ = nullptr, *dx_ = nullptr;
+  A *y_ = nullptr, *kept_ = nullptr, *g_ = nullptr, *dots_ = nullptr, *dx_ = nullptr;
   GradientPass pass_{};
   int64_t dot_updates_ = 0;
 };
@@ -1146,7 +1161,7 @@ void two_passes(int64_t groups, int64_t first_tasks, int64_t second_tasks, const
                 const MakeWorker& make_worker, const First& first, const Between& between, const Second& second) {
   if (groups >= 2 * parallel.threads()) {
     parallel(groups, [&](int64_t begin, int64_t end) {
-      auto worker = make_worker();
+      auto worker = make_worker(true);
       for (int64_t g = begin; g < end; ++g) {
         for (int64_t t = 0; t < first_tasks; ++t) first(worker, g * first_tasks + t);
         between(worker, g);
@@ -1156,15 +1171,15 @@ void two_passes(int64_t groups, int64_t first_tasks, int64_t second_tasks, const
     return;
   }
   parallel(groups * first_tasks, [&](int64_t begin, int64_t end) {
-    auto worker = make_worker();
+    auto worker = make_worker(false);
     for (int64_t t = begin; t < end; ++t) first(worker, t);
   });
   parallel(groups, [&](int64_t begin, int64_t end) {
-    auto worker = make_worker();
+    auto worker = make_worker(false);
     for (int64_t g = begin; g < end; ++g) between(worker, g);
   });
   parallel(groups * second_tasks, [&](int64_t begin, int64_t end) {
-    auto worker = make_worker();
+    auto worker = make_worker(false);
     for (int64_t t = begin; t < end; ++t) second(worker, t);
   });
 }
@@ -1205,7 +1220,7 @@ struct Passes {
     const Workspace partials(size_t(plan.groups * tasks * lanes * 2) * sizeof(double) + 64);
     auto partial = [&](int64_t task) { return partials.as<double>() + task * lanes * 2; };
     two_passes(
-        plan.groups, tasks, tasks, parallel, [&] { return W(plan, x, weight, W::Needs::kStatistics); },
+        plan.groups, tasks, tasks, parallel, [&](bool) { return W(plan, x, weight, W::Needs::kStatistics); },
         [&](W& worker, int64_t t) {
           const Task task = task_of(t, images, bands);
           worker.select(task.group);
@@ -1253,7 +1268,10 @@ struct Passes {
     const double count = double(images) * double(s.out_h) * double(s.out_w);
 
     two_passes(
-        plan.groups, sum_tasks, tasks, parallel, [&] { return W(plan, z.x, z.weight, W::Needs::kBackward); },
+        plan.groups, sum_tasks, tasks, parallel,
+        [&](bool whole_groups) {
+          return W(plan, z.x, z.weight, W::Needs::kBackward, whole_groups && norm && !z.y && gradients);
+        },
         [&](W& worker, int64_t t) {
           const Task task = task_of(t, images, plan.out_rows.bands);
           worker.select(task.group);

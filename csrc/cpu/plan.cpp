@@ -20,6 +20,7 @@ constexpr int64_t kRowsTogetherNchw = 16, kRowsTogetherNhwc = 4;
 // Whole cache lines for each group.
 constexpr int64_t kChannelQuantum = 16;
 constexpr int64_t kSmallestGroup = 64;
+constexpr int64_t kWantedGroups = 16;
 // Pixels this many bytes apart (or a multiple) compete for the same few places in the caches.
 constexpr int64_t kAliasingStride = 4096;
 // As many tasks as keep the threads of a large machine busy, and no more: each has its halo.
@@ -164,7 +165,9 @@ Grouping group_channels(const DepthwiseShape& s, Purpose purpose, int64_t stored
       direct ? kDirectBudget / (row * (s.kernel_h + kRowsTogetherNhwc)) : kWindowBudget / (row * (s.kernel_h + 4));
   if (purpose != Purpose::kInference) {
     const int64_t image = std::max<int64_t>(1, s.batch * s.in_h * row);
-    fit = std::min(fit, std::max(kGroupBudget / image, kSmallestGroup));
+    // Enough groups that each thread can make all passes over some of them.
+    fit = std::min(
+        {fit, std::max(kGroupBudget / image, kSmallestGroup), std::max(kSmallestGroup, s.channels / kWantedGroups)});
   }
   if (fit >= s.channels) return {std::max<int64_t>(1, s.channels), direct};
   fit = std::max(kSmallestGroup, fit / kChannelQuantum * kChannelQuantum);
