@@ -1,11 +1,13 @@
 """Tables, as text or Markdown, from the records of measure.measure.
 
 python benchmarks/report.py             # rewrites every results/<machine>/atrous_depthwise.md from its .json
+python benchmarks/report.py --readme results/<machine>/atrous_depthwise.json    # and the README's speed table
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,7 +154,59 @@ def document(results: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
+README = Path(__file__).parent.parent / "README.md"
+README_BEGIN, README_END = "<!-- speed table: from benchmarks/results -->", "<!-- end of the speed table -->"
+README_LAYERS = {
+    "E128:128x257/N1": "entry flow: 128 channels, 257 x 257",
+    "728x33/N1": "middle flow, output stride 16: 728 channels, 33 x 33",
+    "M8:728x65r2/N1": "middle flow, output stride 8: 728 channels, 65 x 65, rate 2",
+    "A6:2048x33r6/N1": "ASPP: 2048 channels, 33 x 33, rate 6",
+    "A12:2048x33r12/N1": "ASPP, rate 12",
+    "A18:2048x33r18/N1": "ASPP, rate 18",
+    "A24:2048x65r24/N1": "ASPP, output stride 8: 2048 channels, 65 x 65, rate 24",
+    "D304:304x129/N1": "decoder: 304 channels, 129 x 129",
+}
+
+
+def readme_table(results: Mapping[str, Any]) -> str:
+    """Ours against PyTorch's best: inference in each layout, a training step in the better layout of each."""
+    records = {(r["name"], r["mode"]): r for r in results["records"] if r["allocator"] == "tuned"}
+    table = []
+    for name, layer in README_LAYERS.items():
+        row = {"layer (N = 1)": layer}
+        if inference := records.get((name, "inference")):
+            for layout in ("nchw", "nhwc"):
+                ours, rival = (
+                    bars.median(inference, "ours", "float32", layout),
+                    bars.yardstick(inference, "float32", layout),
+                )
+                if ours and rival:
+                    row[f"inference {layout.upper()}"] = f"{ours:.2f} / {rival[0]:.2f} ms, **{rival[0] / ours:.1f}x**"
+        if training := records.get((name, "training")):
+            times = [t for layout in ("nchw", "nhwc") if (t := bars.median(training, "ours", "float32", layout))]
+            rival = bars.yardstick(training, "float32", "nchw")
+            if times and rival:
+                row["training step"] = f"{min(times):.2f} / {rival[0]:.2f} ms, **{rival[0] / min(times):.1f}x**"
+        table.append(row)
+    machine = results["machine"]
+    dates = sorted({f"{r['date']}, commit {r['commit']}" for r in records.values()})
+    caption = (
+        f"ours / PyTorch's best, fp32, medians, on {machine['cores']} cores of an {machine['cpu']} "
+        f"({machine['instruction_set']}), torch {machine['torch']}; {'; '.join(dates)}"
+    )
+    return markdown(table, ["layer (N = 1)", "inference NCHW", "inference NHWC", "training step"]) + f"\n\n{caption}."
+
+
+def update_readme(path: Path) -> None:
+    text = README.read_text()
+    head, tail = text.split(README_BEGIN)[0], text.split(README_END)[-1]
+    table = readme_table(json.loads(path.read_text()))
+    README.write_text(f"{head}{README_BEGIN}\n\n{table}\n\n{README_END}{tail}")
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["--readme"]:
+        update_readme(Path(sys.argv[2]))
     for path in sorted(RESULTS.glob("*/atrous_depthwise.json")):
         path.with_suffix(".md").write_text(document(json.loads(path.read_text())))
         print(path.with_suffix(".md"))

@@ -4,197 +4,14 @@
 // Every pass streams: a row of x is widened and packed once into a window of rows in the fast caches (NHWC float rows
 // may be read in place), a row of results is computed from the window in registers and leaves through an epilogue
 // (store; scale, shift, activate; statistics; gradients). NCHW vectors run over columns, NHWC vectors over channels.
-// Training passes recompute the convolution instead of storing it: nine multiply-adds cost less than eight bytes of
-// memory traffic.
-#include <cstddef>
-
-#include "simd.h"
+// Training passes recompute the convolution instead of storing it (nine multiply-adds cost less than eight bytes of
+// memory traffic), unless it fits the caches between the two passes of backward.
+#include "microkernels.h"
+#include "scratch.h"
 #include "workspace.h"
 
 namespace deeplab_kernels::cpu {
 namespace {
-
-// The taps of a segment for one class of rows, kernel row by kernel row: where each reads, from the row's base, and
-// which weight it takes.
-struct TapTable {
-  int64_t* offset;
-  int64_t* weight;
-  int64_t per_row;
-};
-
-// The taps of one result row.
-struct Taps {
-  const int64_t* offset;
-  const int64_t* weight;
-  int64_t count;
-};
-
-DK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-DK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-DK_INLINE int64_t rounded_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
-
-// acc[b] = sum over taps of weights[tap] * input[tap + b*step], the last b at `last` instead.
-template <typename A, bool kNhwc, int B>
-DK_INLINE void accumulate(const Taps& taps, const A* weights, const A* input, int64_t step, int64_t last,
-                          Vec<A> (&acc)[B]) {
-  for (int b = 0; b < B; ++b) acc[b] = Vec<A>{};
-  for (int64_t t = 0; t < taps.count; ++t) {
-    const A* p = input + taps.offset[t];
-    const A* w = weights + taps.weight[t];
-    const Vec<A> weight = kNhwc ? load(w) : broadcast(*w);
-#pragma GCC unroll 8
-    for (int b = 0; b < B - 1; ++b) acc[b] += weight * load(p + b * step);
-    acc[B - 1] += weight * load(p + last);
-  }
-}
-
-// The same for a number of taps known to the compiler, with the weights already in registers.
-template <typename A, int N, int B>
-DK_INLINE void accumulate(const A* const (&inputs)[N], const Vec<A> (&weights)[N], int64_t offset, int64_t step,
-                          int64_t last, Vec<A> (&acc)[B]) {
-  for (int b = 0; b < B; ++b) acc[b] = Vec<A>{};
-#pragma GCC unroll 16
-  for (int t = 0; t < N; ++t) {
-    const A* p = inputs[t] + offset;
-#pragma GCC unroll 8
-    for (int b = 0; b < B - 1; ++b) acc[b] += weights[t] * load(p + b * step);
-    acc[B - 1] += weights[t] * load(p + last);
-  }
-}
-
-// The nine taps of a 3x3 kernel where the taps of a kernel row lie `step` apart, as the results do: each input is
-// loaded once for the up to three results that share it.
-template <typename A, int B>
-DK_INLINE void accumulate_sliding(const A* const (&inputs)[9], const Vec<A> (&weights)[9], int64_t offset, int64_t step,
-                                  Vec<A> (&acc)[B]) {
-  for (int b = 0; b < B; ++b) acc[b] = Vec<A>{};
-#pragma GCC unroll 3
-  for (int u = 0; u < 3; ++u) {
-    const A* p = inputs[3 * u] + offset;
-#pragma GCC unroll 8
-    for (int c = 0; c < B + 2; ++c) {
-      const Vec<A> input = load(p + c * step);
-#pragma GCC unroll 3
-      for (int v = 0; v < 3; ++v)
-        if (c - v >= 0 && c - v < B) acc[c - v] += weights[3 * u + v] * input;
-    }
-  }
-}
-
-// The same for two neighbouring vectors of channels, one cache line of floats with AVX2; too many weights for the
-// registers come from the stack.
-template <typename A, int B>
-DK_INLINE void accumulate_sliding(const A* const (&inputs)[9], const Vec<A> (&weights)[2][9], int64_t offset,
-                                  int64_t step, Vec<A> (&acc)[2][B]) {
-#pragma GCC unroll 2
-  for (int h = 0; h < 2; ++h)
-#pragma GCC unroll 8
-    for (int b = 0; b < B; ++b) acc[h][b] = Vec<A>{};
-#pragma GCC unroll 3
-  for (int u = 0; u < 3; ++u) {
-    const A* p = inputs[3 * u] + offset;
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h)
-#pragma GCC unroll 8
-      for (int c = 0; c < B + 2; ++c) {
-        const Vec<A> input = load(p + c * step + h * kLanes<A>);
-#pragma GCC unroll 3
-        for (int v = 0; v < 3; ++v)
-          if (c - v >= 0 && c - v < B) acc[h][c - v] += weights[h][3 * u + v] * input;
-      }
-  }
-}
-
-// sums[t][lane] += sum over k of grad[k*grad_step] * inputs[t][k*in_step]
-template <typename A, int N>
-DK_INLINE void dot_products(const A* const* inputs, const A* grad, int64_t count, int64_t in_step, int64_t grad_step,
-                            A* const* sums) {
-  Vec<A> sum[N];
-  const A* input[N];
-#pragma GCC unroll 16
-  for (int t = 0; t < N; ++t) sum[t] = load(sums[t]), input[t] = inputs[t];
-  for (int64_t k = 0; k < count; ++k) {
-    const Vec<A> g = load(grad + k * grad_step);
-#pragma GCC unroll 16
-    for (int t = 0; t < N; ++t) sum[t] += g * load(input[t] + k * in_step);
-  }
-#pragma GCC unroll 16
-  for (int t = 0; t < N; ++t) store(sums[t], sum[t]);
-}
-constexpr int kMostDots = 9;
-constexpr int64_t kColumnTile = 32;
-constexpr int64_t kRowsAhead = 7;
-// Up to this much of conv(x) is kept between two passes over a group: it should stay in a core's share of the caches.
-constexpr int64_t kKeptBytes = 2 << 20;
-
-// X: a vector or a scalar.
-template <typename X>
-DK_INLINE X activated(X z, Activation activation) {
-  const X zero = {};
-  if (activation == Activation::kNone) return z;
-  z = z < zero ? zero : z;
-  if (activation == Activation::kRelu6) z = z > zero + 6 ? zero + 6 : z;
-  return z;
-}
-
-// The gradient through the activation at z; a choice, not a product, so that an infinite gradient is dropped too.
-template <typename X>
-DK_INLINE X masked(X grad, X z, Activation activation) {
-  const X zero = {};
-  if (activation == Activation::kNone) return grad;
-  grad = z <= zero ? zero : grad;
-  if (activation == Activation::kRelu6) grad = z >= zero + 6 ? zero : grad;
-  return grad;
-}
-
-// Packed rows first, first + step, ... of an image, in consecutive slots.
-template <typename A>
-struct Window {
-  A* memory;
-  int64_t slots, step, pitch;
-  int64_t first, count;
-
-  void clear() { count = 0; }
-
-  // Makes rows low ... high present, filling the missing ones through fill(row, slot) and dropping some below low.
-  // While at it, fills rows up to `limit` where there is room: read some rows after they were written, loads across two
-  // stores find them in the cache and need not wait.
-  template <typename Fill>
-  DK_INLINE void require(int64_t low, int64_t high, int64_t limit, const Fill& fill) {
-    if (count == 0 || low < first || low > first + count * step || (step > 1 && (low - first) % step != 0))
-      first = low, count = 0;
-    if (first + (count - 1) * step >= high) return;
-    for (int64_t row = first + count * step; row <= high || (row <= limit && count < slots); row += step) {
-      if (count == slots) {
-        const int64_t dropped = (low - first) / step;
-        __builtin_memmove(memory, memory + dropped * pitch, size_t((count - dropped) * pitch) * sizeof(A));
-        first = low, count -= dropped;
-      }
-      fill(row, memory + count * pitch);
-      ++count;
-    }
-  }
-
-  // Where `row` is or would be.
-  DK_INLINE const A* at(int64_t row) const { return memory + (step == 1 ? row - first : (row - first) / step) * pitch; }
-};
-
-// Hands out parts of one block; with base null it only adds up their sizes.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <typename E>
-  E* take(int64_t count) {
-    E* result = base_ ? reinterpret_cast<E*>(base_ + used_) : nullptr;
-    used_ += size_t(rounded_up(count * int64_t(sizeof(E)), 64)) + 64;
-    return result;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
 
 struct Task {
   int64_t group, image, band;
@@ -584,6 +401,8 @@ class Worker {
         return run_taps<kWholeVectors, 6>(segment, taps, weights, base, step, batch, emit);
       case 4:
         return run_taps<kWholeVectors, 4>(segment, taps, weights, base, step, batch, emit);
+      case 3:
+        return run_taps<kWholeVectors, 3>(segment, taps, weights, base, step, batch, emit);
       default:
         return run_taps<kWholeVectors, 0>(segment, taps, weights, base, step, batch, emit);
     }

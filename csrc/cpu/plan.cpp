@@ -284,7 +284,7 @@ PlanBuilder::PlanBuilder(const DepthwiseShape& s, Purpose purpose, int64_t store
       if (!exact) {
         // Short segments cost more than the padding they avoid, unless the rate is large.
         ColumnPlan whole = planner.packed(row, false);
-        if (whole.cost <= kept.cost + kept.cost / 8) kept = std::move(whole), padded = true;
+        if (whole.cost <= kept.cost + kept.cost / 2) kept = std::move(whole), padded = true;
       }
     }
     return {kept.segments.data(), int64_t(kept.segments.size()), kept.taps.data(), s.channels_last ? planner.step() : 1,
@@ -315,7 +315,11 @@ PlanBuilder::PlanBuilder(const DepthwiseShape& s, Purpose purpose, int64_t store
                     int64_t row_bytes, int64_t step) -> WindowSize {
     if (natural) step = 1, order_step = 1;
     const int64_t needed = rows.keep_for_later(order, order_step, step);
-    return {std::max(needed, std::min(sources, budget / std::max<int64_t>(1, row_bytes))), step};
+    // Room for some rows more, so that moving those still needed to the front is rare; for all of them where they fit
+    // anyway.
+    const int64_t roomy =
+        natural && s.rate_h > 1 ? sources : std::max(needed + 8, budget / std::max<int64_t>(1, row_bytes));
+    return {std::max(needed, std::min(sources, roomy)), step};
   };
   storage_->out_rows = phase_order(s.out_h, natural ? 1 : shared_step);
   plan.x_window = window(storage_->forward_rows, storage_->out_rows, shared_step, s.in_h, x_row, s.rate_h);

@@ -36,6 +36,10 @@ using Vec = typename VectorOf<A, kLanes<A>>::type;
 
 #define DK_INLINE inline __attribute__((always_inline))
 
+DK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+DK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+DK_INLINE int64_t rounded_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
 template <typename A>
 DK_INLINE Vec<A> load(const A* p) {
   return *reinterpret_cast<const typename VectorOf<A, kLanes<A>>::unaligned*>(p);
