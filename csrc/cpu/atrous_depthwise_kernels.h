@@ -467,10 +467,10 @@ class Worker {
     for (int64_t tile = 0; tile < segment.count; tile += width) {
       const int64_t tile_end = smaller(segment.count, tile + width);
       int64_t l = 0;
-      if constexpr (kSliding)
+      if constexpr (N == 9)
         for (; l + 2 * L <= active_; l += 2 * L) {
-          lanes<N, kSliding>(TwoVectors(taps, weights + l, base + l), segment, tile, tile_end, step, apart, l, batch,
-                             emit);
+          lanes<N, kSliding>(TwoVectors<kSliding>(taps, weights + l, base + l), segment, tile, tile_end, step, apart, l,
+                             batch, emit);
         }
       for (; l < active_; l += L)
         lanes<N, kSliding>(source_of<N, kSliding>(taps, weights + l, base + l), segment, tile, tile_end, step, apart, l,
@@ -506,6 +506,7 @@ class Worker {
   // What the results of one segment are computed from.
   template <int N, bool kSliding>
   struct Source {
+    static constexpr bool kTwo = false;
     const A* input[N];
     V weight[N];
     DK_INLINE Source(const Taps& taps, const A* weights, const A* base) {
@@ -526,6 +527,7 @@ class Worker {
 
   // With the number of taps known only at run time.
   struct AnySource {
+    static constexpr bool kTwo = false;
     const Taps& taps;
     const A *weights, *base;
     template <int B>
@@ -541,7 +543,9 @@ class Worker {
       return Source<N, kSliding>(taps, weights, base);
   }
 
+  template <bool kSliding>
   struct TwoVectors {
+    static constexpr bool kTwo = true;
     const A* input[9];
     V weight[2][9];
     DK_INLINE TwoVectors(const Taps& taps, const A* weights, const A* base) {
@@ -550,6 +554,13 @@ class Worker {
         input[t] = base + taps.offset[t];
         weight[0][t] = load(weights + taps.weight[t]), weight[1][t] = load(weights + taps.weight[t] + L);
       }
+    }
+    template <int B>
+    DK_INLINE void operator()(int64_t offset, int64_t step, V (&acc)[2][B]) const {
+      if constexpr (kSliding)
+        accumulate_sliding<A, B>(input, weight, offset, step, acc);
+      else
+        accumulate<A, B>(input, weight, offset, step, acc);
     }
   };
 
@@ -560,9 +571,9 @@ class Worker {
     int64_t at[B];
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b) at[b] = to + to_step * b;
-    if constexpr (__is_same(From, TwoVectors)) {
+    if constexpr (From::kTwo) {
       V acc[2][B];
-      accumulate_sliding<A, B>(source.input, source.weight, from, step, acc);
+      source.template operator()<B>(from, step, acc);
       emit.template operator()<B>(at, l, acc[0], smaller(L, count_ - l));
       emit.template operator()<B>(at, l + L, acc[1], smaller(L, count_ - l - L));
     } else {

@@ -94,6 +94,25 @@ DK_INLINE void accumulate_sliding(const A* const (&inputs)[9], const Vec<A> (&we
   }
 }
 
+// Nine taps anywhere, two vectors of channels.
+template <typename A, int B>
+DK_INLINE void accumulate(const A* const (&inputs)[9], const Vec<A> (&weights)[2][9], int64_t offset, int64_t step,
+                          Vec<A> (&acc)[2][B]) {
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; ++h)
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) acc[h][b] = Vec<A>{};
+#pragma GCC unroll 16
+  for (int t = 0; t < 9; ++t) {
+    const A* p = inputs[t] + offset;
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) {
+      acc[0][b] += weights[0][t] * load(p + b * step);
+      acc[1][b] += weights[1][t] * load(p + b * step + kLanes<A>);
+    }
+  }
+}
+
 // sums[t][lane] += sum over k of grad[k*grad_step] * inputs[t][k*in_step]
 template <typename A, int N>
 DK_INLINE void dot_products(const A* const* inputs, const A* grad, int64_t count, int64_t in_step, int64_t grad_step,
