@@ -46,7 +46,7 @@ class Settings:
     batch_size: int = 4
     crop: int = 97
     learning_rate: float = 0.2
-    time_limit: float = 140.0
+    time_limit: float = 175.0
     layers: tuple[speed.Layer, ...] = speed.LAYERS
     rounds: int = 9
     multi_scale: bool = True
