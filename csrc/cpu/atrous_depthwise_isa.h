@@ -1,8 +1,7 @@
 // The kernels as each instruction set's file offers them to atrous_depthwise.cpp, which checks what the CPU has.
 #pragma once
 
-#include "../core/atrous_depthwise.h"
-#include "parallel.h"
+#include "atrous_depthwise.h"
 #include "plan.h"
 
 namespace deeplab_kernels::cpu {
@@ -10,15 +9,6 @@ namespace deeplab_kernels::cpu {
 // bfloat16 as it lies in memory: the upper half of a float.
 struct BFloat16Bits {
   uint16_t bits;
-};
-
-template <typename T>
-struct AccumulateOf {
-  using type = float;
-};
-template <>
-struct AccumulateOf<double> {
-  using type = double;
 };
 
 template <typename A>
@@ -34,7 +24,7 @@ struct BatchNorm {
 // What a backward pass reads and writes; null where absent or unwanted.
 template <typename T>
 struct BackwardTensors {
-  using A = typename AccumulateOf<T>::type;
+  using A = acc_t<T>;
   const T* grad_out;
   const T* x;
   const T* weight;
@@ -50,7 +40,7 @@ struct BackwardTensors {
   namespace isa {                                                                                               \
   template <typename T>                                                                                         \
   struct Kernels {                                                                                              \
-    using A = typename AccumulateOf<T>::type;                                                                   \
+    using A = acc_t<T>;                                                                                         \
     static void forward(const Plan& plan, const T* x, const T* weight, const BatchNorm<A>* norm, T* out,        \
                         const Parallel& parallel);                                                              \
     static void training(const Plan& plan, const T* x, const T* weight, const BatchNorm<A>& norm, T* out, T* y, \

@@ -23,7 +23,7 @@ DK_INLINE Task task_of(int64_t index, int64_t images, int64_t bands) {
 template <typename T, bool kNhwc>
 class Worker {
  public:
-  using A = typename AccumulateOf<T>::type;
+  using A = acc_t<T>;
   using V = Vec<A>;
   static constexpr int64_t L = kLanes<A>;
 
@@ -84,8 +84,11 @@ class Worker {
     image_ = -1;
   }
 
-  // scale, shift: normalisation and affine map as one multiply-add.
+  // scale, shift: normalisation and affine map as one multiply-add. Of the selected group, whose mean and variance must
+  // be final: its later tasks find the work done.
   void select_norm(const BatchNorm<A>& norm) {
+    if (norm_group_ == group_) return;
+    norm_group_ = group_;
     activation_ = norm.activation;
     for (int64_t l = 0; l < count_; ++l) {
       const int64_t c = first_ + l;
@@ -949,13 +952,13 @@ class Worker {
   }
 
  public:
-  // Chan, Golub and LeVeque's update: (n values with this mean and m2) joins (seen values with mean and m2).
   // n values whose deviations from `centre`, itself rounded, sum up to `rest` and their squares to `squares`.
   DK_INLINE static void merge(double seen, double n, double centre, double rest, double squares, double& mean,
                               double& m2) {
     merge(seen, n, centre + rest / n, larger_of(squares - rest * rest / n, 0), mean, m2);
   }
   DK_INLINE static double larger_of(double a, double b) { return a < b ? b : a; }
+  // Chan, Golub and LeVeque's update: (n values with this mean and m2) joins (seen values with mean and m2).
   DK_INLINE static void merge(double seen, double n, double add_mean, double add_m2, double& mean, double& m2) {
     const double delta = add_mean - mean, total = seen + n;
     mean += delta * (n / total);
@@ -972,7 +975,7 @@ class Worker {
   int64_t x_advance_;  // from one output row to the next of its phase, in what they read
   bool direct_;
   int64_t cleared_ = INT64_MAX;  // bytes of scratch memory that have to start as zero
-  int64_t group_ = -1, image_ = -1, first_ = 0, first_in_ = 0, count_ = 0;
+  int64_t group_ = -1, norm_group_ = -1, image_ = -1, first_ = 0, first_in_ = 0, count_ = 0;
   int64_t lanes_ = 1;   // room for the channels of any group (NHWC)
   int64_t active_ = 1;  // whole vectors of the selected group's channels
   Activation activation_ = Activation::kNone;
@@ -1016,7 +1019,7 @@ void two_passes(int64_t groups, int64_t first_tasks, int64_t second_tasks, const
 
 template <typename T, bool kNhwc>
 struct Passes {
-  using A = typename AccumulateOf<T>::type;
+  using A = acc_t<T>;
   using W = Worker<T, kNhwc>;
 
   static void forward(const Plan& plan, const T* x, const T* weight, const BatchNorm<A>* norm, T* out,
@@ -1024,13 +1027,10 @@ struct Passes {
     const int64_t images = plan.shape.batch, bands = plan.out_rows.bands;
     parallel(plan.groups * images * bands, [&](int64_t begin, int64_t end) {
       W worker(plan, x, weight, W::Needs::kForward);
-      int64_t group = -1;
       for (int64_t t = begin; t < end; ++t) {
         const Task task = task_of(t, images, bands);
-        if (task.group != group) {
-          worker.select(group = task.group);
-          if (norm) worker.select_norm(*norm);
-        }
+        worker.select(task.group);
+        if (norm) worker.select_norm(*norm);
         worker.forward(task, out, norm != nullptr);
       }
     });

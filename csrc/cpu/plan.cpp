@@ -304,16 +304,16 @@ PlanBuilder::PlanBuilder(const DepthwiseShape& s, Purpose purpose, int64_t store
   const int64_t lanes = round_up(plan.group_channels * s.multiplier, kMostLanes);
   const int64_t x_row = (s.channels_last ? s.in_w * lanes : plan.x_row.size()) * computed_bytes;
   const int64_t grad_row = (s.channels_last ? s.out_w * lanes : plan.grad_row.size() * s.multiplier) * computed_bytes;
-  const int64_t shared_step = s.rate_h / std::gcd(s.rate_h, s.stride_h);
   const int64_t units = plan.groups * s.batch;
   const int64_t out_bands = bands_for(units, s.out_h, 8), in_bands = bands_for(units, s.in_h, 16);
   // Bands of rows in their natural order share 2*rate rows with their neighbours, bands of phases few or none.
   const bool natural = s.rate_h == 1 || (out_bands == 1 && in_bands == 1 && s.in_h * x_row <= kWindowBudget &&
                                          (!backward || s.out_h * grad_row <= kWindowBudget));
   const int64_t budget = s.channels_last ? kWindowBudget : kRowsBudget;
+  // Distances within a phase, of inputs and of outputs.
+  const int64_t in_step = natural ? 1 : s.rate_h, out_step = natural ? 1 : s.rate_h / std::gcd(s.rate_h, s.stride_h);
   auto window = [&](RowPlan& rows, const std::vector<int64_t>& order, int64_t order_step, int64_t sources,
                     int64_t row_bytes, int64_t step) -> WindowSize {
-    if (natural) step = 1, order_step = 1;
     const int64_t needed = rows.keep_for_later(order, order_step, step);
     // Room for some rows more, so that moving those still needed to the front is rare; for all of them where they fit
     // anyway.
@@ -321,18 +321,16 @@ PlanBuilder::PlanBuilder(const DepthwiseShape& s, Purpose purpose, int64_t store
         natural && s.rate_h > 1 ? sources : std::max(needed + 8, budget / std::max<int64_t>(1, row_bytes));
     return {std::max(needed, std::min(sources, roomy)), step};
   };
-  storage_->out_rows = phase_order(s.out_h, natural ? 1 : shared_step);
-  plan.x_window = window(storage_->forward_rows, storage_->out_rows, shared_step, s.in_h, x_row, s.rate_h);
-  const int64_t out_step = natural ? 1 : shared_step;
+  storage_->out_rows = phase_order(s.out_h, out_step);
+  plan.x_window = window(storage_->forward_rows, storage_->out_rows, out_step, s.in_h, x_row, in_step);
   const int64_t most = s.channels_last ? kRowsTogetherNhwc : kRowsTogetherNchw;
   plan.rows_together = most;
   storage_->out_batches = storage_->forward_rows.batches(storage_->out_rows, out_step,
                                                          plan.direct ? WindowSize{s.in_h, 1} : plan.x_window, most);
   plan.out_rows = {storage_->out_rows.data(), s.out_h, out_bands, out_step, storage_->out_batches.data()};
   if (!backward) return;
-  storage_->in_rows = phase_order(s.in_h, natural ? 1 : s.rate_h);
-  plan.grad_window = window(storage_->transposed_rows, storage_->in_rows, s.rate_h, s.out_h, grad_row, shared_step);
-  const int64_t in_step = natural ? 1 : s.rate_h;
+  storage_->in_rows = phase_order(s.in_h, in_step);
+  plan.grad_window = window(storage_->transposed_rows, storage_->in_rows, in_step, s.out_h, grad_row, out_step);
   storage_->in_batches = storage_->transposed_rows.batches(storage_->in_rows, in_step, plan.grad_window, most);
   plan.in_rows = {storage_->in_rows.data(), s.in_h, in_bands, in_step, storage_->in_batches.data()};
   storage_->in_row_position.resize(s.in_h);

@@ -32,10 +32,9 @@ struct Columns {
   bool padded;
 };
 
-// Rows: result row R belongs to a class, whose kernel rows u[0], u[1], ... read source rows source, source +
-// source_step,
-// ...; those in [first, last) lie inside the image. keep ... high: the source rows that this row and those after it in
-// its phase need, up to this row's last.
+// A result row belongs to a class, whose kernel rows u[0], u[1], ... read the rows source, source + source_step, ... of
+// the sources; those in [first, last) lie inside the image. keep ... high: the source rows that this row and those
+// after it in its phase need, up to this row's last.
 struct ResultRow {
   int64_t source;
   int64_t row_class;
@@ -93,7 +92,6 @@ struct Plan {
   WindowSize x_window, grad_window;
 
   int64_t out_tasks_per_group() const { return shape.batch * out_rows.bands; }
-  int64_t in_tasks_per_group() const { return shape.batch * in_rows.bands; }
 };
 
 enum class Purpose { kInference, kTraining, kBackward };
