@@ -36,4 +36,16 @@ STABLE_TORCH_LIBRARY(deeplab_kernels, m) {
       "beta, "
       "Tensor mean, Tensor var, float eps, int activation, bool batch_statistics, int[2] stride, int[4] padding, "
       "int[2] dilation, bool need_grad_x, bool need_grad_weight) -> (Tensor, Tensor, Tensor, Tensor)");
+  // out_i = sum_j exp(-|f_i - f_j|^2 / 2) v_j. values (B, C, N), features (B, d, N) in any floating dtype; the result
+  // in the accumulation dtype of values (float64 for float64, otherwise float32), as is grad_out.
+  m.def("gaussian_filter(Tensor values, Tensor features) -> Tensor");
+  // Gradients of the above, in the dtypes of their tensors; one that is not needed has shape (0,).
+  m.def(
+      "gaussian_filter_backward(Tensor grad_out, Tensor values, Tensor features, bool need_grad_values, bool "
+      "need_grad_features) -> (Tensor, Tensor)");
+  // The same sum over the window |dy| <= radius[0], |dx| <= radius[1]. values (B, C, H, W), features (B, d, H, W).
+  m.def("local_gaussian_filter(Tensor values, Tensor features, int[2] radius) -> Tensor");
+  m.def(
+      "local_gaussian_filter_backward(Tensor grad_out, Tensor values, Tensor features, int[2] radius, bool "
+      "need_grad_values, bool need_grad_features) -> (Tensor, Tensor)");
 }

@@ -24,6 +24,10 @@ OPERATORS: dict[str, str] = {
     "atrous_depthwise_bn_act_inference": "atrous_depthwise",
     "atrous_depthwise_bn_act_training": "atrous_depthwise",
     "atrous_depthwise_bn_act_backward": "atrous_depthwise",
+    "gaussian_filter": "gaussian_filter",
+    "gaussian_filter_backward": "gaussian_filter",
+    "local_gaussian_filter": "local_gaussian_filter",
+    "local_gaussian_filter_backward": "local_gaussian_filter",
 }
 
 _library_impl = torch.library.Library(NAMESPACE, "IMPL")
@@ -66,19 +70,21 @@ def register_kernels() -> None:
             _library_impl.impl(operator, _lazy_triton(stem, operator), "CUDA")
 
 
-def _autocast_arguments(args: tuple[Any, ...], device_type: str, cast_arguments: int) -> tuple[Any, ...]:
-    dtype = torch.get_autocast_dtype(device_type)
+def _autocast_arguments(
+    args: tuple[Any, ...], device_type: str, cast_arguments: int, dtype: torch.dtype | None = None
+) -> tuple[Any, ...]:
+    dtype = dtype or torch.get_autocast_dtype(device_type)
     return (*(a.to(dtype) if a.dtype != torch.float64 else a for a in args[:cast_arguments]), *args[cast_arguments:])
 
 
-def register_autocast(operator: str, cast_arguments: int) -> None:
+def register_autocast(operator: str, cast_arguments: int, dtype: torch.dtype | None = None) -> None:
     """Under autocast the operator's first ``cast_arguments`` tensors take the autocast dtype, as torch's convolutions
-    do; per-channel vectors stay as they are, as in torch's batch normalisation."""
+    do, or ``dtype``; per-channel vectors stay as they are, as in torch's batch normalisation."""
     overload = getattr(torch.ops.deeplab_kernels, operator).default
     for device_type, key in (("cpu", torch.DispatchKey.AutocastCPU), ("cuda", torch.DispatchKey.AutocastCUDA)):
 
         def kernel(*args: Any, device_type: str = device_type, key: torch.DispatchKey = key) -> Any:
-            args = _autocast_arguments(args, device_type, cast_arguments)
+            args = _autocast_arguments(args, device_type, cast_arguments, dtype)
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
                 return overload(*args)
 

@@ -10,6 +10,8 @@ from .atrous_depthwise import (
     atrous_depthwise_conv2d,
     atrous_depthwise_conv2d_backward,
 )
+from .gaussian_filter import gaussian_filter, gaussian_filter_backward
+from .local_gaussian_filter import local_gaussian_filter, local_gaussian_filter_backward
 
 __all__ = [
     "atrous_depthwise_bn_act_backward",
@@ -17,4 +19,8 @@ __all__ = [
     "atrous_depthwise_bn_act_training",
     "atrous_depthwise_conv2d",
     "atrous_depthwise_conv2d_backward",
+    "gaussian_filter",
+    "gaussian_filter_backward",
+    "local_gaussian_filter",
+    "local_gaussian_filter_backward",
 ]

@@ -1,0 +1,247 @@
+"""Exact Gaussian filter: values and gradients against the whole kernel matrix in float64, and everything torch does
+around an operator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from deeplab_kernels import reference
+from deeplab_kernels.ops import gaussian_filter
+
+OP = torch.ops.deeplab_kernels.gaussian_filter.default
+BACKWARD = torch.ops.deeplab_kernels.gaussian_filter_backward.default
+NORMALIZATIONS = ["none", "before", "after", "symmetric"]
+# B, C, N, d
+SIZES = [(1, 1, 1, 1), (2, 3, 5, 2), (1, 4, 33, 16), (2, 21, 127, 5), (1, 2, 1000, 3), (1, 65, 40, 3), (1, 1, 700, 1)]
+EMPTY = [(0, 3, 5, 2), (2, 0, 5, 2), (2, 3, 0, 2)]
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def points(size, dtype=torch.float32, spread=2.0):
+    batch, channels, n, d = size
+    values = torch.randn(batch, channels, n, dtype=torch.float64)
+    features = torch.randn(batch, d, n, dtype=torch.float64) * spread
+    return [t.to(dtype).requires_grad_() for t in (values, features)]
+
+
+def by_matrix(values, features, normalization="none"):
+    """The definition, with all N x N numbers."""
+    square = (features[:, :, :, None] - features[:, :, None, :]).square().sum(1)
+    matrix = torch.exp(-square / 2)
+    n = matrix.sum(-1).unsqueeze(1)
+    if normalization == "before":
+        return (values / n) @ matrix.mT
+    if normalization == "symmetric":
+        return ((values / n.sqrt()) @ matrix.mT) / n.sqrt()
+    return values @ matrix.mT / (n if normalization == "after" else 1)
+
+
+def assert_near(ours, exact, tolerance, what):
+    """Relative to the largest magnitude: a sum of terms of both signs has no smaller error."""
+    assert ours.shape == exact.shape, what
+    scale = exact.abs().max().item()
+    error = (ours.double() - exact).abs().max().item()
+    assert error <= tolerance * max(scale, 1e-3), f"{what}: error {error:.2e}, magnitude {scale:.2e}"
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-14)], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_values_and_gradients(size, dtype, tolerance, normalization):
+    values, features = points(size, dtype)
+    exact_values, exact_features = (t.detach().double().requires_grad_() for t in (values, features))
+    out = gaussian_filter(values, features, normalization)
+    exact = by_matrix(exact_values, exact_features, normalization)
+    assert out.dtype == dtype
+    assert_near(out, exact, tolerance, "out")
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    exact.backward(grad.double())
+    assert_near(values.grad, exact_values.grad, tolerance, "gradient of values")
+    assert_near(features.grad, exact_features.grad, 2 * tolerance, "gradient of features")
+
+
+@pytest.mark.parametrize("size", EMPTY, ids=str)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_empty(size, normalization):
+    values, features = points(size)
+    out = gaussian_filter(values, features, normalization)
+    assert out.shape == values.shape
+    out.sum().backward()
+    assert torch.equal(features.grad, torch.zeros_like(features))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_half_precision(normalization, dtype):
+    values, features = points((1, 5, 200, 3), spread=0.2)
+    values = values.detach().to(dtype).requires_grad_()
+    exact = by_matrix(values.detach().double(), features.detach().double(), normalization)
+    out = gaussian_filter(values, features, normalization)
+    assert out.dtype == dtype
+    assert_near(out, exact, 2 * torch.finfo(dtype).eps, "out")
+    out.float().sum().backward()
+    assert values.grad.dtype == dtype
+    assert features.grad.dtype == torch.float32
+    half = features.detach().to(dtype)
+    assert_near(gaussian_filter(values, half), by_matrix(values.detach().double(), half.double()), 8e-3, "half")
+
+
+def test_half_precision_does_not_overflow_when_normalised():
+    values, features = torch.full((1, 1, 3000), 60, dtype=torch.float16), torch.zeros(1, 1, 3000)
+    for normalization in NORMALIZATIONS[1:]:
+        torch.testing.assert_close(gaussian_filter(values, features, normalization), values)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_gradcheck(normalization):
+    values, features = points((2, 3, 9, 2), torch.float64)
+    assert torch.autograd.gradcheck(lambda v, f: gaussian_filter(v, f, normalization), (values, features))
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_gradgradcheck(normalization):
+    values, features = points((1, 2, 5, 2), torch.float64)
+    assert torch.autograd.gradgradcheck(lambda v, f: gaussian_filter(v, f, normalization), (values, features))
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True)])
+def test_one_gradient(needs):
+    values, features = (t.detach() for t in points((2, 3, 40, 2)))
+    grad = torch.randn_like(values)
+    both = BACKWARD(grad, values, features, True, True)
+    one = BACKWARD(grad, values, features, *needs)
+    for i in range(2):
+        if needs[i]:
+            torch.testing.assert_close(one[i], both[i])
+        else:
+            assert one[i].shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "utility", ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+)
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16, torch.float32)], ids=str
+)
+def test_opcheck(dtypes, utility):
+    values, features = points((2, 3, 17, 2))
+    values, features = (
+        t.detach().to(dtype).requires_grad_() for t, dtype in zip((values, features), dtypes, strict=True)
+    )
+    torch.library.opcheck(OP, (values, features), test_utils=utility)
+    grad = torch.randn(values.shape, dtype=torch.promote_types(dtypes[0], torch.float32))
+    torch.library.opcheck(BACKWARD, (grad, values.detach(), features.detach(), True, False), test_utils=utility)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_compile(normalization):
+    values, features = points((1, 3, 20, 2))
+    eager = gaussian_filter(values, features, normalization)
+    expected = torch.autograd.grad(eager.square().sum(), (values, features))
+    compiled = torch.compile(gaussian_filter, fullgraph=True, backend="aot_eager")(values, features, normalization)
+    torch.testing.assert_close(compiled, eager)
+    for ours, theirs in zip(torch.autograd.grad(compiled.square().sum(), (values, features)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_autocast_computes_in_single_precision():
+    values, features = (t.detach() for t in points((1, 3, 50, 2)))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = gaussian_filter(values.bfloat16(), features, "symmetric")
+        raw = OP(values.bfloat16(), features.half())
+    assert out.dtype == raw.dtype == torch.float32
+    torch.testing.assert_close(out, gaussian_filter(values.bfloat16().float(), features, "symmetric"))
+    torch.testing.assert_close(raw, gaussian_filter(values.bfloat16().float(), features.half().float()))
+
+
+def test_transforms_and_forward_mode():
+    values, features = (t.detach() for t in points((2, 3, 9, 2), torch.float64))
+    batched = torch.vmap(gaussian_filter)(values[:, None], features[:, None])[:, 0]
+    torch.testing.assert_close(batched, gaussian_filter(values, features))
+    _, tangent = torch.func.jvp(lambda v: gaussian_filter(v, features), (values,), (values,))
+    torch.testing.assert_close(tangent, gaussian_filter(values, features))
+
+
+def test_flops():
+    values, features = points((2, 3, 10, 5))
+    with FlopCounterMode(display=False) as counter:
+        out = gaussian_filter(values, features)
+    assert counter.get_total_flops() == 2 * 2 * 100 * (3 + 5)
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * 100 * (5 + 3 + 2 * 3 + 5)
+
+
+def test_strided_inputs():
+    values, features = (t.detach() for t in points((2, 6, 31, 6)))
+    values, features = values.transpose(1, 2).contiguous().transpose(1, 2)[:, ::2], features[:1, 1:4].expand(2, 3, 31)
+    expected = gaussian_filter(values.contiguous(), features.contiguous())
+    torch.testing.assert_close(gaussian_filter(values, features), expected)
+
+
+def test_large_offset_does_not_cancel():
+    """Only differences of features count: far from the origin they are as exact as the features themselves."""
+    values, features = (t.detach() for t in points((1, 3, 200, 3)))
+    features = (features * 64).round() / 64
+    torch.testing.assert_close(gaussian_filter(values, features + 4096), gaussian_filter(values, features))
+
+
+def test_normalised_sums():
+    _, features = (t.detach() for t in points((1, 1, 300, 3)))
+    ones = torch.ones(1, 1, 300)
+    torch.testing.assert_close(gaussian_filter(ones, features, "after"), ones)
+    torch.testing.assert_close(gaussian_filter(ones, features, "before").sum(), torch.tensor(300.0))
+
+
+VALUES, FEATURES = torch.ones(1, 2, 4), torch.ones(1, 3, 4)
+# Arguments that replace good ones, the exception, and what its message must say.
+BAD = {
+    "values is a list": ({"values": [[[1.0]]]}, TypeError, "values must be a torch.Tensor, got list"),
+    "features is None": ({"features": None}, TypeError, "features must be a torch.Tensor, got NoneType"),
+    "integers": ({"values": VALUES.long()}, TypeError, "values must be float32.*got torch.int64"),
+    "an image": ({"values": VALUES[..., None]}, ValueError, r"values must have shape \(B, C, N\), got \(1, 2, 4, 1\)"),
+    "no batch": ({"features": FEATURES[0]}, ValueError, r"features must have shape \(B, d, N\), got \(3, 4\)"),
+    "other N": ({"features": FEATURES[..., :3]}, ValueError, r"must have the B and N of values \(1, 2, 4\), got"),
+    "other B": ({"features": FEATURES.repeat(2, 1, 1)}, ValueError, r"B and N of values .*, got \(2, 3, 4\)"),
+    "0 dimensions": ({"features": FEATURES[:, :0]}, ValueError, "features must have 1 to 16 dimensions, got 0"),
+    "17 dimensions": ({"features": torch.ones(1, 17, 4)}, ValueError, "must have 1 to 16 dimensions, got 17"),
+    "double features": ({"features": FEATURES.double()}, TypeError, "features must be torch.float32 where values are"),
+    "half features": ({"features": FEATURES.half()}, TypeError, "features must be torch.float32 where values are"),
+    "devices differ": ({"features": FEATURES.to("meta")}, ValueError, "must be on the device of values, cpu, got meta"),
+    "sparse": ({"values": VALUES.to_sparse()}, TypeError, "values must be a dense tensor, got layout torch.sparse_coo"),
+    "NaN": ({"features": FEATURES * float("nan")}, ValueError, "features must be finite, got NaN or infinity"),
+    "infinity": ({"features": FEATURES * float("inf")}, ValueError, "features must be finite, got NaN or infinity"),
+    "unknown normalization": ({"normalization": "both"}, ValueError, 'one of "none", .*"symmetric", got \'both\''),
+    "no normalization": ({"normalization": None}, TypeError, 'normalization must be one of "none", .* got None'),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    changed, error, message = BAD[case]
+    arguments = {"values": VALUES, "features": FEATURES, "normalization": "none"} | changed
+    with pytest.raises(error, match=message):
+        gaussian_filter(**arguments)
+
+
+def test_not_finite_values_show_in_their_channel():
+    values, features = (t.detach() for t in points((2, 3, 300, 2), spread=30))
+    values[0, 1, 7], values[1, 2, 299] = float("nan"), float("inf")
+    expected = torch.zeros_like(values, dtype=torch.bool)
+    expected[0, 1] = expected[1, 2] = True
+    assert torch.equal(gaussian_filter(values, features).isnan(), expected)
+    assert torch.equal(reference.gaussian_filter(values, features).isnan(), expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite_features_make_their_image_nan_where_nobody_looks(bad):
+    values, features = (t.detach() for t in points((2, 3, 300, 2)))
+    features[1, 0, 5] = bad
+    grad = torch.randn_like(values)
+    for out in (OP(values, features), *BACKWARD(grad, values, features, True, True)):
+        assert out[1].isnan().all()
+        assert out[0].isfinite().all()
