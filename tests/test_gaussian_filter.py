@@ -3,11 +3,16 @@ around an operator."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from deeplab_kernels import reference
+from deeplab_kernels import _library, reference
 from deeplab_kernels.ops import gaussian_filter
 
 OP = torch.ops.deeplab_kernels.gaussian_filter.default
@@ -195,6 +200,99 @@ def test_normalised_sums():
     ones = torch.ones(1, 1, 300)
     torch.testing.assert_close(gaussian_filter(ones, features, "after"), ones)
     torch.testing.assert_close(gaussian_filter(ones, features, "before").sum(), torch.tensor(300.0))
+
+
+def test_far_pairs_are_left_out_within_the_bound():
+    """Clusters at all distances around the cutoff; the values of the far ones are large, so that leaving them out shows
+    against the bound: 2^-24 of the mean |v|, besides the rounding of the sum."""
+    n = 1500
+    angle = torch.arange(n, dtype=torch.float64)
+    features = (torch.stack((angle / 50, (angle / 7).sin())) + 0.1 * torch.randn(2, n, dtype=torch.float64)).float()[
+        None
+    ]
+    values = (torch.rand(1, 2, n) * torch.tensor([1.0, 1000.0])[:, None]).float()
+    exact = by_matrix(values.double(), features.double())
+    error = (gaussian_filter(values, features).double() - exact).abs()
+    allowed = 2**-24 * values.double().abs().mean(-1, keepdim=True) + 2e-6 * exact
+    assert (error <= allowed).all()
+    exact = by_matrix(values.double(), features.double())
+    assert_near(gaussian_filter(values.double(), features.double()), exact, 1e-15 * 8, "float64")
+
+
+def test_most_of_a_long_line_is_skipped():
+    """Time that does not grow with N^2: 200000 points on a line, each near 40 others, against their band alone."""
+    n = 200_000
+    features = torch.arange(n, dtype=torch.float32)[torch.randperm(n)] / 2
+    values = torch.randn(1, 1, n)
+    out = gaussian_filter(values, features[None, None])
+    order = features.argsort()
+    line = values[0, 0, order].double()
+    expected = torch.zeros(n, dtype=torch.float64)
+    for shift in range(-24, 25):
+        kernel = torch.exp(torch.tensor(-(shift**2) / 8, dtype=torch.float64))
+        rolled = line.roll(shift)
+        if shift > 0:
+            rolled[:shift] = 0
+        elif shift < 0:
+            rolled[shift:] = 0
+        expected += kernel * rolled
+    torch.testing.assert_close(out[0, 0, order].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_same_bits_for_any_number_of_threads():
+    values, features = (t.detach() for t in points((2, 7, 900, 3)))
+    grad = torch.randn_like(values)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append((OP(values, features), *BACKWARD(grad, values, features, True, True)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_equal_points():
+    """Nothing to sort, and a point's kernel with its copies is exactly 1."""
+    values = torch.ones(1, 1, 130)
+    assert (gaussian_filter(values, torch.full((1, 2, 130), 3.25)) == 130).all()
+    assert (gaussian_filter(values.double(), torch.full((1, 2, 130), 3.25, dtype=torch.float64)) == 130).all()
+
+
+def test_huge_features():
+    """Squared distances beyond the largest float are far away, no more."""
+    features = torch.tensor([[[-1e30, -1e30, 0.0, 1.0, 3e38]]])
+    values = torch.tensor([[[1.0, 2.0, 4.0, 8.0, 16.0]]])
+    e = torch.tensor(-0.5).exp().item()
+    expected = torch.tensor([[[3.0, 3.0, 4 + 8 * e, 8 + 4 * e, 16.0]]])
+    torch.testing.assert_close(gaussian_filter(values, features), expected)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_other_instruction_sets(isa):
+    """The same tests with the kernels for older CPUs, in a process of its own."""
+    if isa == _library.cpu_instruction_set() or os.environ.get("DEEPLAB_KERNELS_CPU_ISA"):
+        pytest.skip("the other tests of this process use it")
+    environment = os.environ | {"DEEPLAB_KERNELS_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    for name in [n for n in environment if n.startswith("PYTEST_")]:
+        del environment[name]
+    selection = "values_and_gradients or far_pairs or one_gradient or huge"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        selection,
+        Path(__file__).name,
+    ]
+    result = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 
 VALUES, FEATURES = torch.ones(1, 2, 4), torch.ones(1, 3, 4)

@@ -1,0 +1,70 @@
+// Helpers of the Gaussian filters' CPU bindings.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include "../core/gaussian_filter.h"
+#include "../cpu/parallel.h"
+#include "tensors.h"
+
+namespace deeplab_kernels {
+
+inline const cpu::Parallel& torch_threads() {
+  static const cpu::Parallel pool(
+      [](int64_t count, int64_t grain, cpu::Parallel::Body body, void* context) {
+        torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+      },
+      [] { return int64_t(torch::stable::get_num_threads()); });
+  return pool;
+}
+
+// The Python layer has validated user input and raised readable errors; these keep a direct call of the raw operator
+// from reading out of bounds. values (B, C, ...) and features (B, d, ...) with `axes` axes of points.
+inline void check_filter_tensors(const Tensor& values, const Tensor& features, int64_t axes) {
+  STD_TORCH_CHECK(values.dim() == 2 + axes && features.dim() == 2 + axes, "values and features must have ", 2 + axes,
+                  " dimensions");
+  for (int64_t k = 0; k < 2 + axes; ++k)
+    STD_TORCH_CHECK(k == 1 || values.size(k) == features.size(k), "features must have the sizes of values but for C");
+  STD_TORCH_CHECK(features.size(1) >= 1 && features.size(1) <= kMaxFeatureDimensions,
+                  "features must have 1 to 16 dimensions");
+  STD_TORCH_CHECK(values.device() == features.device(), "features must be on the device of values");
+}
+
+inline void check_filter_gradient(const Tensor& grad, const Tensor& values) {
+  STD_TORCH_CHECK(grad.dim() == values.dim(), "grad_out must have the shape of values");
+  for (int64_t k = 0; k < values.dim(); ++k)
+    STD_TORCH_CHECK(grad.size(k) == values.size(k), "grad_out must have the shape of values");
+  STD_TORCH_CHECK(grad.device() == values.device(), "grad_out must be on the device of values");
+}
+
+// Contiguous and in `dtype`; t itself where it is so already.
+inline Tensor dense_as(const Tensor& t, ScalarType dtype) {
+  return torch::stable::contiguous(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
+}
+
+// An uninitialised tensor of t's shape, or of shape (0,) where it is not wanted.
+inline Tensor empty_as(const Tensor& t, ScalarType dtype, bool wanted) {
+  std::vector<int64_t> size{0};
+  if (wanted) {
+    size.clear();
+    for (int64_t k = 0; k < t.dim(); ++k) size.push_back(t.size(k));
+  }
+  return torch::stable::empty(size, dtype, std::nullopt, t.device());
+}
+
+template <typename F>
+void dispatch_accumulation(ScalarType dtype, F&& f) {
+  if (dtype == ScalarType::Double) return f(double());
+  f(float());
+}
+
+template <typename T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <typename T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+}  // namespace deeplab_kernels
