@@ -1,0 +1,124 @@
+// Pads the images and chooses the instruction set; the kernels are in local_gaussian_filter_kernels.h.
+#include "local_gaussian_filter.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "atrous_depthwise.h"  // instruction_set()
+#include "local_gaussian_filter_isa.h"
+#include "workspace.h"
+
+namespace deeplab_kernels::cpu {
+namespace {
+
+// Calls f with the kernels of the instruction set in use.
+template <typename T, typename F>
+void with_kernels(F&& f) {
+#if defined(__x86_64__) && !defined(DEEPLAB_KERNELS_PORTABLE)
+  if (std::strcmp(instruction_set(), "avx512") == 0) return f(avx512::LocalGaussianFilter<T>());
+  if (std::strcmp(instruction_set(), "avx2") == 0) return f(avx2::LocalGaussianFilter<T>());
+#endif
+  f(portable::LocalGaussianFilter<T>());
+}
+
+// What one call reads and writes, for the whole batch; null where absent.
+template <typename T>
+struct WindowTensors {
+  const T* features;
+  const T* rows;  // filtered into out
+  T* out;
+  const T* values;  // with grad: for grad_features
+  const T* grad;
+  T* grad_features;
+};
+
+template <typename T>
+void run(WindowShape shape, const WindowTensors<T>& tensors, const Parallel& parallel) {
+  const int64_t c = shape.channels, d = shape.dimensions, pixels = shape.height * shape.width;
+  if (shape.batch == 0 || pixels == 0) return;
+  shape.radius_v = clamped_radius(shape.radius_v, shape.height);
+  shape.radius_h = clamped_radius(shape.radius_h, shape.width);
+  with_kernels<T>([&](auto kernels) {
+    const int64_t tile = kernels.tile_columns();
+    const int64_t margin = shape.radius_h;
+    const int64_t pitch =
+        (shape.width + tile - 1) / tile * tile + margin;  // a row's right margin is the next one's left
+    const int64_t plane = margin + shape.height * pitch;
+    const int64_t planes = d + (tensors.rows ? c : 0) + (tensors.grad_features ? 2 * c : 0);
+    const Workspace memory(size_t(shape.batch * planes * plane) * sizeof(T));
+    std::vector<PaddedImage<T>> images(size_t(shape.batch));
+    std::vector<char> usable(size_t(shape.batch));
+
+    // Copies `count` planes behind `next`; returns where pixel (0, 0) of the first is.
+    auto pad = [&](const T* source, int64_t count, T*& next) {
+      T* const first = std::exchange(next, next + count * plane);
+      for (int64_t k = 0; k < count; ++k) {
+        T* p = std::fill_n(first + k * plane, margin, T(0));
+        for (int64_t y = 0; y < shape.height; ++y, source += shape.width, p += pitch)
+          std::fill(std::copy_n(source, shape.width, p), p + pitch, T(0));
+      }
+      return first + margin;
+    };
+    parallel(shape.batch, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const T* features = tensors.features + b * d * pixels;
+        usable[size_t(b)] = std::all_of(features, features + d * pixels, [](T f) { return std::isfinite(f); });
+        T* next = memory.template as<T>() + b * planes * plane;
+        PaddedImage<T>& image = images[size_t(b)];
+        image = {};
+        image.features = pad(features, d, next);
+        if (tensors.rows) {
+          image.rows = pad(tensors.rows + b * c * pixels, c, next);
+          image.out = tensors.out + b * c * pixels;
+        }
+        if (tensors.grad_features) {
+          image.values = pad(tensors.values + b * c * pixels, c, next);
+          image.grad = pad(tensors.grad + b * c * pixels, c, next);
+          image.grad_features = tensors.grad_features + b * d * pixels;
+        }
+      }
+    });
+    std::vector<PaddedImage<T>> finite;
+    for (int64_t b = 0; b < shape.batch; ++b) {
+      constexpr T nan = std::numeric_limits<T>::quiet_NaN();
+      const PaddedImage<T>& image = images[size_t(b)];
+      if (usable[size_t(b)]) {
+        finite.push_back(image);
+        continue;
+      }
+      if (image.out) std::fill_n(image.out, c * pixels, nan);
+      if (image.grad_features) std::fill_n(image.grad_features, d * pixels, nan);
+    }
+    kernels.run({finite.data(), int64_t(finite.size()), shape, pitch, plane}, parallel);
+  });
+}
+
+}  // namespace
+
+template <typename T>
+void local_gaussian_filter(const WindowShape& shape, const T* values, const T* features, T* out,
+                           const Parallel& parallel) {
+  if (shape.channels == 0) return;
+  run<T>(shape, {features, values, out, nullptr, nullptr, nullptr}, parallel);
+}
+
+template <typename T>
+void local_gaussian_filter_backward(const WindowShape& shape, const T* grad_out, const T* values, const T* features,
+                                    T* grad_values, T* grad_features, const Parallel& parallel) {
+  if (!grad_values && !grad_features) return;
+  const T* rows = grad_values && shape.channels > 0 ? grad_out : nullptr;
+  run<T>(shape, {features, rows, grad_values, values, grad_out, grad_features}, parallel);
+}
+
+#define DK_INSTANTIATE(T)                                                                                   \
+  template void local_gaussian_filter<T>(const WindowShape&, const T*, const T*, T*, const Parallel&);      \
+  template void local_gaussian_filter_backward<T>(const WindowShape&, const T*, const T*, const T*, T*, T*, \
+                                                  const Parallel&);
+DK_INSTANTIATE(float)
+DK_INSTANTIATE(double)
+
+}  // namespace deeplab_kernels::cpu
