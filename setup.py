@@ -122,6 +122,12 @@ def cpu_sources() -> list[str]:
     return [s for s in found if not (portable_only() and source_isa(s))]
 
 
+def numpy_sources() -> list[str]:
+    """The CRF needs no torch."""
+    cpu = sources("cpu/permutohedral*.cpp", "cpu/dense_crf*.cpp", "cpu/instruction_set.cpp", "cpu/workspace.cpp")
+    return sources("numpy/*.cpp") + [s for s in cpu if not (portable_only() and source_isa(s))]
+
+
 def isystem(*directories: str | Path) -> list[str]:
     return [flag for directory in directories for flag in ("-isystem", str(directory))]
 
@@ -174,7 +180,7 @@ class BuildNative(build_ext):
         cuda_libs += ["-lcudart_static", "-ldl", "-lrt", "-pthread"]
         numpy_flags = [*isystem(pybind11.get_include(), sysconfig.get_path("include")), "-pthread"]
         cxx_flags = ["-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"]
-        cxx_flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"]
+        cxx_flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
         if portable_only():
             cxx_flags.append("-DDEEPLAB_KERNELS_PORTABLE")
         nvcc_flags = ["-std=c++20", "-O3", "-DNDEBUG", "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden"]
@@ -260,7 +266,7 @@ def packages() -> dict[str, str]:
 
 extensions = [
     Extension("deeplab_kernels._C", cpu_sources(), py_limited_api=True),
-    Extension("deeplab_kernels._densecrf", sources("numpy/*.cpp")),
+    Extension("deeplab_kernels._densecrf", numpy_sources()),
 ]
 if cuda_choice()[0]:
     extensions.append(

@@ -3,11 +3,29 @@
 // with what barycentric weights. Host and device; no memory is allocated.
 #pragma once
 
+#include <cmath>
+
 #include "macros.h"
 
 namespace deeplab_kernels {
 
 constexpr int kMaxLatticeDimension = 16;
+
+// Blurs are written new = old + (one neighbour + the other) / 2, the taps above times 2, and the filter's result is
+// multiplied by one of these.
+//
+// lattice_exact_scale makes the filter approximate sum_j exp(-|f_i - f_j|^2 / 2) v_j. Points of density r give that sum
+// the value r (2 pi)^(d/2). On the lattice, splatting gives each vertex the mass of its cell, r times the cell's
+// volume; d + 1 blurs multiply by 2 each; slicing averages. The cell: the points of A*_d, here (d + 1) times its usual
+// size, have the volume (d + 1)^d / sqrt(d + 1), and a unit of feature is sqrt(2/3) (d + 1) long, so that a cell takes
+// (3/2)^(d/2) / sqrt(d + 1) in units of features. The quotient is
+//   (2 pi)^(d/2) / (2^(d+1) (3/2)^(d/2) / sqrt(d + 1)) = (4 pi / 3)^(d/2) sqrt(d + 1) / 2^(d+1).
+inline double lattice_exact_scale(int d) {
+  return std::pow(4.1887902047863905, 0.5 * d) * std::sqrt(d + 1.0) / std::ldexp(1.0, d + 1);
+}
+
+// pydensecrf's constant.
+inline double lattice_pydensecrf_scale(int d) { return 1.0 / (1.0 + std::ldexp(1.0, -d)); }
 
 // Scale of a feature axis before embedding: sqrt(2/3) (d + 1) / sqrt((axis + 1) (axis + 2)). `inverse_root` is the last
 // factor, which callers compute once per axis (no sqrt here that would differ between host and device). The rotation
@@ -74,6 +92,20 @@ DK_HOST_DEVICE void lattice_simplex(const T* position, int d, int32_t* greedy, i
     barycentric[d + 1 - rank[i]] -= delta;
   }
   barycentric[0] += T(1) + barycentric[d + 1];
+}
+
+// Gradient with respect to `position` given that with respect to barycentric[d + 1]; rank as lattice_simplex returned
+// it.
+template <typename T>
+DK_HOST_DEVICE void lattice_simplex_backward(const T* grad_barycentric, const int32_t* rank, int d, T* grad_position) {
+  const T down = T(1) / T(d + 1);
+  T head = T(0);  // sum of the elevated gradients 0 ... j - 1
+  for (int j = 0; j <= d; ++j) {
+    const int above = rank[j] == 0 ? 0 : d + 1 - rank[j];
+    const T elevated = (grad_barycentric[d - rank[j]] - grad_barycentric[above]) * down;
+    if (j > 0) grad_position[j - 1] = head - T(j) * elevated;
+    head += elevated;
+  }
 }
 
 // Coordinate i of vertex `remainder` of the simplex.

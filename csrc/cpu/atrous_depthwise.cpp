@@ -4,46 +4,12 @@
 #include <torch/headeronly/util/BFloat16.h>
 
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
 
 #include "atrous_depthwise_isa.h"
+#include "instruction_set.h"
 
 namespace deeplab_kernels::cpu {
 namespace {
-
-enum class InstructionSet { kPortable, kAvx2, kAvx512 };
-
-bool supported(InstructionSet set) {
-#if defined(__x86_64__) && !defined(DEEPLAB_KERNELS_PORTABLE)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (set == InstructionSet::kAvx2) return avx2;
-  if (set == InstructionSet::kAvx512)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#endif
-  return set == InstructionSet::kPortable;
-}
-
-const char* name(InstructionSet set) {
-  return set == InstructionSet::kAvx512 ? "avx512" : set == InstructionSet::kAvx2 ? "avx2" : "portable";
-}
-
-InstructionSet choose() {
-  const char* wanted = std::getenv("DEEPLAB_KERNELS_CPU_ISA");
-  const InstructionSet sets[] = {InstructionSet::kAvx512, InstructionSet::kAvx2, InstructionSet::kPortable};
-  if (wanted)
-    for (InstructionSet set : sets)
-      if (std::strcmp(wanted, name(set)) == 0 && supported(set)) return set;
-  for (InstructionSet set : sets)
-    if (supported(set)) return set;
-  return InstructionSet::kPortable;
-}
-
-InstructionSet chosen() {
-  static const InstructionSet set = choose();
-  return set;
-}
 
 template <typename T>
 struct Stored {
@@ -69,8 +35,8 @@ template <typename T, typename F>
 void with_kernels(F&& f) {
   using S = typename Stored<T>::type;
 #if defined(__x86_64__) && !defined(DEEPLAB_KERNELS_PORTABLE)
-  if (chosen() == InstructionSet::kAvx512) return f(avx512::Kernels<S>());
-  if (chosen() == InstructionSet::kAvx2) return f(avx2::Kernels<S>());
+  if (chosen_instruction_set() == InstructionSet::kAvx512) return f(avx512::Kernels<S>());
+  if (chosen_instruction_set() == InstructionSet::kAvx2) return f(avx2::Kernels<S>());
 #endif
   f(portable::Kernels<S>());
 }
@@ -84,7 +50,7 @@ bool all_finite(const T* values, int64_t count) {
 
 template <typename T>
 PlanBuilder make_plan(const DepthwiseShape& shape, Purpose purpose, bool exact) {
-  const int64_t vector_bytes = chosen() == InstructionSet::kAvx512 ? 64 : chosen() == InstructionSet::kAvx2 ? 32 : 16;
+  const int64_t vector_bytes = chosen_instruction_set() == InstructionSet::kAvx512 ? 64 : chosen_instruction_set() == InstructionSet::kAvx2 ? 32 : 16;
   return PlanBuilder(shape, purpose, sizeof(T), sizeof(acc_t<T>), vector_bytes / sizeof(acc_t<T>), exact);
 }
 
@@ -107,8 +73,6 @@ void backward(const DepthwiseShape& shape, const BackwardTensors<typename Stored
 }
 
 }  // namespace
-
-const char* instruction_set() { return name(chosen()); }
 
 template <typename T>
 void atrous_depthwise_conv2d(const DepthwiseShape& shape, const T* x, const T* weight, T* y, const Parallel& parallel) {

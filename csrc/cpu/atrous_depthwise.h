@@ -5,6 +5,7 @@
 #pragma once
 
 #include "../core/atrous_depthwise.h"
+#include "instruction_set.h"
 #include "parallel.h"
 
 namespace deeplab_kernels::cpu {
@@ -54,9 +55,5 @@ void atrous_depthwise_bn_act_backward(const DepthwiseShape& shape, const T* grad
                                       const T* y, const NormParameters<acc_t<T>>& norm, const acc_t<T>* mean,
                                       const acc_t<T>* var, bool batch_statistics, T* grad_x, T* grad_weight,
                                       acc_t<T>* grad_gamma, acc_t<T>* grad_beta, const Parallel& parallel);
-
-// Name of the instruction set in use ("avx512", "avx2", "portable"): the best this CPU has, or the one that the
-// environment variable DEEPLAB_KERNELS_CPU_ISA names, if this CPU has it.
-const char* instruction_set();
 
 }  // namespace deeplab_kernels::cpu

@@ -1,0 +1,367 @@
+// Builds the lattice: each chunk finds its own vertices, then the chunks' vertices are merged image by image. The
+// outcome does not depend on how either is spread over threads.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <utility>
+
+#include "../core/lattice_key.h"
+#include "permutohedral_passes.h"
+
+namespace deeplab_kernels::cpu {
+namespace {
+
+// Positions below this embed into int32 coordinates.
+constexpr double kLargestPosition = 1 << 26;
+// Above this, float has too few bits left for the place within a simplex.
+constexpr double kLargestFloatPosition = 1 << 10;
+
+struct Scales {
+  double value[kMaxLatticeDimension];
+  explicit Scales(int d) {
+    for (int i = 0; i < d; ++i) value[i] = lattice_scale(d, 1.0 / std::sqrt(double(i + 1) * double(i + 2)));
+  }
+};
+
+// Open addressing over indices of keys that lie elsewhere; doubles before it is half full.
+template <typename Key>
+class KeyTable {
+ public:
+  explicit KeyTable(int64_t expected) {
+    bits_ = 6;
+    while ((int64_t{1} << bits_) < 2 * expected) ++bits_;
+    entries_.assign(size_t{1} << bits_, -1);
+  }
+
+  // Index of the key, or -1. keys[i] is the key of index i.
+  int32_t find(const Key* keys, const Key& key) const {
+    for (uint64_t h = place(key);; h = (h + 1) & (entries_.size() - 1)) {
+      const int32_t index = entries_[h];
+      if (index < 0 || keys[index] == key) return index;
+    }
+  }
+
+  // Index of the key, which becomes `index` if it is new; keys[index] must then be the key at the next call.
+  int32_t find_or_insert(const Key* keys, const Key& key, int32_t index) {
+    if (2 * count_ >= int64_t(entries_.size())) grow(keys);
+    for (uint64_t h = place(key);; h = (h + 1) & (entries_.size() - 1)) {
+      const int32_t found = entries_[h];
+      if (found >= 0 && keys[found] == key) return found;
+      if (found < 0) {
+        entries_[h] = index;
+        ++count_;
+        return index;
+      }
+    }
+  }
+
+  void prefetch(const Key& key) const { __builtin_prefetch(entries_.data() + place(key)); }
+
+ private:
+  uint64_t place(const Key& key) const { return key.hash() >> (64 - bits_); }
+
+  void grow(const Key* keys) {
+    std::vector<int32_t> old(entries_.size() * 2, -1);
+    old.swap(entries_);
+    ++bits_;
+    for (int32_t index : old) {
+      if (index < 0) continue;
+      uint64_t h = place(keys[index]);
+      while (entries_[h] >= 0) h = (h + 1) & (entries_.size() - 1);
+      entries_[h] = index;
+    }
+  }
+
+  std::vector<int32_t> entries_;
+  int bits_;
+  int64_t count_ = 0;
+};
+
+// Embeds a chunk's points; returns the keys of its slots.
+template <int kWords, typename E, typename T>
+std::vector<LatticeKey<kWords>> embed_chunk(LatticeData<T>& lattice, const LatticeKeySteps<kWords>& steps,
+                                            const Scales& scales, Strided<const T> features, int64_t chunk) {
+  using Key = LatticeKey<kWords>;
+  const int d = lattice.d;
+  if (d < 1) __builtin_unreachable();
+  const ChunkPlan& plan = lattice.plan;
+  const int64_t image = plan.image(chunk), first = plan.first(chunk), last = plan.last(chunk);
+  E scale[kMaxLatticeDimension];
+  for (int i = 0; i < d; ++i) scale[i] = E(scales.value[i]);
+  std::vector<Key> keys;
+  KeyTable<Key> table(1024);
+  Key previous[kMaxLatticeDimension + 1];
+  int32_t previous_slot[kMaxLatticeDimension + 1];
+  for (int k = 0; k <= d; ++k) previous_slot[k] = -1;
+
+  const T* in = features.data + image * features.batch_stride;
+  T* weight = lattice.weight.data() + (image * plan.points + first) * (d + 1);
+  int32_t* slot = lattice.slot.data() + (image * plan.points + first) * (d + 1);
+  for (int64_t p = first; p < last; ++p, weight += d + 1, slot += d + 1) {
+    E position[kMaxLatticeDimension], barycentric[kMaxLatticeDimension + 2];
+    int32_t greedy[kMaxLatticeDimension + 1], rank[kMaxLatticeDimension + 1], by_rank[kMaxLatticeDimension + 1];
+    for (int i = 0; i < d; ++i) position[i] = E(in[i * features.channel_stride + p * features.point_stride]) * scale[i];
+    lattice_simplex(position, d, greedy, rank, barycentric);
+    for (int i = 0; i <= d; ++i) {
+      by_rank[rank[i]] = i;
+      greedy[i] /= d + 1;
+      weight[i] = T(barycentric[i]);
+    }
+    Key key = steps.first(greedy);
+    for (int k = 0; k <= d; ++k) {
+      if (k > 0) key += steps.lower[by_rank[d + 1 - k]];
+      if (previous_slot[k] < 0 || !(previous[k] == key)) {
+        const auto next = int32_t(keys.size());
+        previous[k] = key;
+        previous_slot[k] = table.find_or_insert(keys.data(), key, next);
+        if (previous_slot[k] == next) keys.push_back(key);
+      }
+      slot[k] = previous_slot[k];
+    }
+  }
+  return keys;
+}
+
+// vertices of all chunks -> slot_vertex, vertex_begin, vertex_slots, neighbour.
+template <int kWords, typename T>
+void merge_chunks(LatticeData<T>& lattice, const LatticeKeySteps<kWords>& steps,
+                  std::vector<std::vector<LatticeKey<kWords>>> chunk_keys, const Parallel& parallel) {
+  using Key = LatticeKey<kWords>;
+  const ChunkPlan& plan = lattice.plan;
+  const int d = lattice.d;
+  const int64_t chunks = plan.chunks();
+  lattice.chunk_begin = Buffer<int64_t>(chunks + 1);
+  lattice.chunk_begin[0] = 0;
+  for (int64_t c = 0; c < chunks; ++c)
+    lattice.chunk_begin[c + 1] = lattice.chunk_begin[c] + int64_t(chunk_keys[c].size());
+  const int64_t slots = lattice.chunk_begin[chunks];
+  if (slots >= std::numeric_limits<int32_t>::max() - 1)
+    throw std::length_error("the lattice has 2^31 or more vertices");
+  Buffer<Key> keys(slots);
+  parallel(chunks, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      std::copy(chunk_keys[c].begin(), chunk_keys[c].end(), keys.data() + lattice.chunk_begin[c]);
+      chunk_keys[c] = {};
+    }
+  });
+
+  // Each (image, part of the hashes) has a table of the first slot with each key.
+  const int64_t parts =
+      std::max<int64_t>(1, std::min<int64_t>(16, parallel.threads() / std::max<int64_t>(1, plan.batch)));
+  const auto part_of = [parts](const Key& key) {
+    return parts == 1 ? 0 : int64_t((key.hash() & 0xffffffff) * uint64_t(parts) >> 32);
+  };
+  std::vector<KeyTable<Key>> tables;
+  for (int64_t i = 0; i < plan.batch * parts; ++i)
+    tables.emplace_back(slots / std::max<int64_t>(1, plan.batch * parts) / 2);
+  Buffer<int32_t> first_slot(slots);
+  parallel(plan.batch * parts, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / parts, part = task % parts;
+      const int64_t from = lattice.chunk_begin[image * plan.chunks_per_image];
+      const int64_t to = lattice.chunk_begin[(image + 1) * plan.chunks_per_image];
+      KeyTable<Key>& table = tables[task];
+      for (int64_t s = from; s < to; ++s) {
+        if (s + 8 < to) table.prefetch(keys[s + 8]);
+        if (part_of(keys[s]) == part) first_slot[s] = table.find_or_insert(keys.data(), keys[s], int32_t(s));
+      }
+    }
+  });
+
+  // Vertices in the order of their first slots, and their slots.
+  lattice.slot_vertex = Buffer<int32_t>(slots);
+  std::vector<int32_t> count;
+  std::vector<int32_t> vertex_slot;
+  count.reserve(size_t(slots)), vertex_slot.reserve(size_t(slots));
+  for (int64_t s = 0; s < slots; ++s) {
+    if (first_slot[s] == s) {
+      lattice.slot_vertex[s] = int32_t(count.size());
+      count.push_back(1);
+      vertex_slot.push_back(int32_t(s));
+    } else {
+      lattice.slot_vertex[s] = lattice.slot_vertex[first_slot[s]];
+      ++count[lattice.slot_vertex[s]];
+    }
+  }
+  const int64_t vertices = lattice.vertices = int64_t(count.size());
+  lattice.vertex_begin = Buffer<int32_t>(vertices + 1);
+  lattice.vertex_slots = Buffer<int32_t>(slots);
+  int32_t sum = 0;
+  for (int64_t v = 0; v < vertices; ++v) {
+    lattice.vertex_begin[v] = sum;
+    sum += count[v];
+    count[v] = lattice.vertex_begin[v];
+  }
+  lattice.vertex_begin[vertices] = sum;
+  for (int64_t s = 0; s < slots; ++s) lattice.vertex_slots[count[lattice.slot_vertex[s]]++] = int32_t(s);
+
+  lattice.neighbour = Buffer<int32_t>((d + 1) * vertices * 2);
+  parallel(lattice.neighbour.size(), [&](int64_t begin, int64_t end) {
+    std::fill(lattice.neighbour.data() + begin, lattice.neighbour.data() + end, int32_t(vertices));
+  });
+  parallel(vertices, [&](int64_t begin, int64_t end) {
+    int64_t image = 0;
+    for (int64_t v = begin; v < end; ++v) {
+      const int32_t s = vertex_slot[v];
+      while (s >= lattice.chunk_begin[(image + 1) * plan.chunks_per_image]) ++image;
+      Key next[kMaxLatticeDimension + 1];
+      for (int j = 0; j <= d; ++j) {
+        next[j] = steps.neighbour(keys[s], j);
+        tables[image * parts + part_of(next[j])].prefetch(next[j]);
+      }
+      for (int j = 0; j <= d; ++j) {
+        const int32_t found = tables[image * parts + part_of(next[j])].find(keys.data(), next[j]);
+        if (found < 0) continue;
+        // Each vertex is the next of at most one other: no two threads write the same place.
+        const int32_t u = lattice.slot_vertex[found];
+        lattice.neighbour[(j * vertices + v) * 2 + 1] = u;
+        lattice.neighbour[(j * vertices + u) * 2] = int32_t(v);
+      }
+    }
+  });
+}
+
+template <int kWords, typename E, typename T>
+void build(LatticeData<T>& lattice, const LatticeKeyLayout& layout, const Scales& scales, Strided<const T> features,
+           const Parallel& parallel) {
+  const LatticeKeySteps<kWords> steps(layout);
+  std::vector<std::vector<LatticeKey<kWords>>> chunk_keys(size_t(lattice.plan.chunks()));
+  parallel(lattice.plan.chunks(), [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) chunk_keys[c] = embed_chunk<kWords, E>(lattice, steps, scales, features, c);
+  });
+  merge_chunks<kWords>(lattice, steps, std::move(chunk_keys), parallel);
+}
+
+template <typename E, typename T>
+void build(LatticeData<T>& lattice, const LatticeKeyLayout& layout, const Scales& scales, Strided<const T> features,
+           const Parallel& parallel) {
+  if (layout.words == 1) {
+    build<1, E>(lattice, layout, scales, features, parallel);
+  } else if (layout.words == 2) {
+    build<2, E>(lattice, layout, scales, features, parallel);
+  } else if (layout.words <= 4) {
+    build<4, E>(lattice, layout, scales, features, parallel);
+  } else {
+    build<kMaxLatticeKeyWords, E>(lattice, layout, scales, features, parallel);
+  }
+}
+
+struct Bounds {
+  double low[kMaxLatticeDimension], high[kMaxLatticeDimension];
+};
+
+// Smallest and largest feature of each axis; NaN or an infinity becomes infinite bounds.
+template <typename T>
+Bounds find_bounds(const ChunkPlan& plan, int d, Strided<const T> features, const Parallel& parallel) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  std::vector<Bounds> of_chunk(size_t(plan.chunks()));
+  parallel(plan.chunks(), [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c)
+      for (int i = 0; i < d; ++i) {
+        const T* in = features.data + plan.image(c) * features.batch_stride + i * features.channel_stride;
+        constexpr int64_t kLanes = 8;
+        T low[kLanes], high[kLanes], wrong[kLanes];
+        const int64_t first = plan.first(c), last = plan.last(c);
+        for (int64_t l = 0; l < kLanes; ++l) low[l] = high[l] = in[first * features.point_stride], wrong[l] = T(0);
+        for (int64_t p = first; p < last; p += kLanes)
+          for (int64_t l = 0; l < kLanes; ++l) {
+            const T value = in[std::min(p + l, last - 1) * features.point_stride];
+            low[l] = value < low[l] ? value : low[l];
+            high[l] = value > high[l] ? value : high[l];
+            wrong[l] += value - value;  // NaN for NaN and infinities
+          }
+        Bounds& bounds = of_chunk[c];
+        bounds.low[i] = low[0], bounds.high[i] = high[0];
+        for (int64_t l = 0; l < kLanes; ++l) {
+          bounds.low[i] = std::min<double>(bounds.low[i], low[l]);
+          bounds.high[i] = std::max<double>(bounds.high[i], high[l]);
+          if (wrong[l] != T(0)) bounds.low[i] = -kInfinity, bounds.high[i] = kInfinity;
+        }
+        if (!(bounds.low[i] <= bounds.high[i])) bounds.low[i] = -kInfinity, bounds.high[i] = kInfinity;
+      }
+  });
+  Bounds all;
+  for (int i = 0; i < d; ++i) {
+    all.low[i] = kInfinity, all.high[i] = -kInfinity;
+    for (const Bounds& b : of_chunk) {
+      all.low[i] = std::min(all.low[i], b.low[i]);
+      all.high[i] = std::max(all.high[i], b.high[i]);
+    }
+  }
+  return all;
+}
+
+template <typename T>
+FeatureProblem find_problem(int64_t batch, int d, int64_t points, Strided<const T> features, const Bounds& bounds) {
+  const Scales scales(d);
+  bool good = true;
+  for (int i = 0; i < d; ++i)
+    good &= std::max(std::abs(bounds.low[i]), std::abs(bounds.high[i])) * scales.value[i] < kLargestPosition;
+  if (good) return {};
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t p = 0; p < points; ++p)
+      for (int i = 0; i < d; ++i) {
+        const double value =
+            features.data[b * features.batch_stride + i * features.channel_stride + p * features.point_stride];
+        const double limit = kLargestPosition / scales.value[i];
+        if (!std::isfinite(value)) return {FeatureProblem::kNotFinite, b, i, p, limit};
+        if (!(std::abs(value) < limit)) return {FeatureProblem::kTooLarge, b, i, p, limit};
+      }
+  return {};
+}
+
+}  // namespace
+
+ChunkPlan::ChunkPlan(int64_t batch, int64_t points) : batch(batch), points(points) {
+  chunk_points = std::max<int64_t>(2048, (points + 31) / 32);
+  chunk_points = (chunk_points + 63) / 64 * 64;
+  chunks_per_image = (points + chunk_points - 1) / chunk_points;
+  if (points == 0) this->batch = 0;
+}
+
+template <typename T>
+FeatureProblem find_feature_problem(int64_t batch, int d, int64_t points, Strided<const T> features,
+                                    const Parallel& parallel) {
+  const ChunkPlan plan(batch, points);
+  if (plan.chunks() == 0) return {};
+  return find_problem(batch, d, points, features, find_bounds(plan, d, features, parallel));
+}
+
+template <typename T>
+LatticeData<T> build_lattice(int64_t batch, int d, int64_t points, Strided<const T> features, FeatureProblem* problem,
+                             const Parallel& parallel) {
+  LatticeData<T> lattice;
+  const ChunkPlan plan(batch, points);
+  const Bounds bounds = find_bounds(plan, d, features, parallel);
+  *problem = find_problem(batch, d, points, features, bounds);
+  lattice.d = d;
+  if (problem->kind == FeatureProblem::kNone) lattice.plan = plan;
+  const int64_t total = lattice.plan.batch * lattice.plan.points;
+  lattice.weight = Buffer<T>(total * (d + 1));
+  lattice.slot = Buffer<int32_t>(total * (d + 1));
+  const Scales scales(d);
+  double low[kMaxLatticeDimension] = {}, high[kMaxLatticeDimension] = {}, largest = 0;
+  for (int i = 0; i < d; ++i) {
+    if (total == 0) break;
+    low[i] = bounds.low[i] * scales.value[i];
+    high[i] = bounds.high[i] * scales.value[i];
+    largest = std::max({largest, std::abs(low[i]), std::abs(high[i])});
+  }
+  const LatticeKeyLayout layout = LatticeKeyLayout::make(d, low, high);
+  if (largest > kLargestFloatPosition) {
+    build<double>(lattice, layout, scales, features, parallel);
+  } else {
+    build<T>(lattice, layout, scales, features, parallel);
+  }
+  return lattice;
+}
+
+#define DK_INSTANTIATE(T)                                                                                    \
+  template FeatureProblem find_feature_problem<T>(int64_t, int, int64_t, Strided<const T>, const Parallel&); \
+  template LatticeData<T> build_lattice<T>(int64_t, int, int64_t, Strided<const T>, FeatureProblem*, const Parallel&);
+DK_INSTANTIATE(float)
+DK_INSTANTIATE(double)
+
+}  // namespace deeplab_kernels::cpu

@@ -1,0 +1,67 @@
+// The lattice's and the CRF's inner loops, as each instruction set's file offers them.
+//
+// A row is one point's or one vertex's channels: `pitch` elements, a multiple of kChannelPack, or 1 for a single
+// channel.
+#pragma once
+
+#include <cstdint>
+
+namespace deeplab_kernels::cpu {
+
+// Where the points first, first + 1, ... of one chunk lie.
+template <typename T>
+struct PointPlaces {
+  const int32_t* slot;         // (points, d + 1): the chunk's slot of each enclosing vertex
+  const T* weight;             // (points, d + 1)
+  const int32_t* slot_vertex;  // vertex row of each of the chunk's slots
+  int vertices;                // d + 1
+};
+
+template <typename T>
+struct LatticeKernels {
+  // Values of any strides to rows of `count` points, times sign; padding becomes `pad`.
+  void (*load)(const T* values, int64_t channel_stride, int64_t point_stride, int64_t channels, int64_t pitch,
+               int64_t count, T sign, T pad, T* rows);
+  void (*store)(const T* rows, int64_t pitch, int64_t channels, int64_t count, T* values, int64_t channel_stride,
+                int64_t point_stride);
+
+  // slot_rows[slot] += weight * point_scale * row. point_scale may be null: 1.
+  void (*splat)(const PointPlaces<T>& places, const T* point_scale, const T* rows, int64_t pitch, int64_t count,
+                T* slot_rows);
+  // rows = (accumulate ? rows : 0) + factor * point_scale * sum_k weight_k vertex_rows[vertex_k]. point_scale may be
+  // null.
+  void (*slice)(const PointPlaces<T>& places, const T* point_scale, T factor, const T* vertex_rows, int64_t pitch,
+                int64_t count, bool accumulate, T* rows);
+  // vertex_rows[v] = sum of its slots' rows, v = first ... last - 1.
+  void (*merge)(const int32_t* begin, const int32_t* slots, const T* slot_rows, int64_t first, int64_t last,
+                int64_t pitch, T* vertex_rows);
+  // out[v] = in[v] + (in[n_0] + in[n_1]) / 2, neighbours (vertices, 2).
+  void (*blur)(const int32_t* neighbours, const T* in, int64_t first, int64_t last, int64_t pitch, T* out);
+
+  // q = softmax(energy), rows of `count` points; padding of energy is -infinity, of q 0. q may be energy.
+  void (*softmax)(const T* energy, int64_t pitch, int64_t count, T* q);
+  // grad = q (grad - sum(q grad))
+  void (*softmax_backward)(const T* q, int64_t pitch, int64_t count, T* grad);
+  // rows += factor * diagonal * other
+  void (*add_diagonal)(const T* diagonal, T factor, const T* other, int64_t pitch, int64_t count, T* rows);
+  // rows += factor * matrix other; matrix_t is (channels, pitch): the transposed matrix with padded rows.
+  void (*add_product)(const T* matrix_t, T factor, const T* other, int64_t channels, int64_t pitch, int64_t count,
+                      T* rows);
+  // matrix (channels, pitch) += factor * sum over points of a b^T
+  void (*add_outer)(const T* a, const T* b, T factor, int64_t channels, int64_t pitch, int64_t count, T* matrix);
+  // x_k = factor * <a, vertex_a[vertex_k]>, y_k = factor * <b, vertex_b[vertex_k]>: grad_weight (count, d + 1) += x +
+  // y; sum_x[p] = sum_k weight_k x_k, sum_y alike.
+  void (*weight_gradient)(const PointPlaces<T>& places, T factor, const T* a, const T* vertex_a, const T* b,
+                          const T* vertex_b, int64_t pitch, int64_t count, T* grad_weight, T* sum_x, T* sum_y);
+};
+
+namespace portable {
+template <typename T>
+const LatticeKernels<T>& lattice_kernels();
+}
+namespace avx2 {
+template <typename T>
+const LatticeKernels<T>& lattice_kernels();
+}
+
+}  // namespace deeplab_kernels::cpu

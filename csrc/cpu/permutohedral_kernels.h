@@ -1,0 +1,357 @@
+// Inner loops over rows of channels. Included by one file per instruction set, which defines DK_ISA; apart from
+// lattice_kernels() everything has internal linkage.
+#include "permutohedral_isa.h"
+
+#define DK_INLINE inline __attribute__((always_inline))
+#define DK_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace deeplab_kernels::cpu {
+namespace DK_ISA {
+namespace {
+
+constexpr int kPack = 8;
+
+template <typename T>
+struct PackOf {
+  typedef T type __attribute__((vector_size(kPack * sizeof(T))));
+  typedef T unaligned __attribute__((vector_size(kPack * sizeof(T)), aligned(alignof(T)), may_alias));
+};
+template <typename T>
+using Pack = typename PackOf<T>::type;
+
+template <typename T>
+DK_INLINE Pack<T> load_pack(const T* p) {
+  return *reinterpret_cast<const typename PackOf<T>::unaligned*>(p);
+}
+template <typename T>
+DK_INLINE void store_pack(T* p, Pack<T> v) {
+  *reinterpret_cast<typename PackOf<T>::unaligned*>(p) = v;
+}
+template <typename T>
+DK_INLINE Pack<T> broadcast(T value) {
+  return value - Pack<T>{};
+}
+template <typename T>
+DK_INLINE T sum_of(Pack<T> v) {
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+// kPacks packs of a row in registers; kPacks = 0: a row of one element.
+template <typename T, int kPacks>
+struct Row {
+  Pack<T> v[kPacks];
+  DK_INLINE static Row zero() { return Row{}; }
+  DK_INLINE static Row load(const T* p) {
+    Row r;
+    for (int i = 0; i < kPacks; ++i) r.v[i] = load_pack(p + i * kPack);
+    return r;
+  }
+  DK_INLINE void store(T* p) const {
+    for (int i = 0; i < kPacks; ++i) store_pack(p + i * kPack, v[i]);
+  }
+  DK_INLINE void add(const T* p) {
+    for (int i = 0; i < kPacks; ++i) v[i] += load_pack(p + i * kPack);
+  }
+  DK_INLINE void add(T factor, const T* p) {
+    const Pack<T> f = broadcast(factor);
+    for (int i = 0; i < kPacks; ++i) v[i] += f * load_pack(p + i * kPack);
+  }
+  DK_INLINE void scale(T factor) {
+    const Pack<T> f = broadcast(factor);
+    for (int i = 0; i < kPacks; ++i) v[i] *= f;
+  }
+  DK_INLINE T dot(const T* p) const {
+    Pack<T> s{};
+    for (int i = 0; i < kPacks; ++i) s += v[i] * load_pack(p + i * kPack);
+    return sum_of<T>(s);
+  }
+};
+template <typename T>
+struct Row<T, 0> {
+  T v;
+  DK_INLINE static Row zero() { return {T(0)}; }
+  DK_INLINE static Row load(const T* p) { return {*p}; }
+  DK_INLINE void store(T* p) const { *p = v; }
+  DK_INLINE void add(const T* p) { v += *p; }
+  DK_INLINE void add(T factor, const T* p) { v += factor * *p; }
+  DK_INLINE void scale(T factor) { v *= factor; }
+  DK_INLINE T dot(const T* p) const { return v * *p; }
+};
+
+template <int kPacks>
+struct Packs {
+  static constexpr int value = kPacks;
+};
+
+// Calls f(Packs<n>, offset) for groups of at most four packs of a row.
+template <typename F>
+DK_INLINE void over_row(int64_t pitch, const F& f) {
+  if (pitch == 1) return f(Packs<0>(), int64_t(0));
+  int64_t offset = 0;
+  for (; pitch - offset > 4 * kPack; offset += 4 * kPack) f(Packs<4>(), offset);
+  switch ((pitch - offset) / kPack) {
+    case 1:
+      return f(Packs<1>(), offset);
+    case 2:
+      return f(Packs<2>(), offset);
+    case 3:
+      return f(Packs<3>(), offset);
+    default:
+      return f(Packs<4>(), offset);
+  }
+}
+
+// Calls f(Packs<n>) with the number of vertices of a simplex if it is a common one (d = 2, 3, 5), else 0.
+template <typename F>
+DK_INLINE void over_simplex(int vertices, const F& f) {
+  switch (vertices) {
+    case 3:
+      return f(Packs<3>());
+    case 4:
+      return f(Packs<4>());
+    case 6:
+      return f(Packs<6>());
+    default:
+      return f(Packs<0>());
+  }
+}
+
+template <typename T>
+struct Kernels {
+  static void load(const T* values, int64_t channel_stride, int64_t point_stride, int64_t channels, int64_t pitch,
+                   int64_t count, T sign, T pad, T* rows) {
+    for (int64_t p = 0; p < count; ++p) {
+      for (int64_t c = channels; c < pitch; ++c) rows[p * pitch + c] = pad;
+    }
+    if (channel_stride == 1) {
+      for (int64_t p = 0; p < count; ++p)
+        for (int64_t c = 0; c < channels; ++c) rows[p * pitch + c] = sign * values[p * point_stride + c];
+      return;
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      const T* from = values + c * channel_stride;
+      for (int64_t p = 0; p < count; ++p) rows[p * pitch + c] = sign * from[p * point_stride];
+    }
+  }
+
+  static void store(const T* rows, int64_t pitch, int64_t channels, int64_t count, T* values, int64_t channel_stride,
+                    int64_t point_stride) {
+    if (channel_stride == 1) {
+      for (int64_t p = 0; p < count; ++p)
+        for (int64_t c = 0; c < channels; ++c) values[p * point_stride + c] = rows[p * pitch + c];
+      return;
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      T* to = values + c * channel_stride;
+      for (int64_t p = 0; p < count; ++p) to[p * point_stride] = rows[p * pitch + c];
+    }
+  }
+
+  static void splat(const PointPlaces<T>& places, const T* point_scale, const T* rows, int64_t pitch, int64_t count,
+                    T* slot_rows) {
+    over_simplex(places.vertices, [&](auto simplex) DK_INLINE_LAMBDA {
+      over_row(pitch, [&](auto packs, int64_t offset) DK_INLINE_LAMBDA {
+        using R = Row<T, packs.value>;
+        const int vertices = simplex.value ? simplex.value : places.vertices;
+        const int32_t* slot = places.slot;
+        const T* weight = places.weight;
+        for (int64_t p = 0; p < count; ++p, slot += vertices, weight += vertices) {
+          R row = R::load(rows + p * pitch + offset);
+          if (point_scale) row.scale(point_scale[p]);
+          for (int k = 0; k < vertices; ++k) {
+            T* to = slot_rows + slot[k] * pitch + offset;
+            R sum = R::load(to);
+            add_scaled(sum, weight[k], row);
+            sum.store(to);
+          }
+        }
+      });
+    });
+  }
+
+  static void slice(const PointPlaces<T>& places, const T* point_scale, T factor, const T* vertex_rows, int64_t pitch,
+                    int64_t count, bool accumulate, T* rows) {
+    over_simplex(places.vertices, [&](auto simplex) DK_INLINE_LAMBDA {
+      over_row(pitch, [&](auto packs, int64_t offset) DK_INLINE_LAMBDA {
+        using R = Row<T, packs.value>;
+        const int vertices = simplex.value ? simplex.value : places.vertices;
+        const int32_t* slot = places.slot;
+        const T* weight = places.weight;
+        for (int64_t p = 0; p < count; ++p, slot += vertices, weight += vertices) {
+          R sum = R::zero();
+          for (int k = 0; k < vertices; ++k)
+            sum.add(weight[k], vertex_rows + places.slot_vertex[slot[k]] * pitch + offset);
+          T* to = rows + p * pitch + offset;
+          sum.scale(point_scale ? factor * point_scale[p] : factor);
+          if (accumulate) sum.add(to);
+          sum.store(to);
+        }
+      });
+    });
+  }
+
+  static void merge(const int32_t* begin, const int32_t* slots, const T* slot_rows, int64_t first, int64_t last,
+                    int64_t pitch, T* vertex_rows) {
+    over_row(pitch, [&](auto packs, int64_t offset) DK_INLINE_LAMBDA {
+      using R = Row<T, packs.value>;
+      for (int64_t v = first; v < last; ++v) {
+        R sum = R::load(slot_rows + slots[begin[v]] * pitch + offset);
+        for (int32_t s = begin[v] + 1; s < begin[v + 1]; ++s) sum.add(slot_rows + slots[s] * pitch + offset);
+        sum.store(vertex_rows + v * pitch + offset);
+      }
+    });
+  }
+
+  static void blur(const int32_t* neighbours, const T* in, int64_t first, int64_t last, int64_t pitch, T* out) {
+    over_row(pitch, [&](auto packs, int64_t offset) DK_INLINE_LAMBDA {
+      using R = Row<T, packs.value>;
+      for (int64_t v = first; v < last; ++v) {
+        R sum = R::load(in + neighbours[2 * v] * pitch + offset);
+        sum.add(in + neighbours[2 * v + 1] * pitch + offset);
+        sum.scale(T(0.5));
+        sum.add(in + v * pitch + offset);
+        sum.store(out + v * pitch + offset);
+      }
+    });
+  }
+
+  static void softmax(const T* energy, int64_t pitch, int64_t count, T* q) {
+    for (int64_t p = 0; p < count; ++p, energy += pitch, q += pitch) {
+      Pack<T> most = load_pack(energy);
+      for (int64_t c = kPack; c < pitch; c += kPack) {
+        const Pack<T> e = load_pack(energy + c);
+        most = e > most ? e : most;
+      }
+      T largest = most[0];
+      for (int i = 1; i < kPack; ++i) largest = most[i] > largest ? most[i] : largest;
+      Pack<T> total{};
+      for (int64_t c = 0; c < pitch; c += kPack) {
+        const Pack<T> e = exp_of(load_pack(energy + c) - broadcast(largest));
+        total += e;
+        store_pack(q + c, e);
+      }
+      const Pack<T> inverse = broadcast(T(1) / sum_of<T>(total));
+      for (int64_t c = 0; c < pitch; c += kPack) store_pack(q + c, load_pack(q + c) * inverse);
+    }
+  }
+
+  static void softmax_backward(const T* q, int64_t pitch, int64_t count, T* grad) {
+    for (int64_t p = 0; p < count; ++p, q += pitch, grad += pitch) {
+      Pack<T> total{};
+      for (int64_t c = 0; c < pitch; c += kPack) total += load_pack(q + c) * load_pack(grad + c);
+      const Pack<T> mean = broadcast(sum_of<T>(total));
+      for (int64_t c = 0; c < pitch; c += kPack) store_pack(grad + c, load_pack(q + c) * (load_pack(grad + c) - mean));
+    }
+  }
+
+  static void add_diagonal(const T* diagonal, T factor, const T* other, int64_t pitch, int64_t count, T* rows) {
+    for (int64_t p = 0; p < count; ++p)
+      for (int64_t c = 0; c < pitch; ++c) rows[p * pitch + c] += factor * diagonal[c] * other[p * pitch + c];
+  }
+
+  static void add_product(const T* matrix_t, T factor, const T* other, int64_t channels, int64_t pitch, int64_t count,
+                          T* rows) {
+    over_row(pitch, [&](auto packs, int64_t offset) DK_INLINE_LAMBDA {
+      using R = Row<T, packs.value>;
+      for (int64_t p = 0; p < count; ++p) {
+        R sum = R::zero();
+        for (int64_t c = 0; c < channels; ++c) sum.add(other[p * pitch + c], matrix_t + c * pitch + offset);
+        sum.scale(factor);
+        sum.add(rows + p * pitch + offset);
+        sum.store(rows + p * pitch + offset);
+      }
+    });
+  }
+
+  static void add_outer(const T* a, const T* b, T factor, int64_t channels, int64_t pitch, int64_t count, T* matrix) {
+    over_row(pitch, [&](auto packs, int64_t offset) DK_INLINE_LAMBDA {
+      using R = Row<T, packs.value>;
+      for (int64_t c = 0; c < channels; ++c) {
+        R sum = R::zero();
+        for (int64_t p = 0; p < count; ++p) sum.add(a[p * pitch + c], b + p * pitch + offset);
+        sum.scale(factor);
+        sum.add(matrix + c * pitch + offset);
+        sum.store(matrix + c * pitch + offset);
+      }
+    });
+  }
+
+  static void weight_gradient(const PointPlaces<T>& places, T factor, const T* a, const T* vertex_a, const T* b,
+                              const T* vertex_b, int64_t pitch, int64_t count, T* grad_weight, T* sum_x, T* sum_y) {
+    for (int64_t p = 0; p < count; ++p) sum_x[p] = sum_y[p] = T(0);
+    over_row(pitch, [&](auto packs, int64_t offset) DK_INLINE_LAMBDA {
+      using R = Row<T, packs.value>;
+      const int32_t* slot = places.slot;
+      const T* weight = places.weight;
+      T* grad = grad_weight;
+      for (int64_t p = 0; p < count; ++p, slot += places.vertices, weight += places.vertices, grad += places.vertices) {
+        const R row_a = R::load(a + p * pitch + offset), row_b = R::load(b + p * pitch + offset);
+        T x_sum = T(0), y_sum = T(0);
+        for (int k = 0; k < places.vertices; ++k) {
+          const int64_t at = places.slot_vertex[slot[k]] * pitch + offset;
+          const T x = factor * row_a.dot(vertex_a + at), y = factor * row_b.dot(vertex_b + at);
+          grad[k] += x + y;
+          x_sum += weight[k] * x, y_sum += weight[k] * y;
+        }
+        sum_x[p] += x_sum, sum_y[p] += y_sum;
+      }
+    });
+  }
+
+ private:
+  template <int kPacks>
+  DK_INLINE static void add_scaled(Row<T, kPacks>& sum, T factor, const Row<T, kPacks>& row) {
+    if constexpr (kPacks == 0) {
+      sum.v += factor * row.v;
+    } else {
+      const Pack<T> f = broadcast(factor);
+      for (int i = 0; i < kPacks; ++i) sum.v[i] += f * row.v[i];
+    }
+  }
+
+  DK_INLINE static Pack<double> exp_of(Pack<double> x) {
+    Pack<double> r;
+    for (int i = 0; i < kPack; ++i) r[i] = __builtin_exp(x[i]);
+    return r;
+  }
+
+  // Below the smallest normal number's logarithm: 0. Error: under 2 units in the last place. x is not above 0 here.
+  DK_INLINE static Pack<float> exp_of(Pack<float> x) {
+    typedef int32_t Integers __attribute__((vector_size(kPack * 4)));
+    const auto too_small = x < -87.3f;
+    const Pack<float> clamped = too_small ? Pack<float>{} : x;
+    // x = n ln 2 + r: adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
+    const Pack<float> shifted = clamped * 1.44269504f + 12582912.0f;
+    const Pack<float> n = shifted - 12582912.0f;
+    const Pack<float> r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+    Pack<float> y = broadcast(1.9875691500e-4f);
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * (r * r) + r + 1.0f;
+    const Integers power = (reinterpret_cast<Integers>(shifted) + (127 - 0x4b400000)) << 23;
+    const Pack<float> result = y * reinterpret_cast<Pack<float>>(power);
+    return too_small ? Pack<float>{} : result;
+  }
+};
+
+template <typename T>
+constexpr LatticeKernels<T> kTable = {
+    Kernels<T>::load,         Kernels<T>::store,       Kernels<T>::splat,     Kernels<T>::slice,
+    Kernels<T>::merge,        Kernels<T>::blur,        Kernels<T>::softmax,   Kernels<T>::softmax_backward,
+    Kernels<T>::add_diagonal, Kernels<T>::add_product, Kernels<T>::add_outer, Kernels<T>::weight_gradient,
+};
+
+}  // namespace
+
+template <typename T>
+const LatticeKernels<T>& lattice_kernels() {
+  return kTable<T>;
+}
+template const LatticeKernels<float>& lattice_kernels<float>();
+template const LatticeKernels<double>& lattice_kernels<double>();
+
+}  // namespace DK_ISA
+}  // namespace deeplab_kernels::cpu

@@ -1,0 +1,165 @@
+// What a lattice consists of, and the passes over it that the filter and the mean field are made of. Internal.
+//
+// An image's points are cut into chunks, the same for any number of threads. A chunk numbers the vertices around its
+// points by itself (its slots, in the order of first touch): splatting writes a chunk's own rows, without atomics,
+// within the cache; a vertex then sums its slots' rows in the order of the chunks. Vertices are numbered in the order
+// of first touch over the chunks, so that neighbours in a scanned image lie close together.
+#pragma once
+
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "permutohedral.h"
+#include "permutohedral_isa.h"
+
+namespace deeplab_kernels::cpu {
+
+// Uninitialised memory, 64-byte aligned.
+template <typename E>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t size)
+      : data_(static_cast<E*>(::operator new(size_t(size) * sizeof(E), std::align_val_t(64)))), size_(size) {}
+  Buffer(Buffer&& other) noexcept { swap(other); }
+  Buffer& operator=(Buffer&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+
+  E* data() const { return data_; }
+  int64_t size() const { return size_; }
+  size_t bytes() const { return size_t(size_) * sizeof(E); }
+  E& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  void swap(Buffer& other) {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+  }
+  E* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// Cuts each image into chunks of equal size (the last one less).
+struct ChunkPlan {
+  int64_t batch = 0, points = 0, chunk_points = 1, chunks_per_image = 0;
+
+  ChunkPlan() = default;
+  ChunkPlan(int64_t batch, int64_t points);
+  int64_t chunks() const { return batch * chunks_per_image; }
+  int64_t image(int64_t chunk) const { return chunk / chunks_per_image; }
+  // Points of the image.
+  int64_t first(int64_t chunk) const { return chunk % chunks_per_image * chunk_points; }
+  int64_t last(int64_t chunk) const {
+    const int64_t end = first(chunk) + chunk_points;
+    return end < points ? end : points;
+  }
+};
+
+template <typename T>
+struct LatticeData {
+  ChunkPlan plan;
+  int d = 0;
+  int64_t vertices = 0;
+  Buffer<T> weight;              // (batch, points, d + 1)
+  Buffer<int32_t> slot;          // (batch, points, d + 1), counted from the chunk's first
+  Buffer<int64_t> chunk_begin;   // (chunks + 1)
+  Buffer<int32_t> slot_vertex;   // (slots)
+  Buffer<int32_t> vertex_begin;  // (vertices + 1)
+  Buffer<int32_t> vertex_slots;  // (slots)
+  Buffer<int32_t> neighbour;     // (d + 1, vertices, 2); `vertices` where there is none
+
+  int64_t slots() const { return slot_vertex.size(); }
+  PointPlaces<T> places(int64_t chunk, int64_t first) const {
+    const int64_t at = (plan.image(chunk) * plan.points + first) * (d + 1);
+    return {slot.data() + at, weight.data() + at, slot_vertex.data() + chunk_begin[chunk], d + 1};
+  }
+};
+
+template <typename T>
+LatticeData<T> build_lattice(int64_t batch, int d, int64_t points, Strided<const T> features, FeatureProblem* problem,
+                             const Parallel& parallel);
+
+// Of the instruction set in use.
+template <typename T>
+const LatticeKernels<T>& lattice_kernels();
+
+// Rows of one channel are not padded.
+inline int64_t filter_pitch(int64_t channels) { return channels == 1 ? 1 : packed_channels(channels); }
+
+// Points that are treated together: a few KB of rows.
+inline int64_t block_points(int64_t pitch) {
+  const int64_t n = 4096 / pitch;
+  return n < 4 ? 4 : n > 64 ? 64 : n;
+}
+
+// The values on the vertices while they are filtered.
+template <typename T>
+class VertexRows {
+ public:
+  VertexRows(const LatticeData<T>& lattice, int64_t pitch);
+
+  // Where chunk's slots' rows lie, to be splatted to. Valid until blur().
+  T* chunk_rows(int64_t chunk) const { return slots_.data() + lattice_->chunk_begin[chunk] * pitch_; }
+  // The same, zeroed.
+  T* begin_chunk(int64_t chunk) const;
+  // Sums the slots and blurs along all directions.
+  void blur(bool transpose, const Parallel& parallel);
+  // The result; rows of `vertices()` and the zero row.
+  const T* rows() const { return result_.data(); }
+
+ private:
+  const LatticeData<T>* lattice_;
+  int64_t pitch_;
+  Buffer<T> slots_;  // also every second blur's target
+  Buffer<T> result_;
+  Buffer<T> first_;  // what the slots are summed into, if the number of blurs is odd
+};
+
+// Calls f(chunk, image, first, count) for every block of points.
+template <typename F>
+void over_blocks(const ChunkPlan& plan, int64_t chunk, int64_t block, F&& f) {
+  const int64_t image = plan.image(chunk), last = plan.last(chunk);
+  for (int64_t p = plan.first(chunk); p < last; p += block) f(image, p, last - p < block ? last - p : block);
+}
+
+// The factors before and after the lattice that make a normalised filter: F = after * (scale * lattice) * before.
+// Null: 1.
+template <typename T>
+struct Normalizer {
+  Buffer<T> factor;   // (batch, points): 1/n or n^-1/2, 0 where masked
+  Buffer<T> masking;  // (batch, points): the mask, if it is needed by itself
+  const T* before = nullptr;
+  const T* after = nullptr;
+  T scale = T(1);
+
+  Normalizer(const LatticeData<T>& lattice, Normalization normalization, LatticeScale scale_kind, const uint8_t* mask,
+             bool transpose, const Parallel& parallel);
+};
+
+// Collects the gradient with respect to a lattice's barycentric weights, over channels and iterations.
+template <typename T>
+class FeatureGradient {
+ public:
+  FeatureGradient(const LatticeData<T>& lattice, Normalization normalization, bool transpose, const uint8_t* mask);
+
+  // Adds a block's part: a (times `after`) are rows of the output's gradient and vertex_a the filtered values, b (times
+  // `before`) rows of the values and vertex_b the transposed filtered gradients.
+  void add(int64_t chunk, int64_t image, int64_t first, int64_t count, T scale, const T* a, const T* vertex_a,
+           const T* b, const T* vertex_b, int64_t pitch);
+  // Adds what goes through the normalisation, then writes the gradient with respect to the features.
+  void finish(T scale, Strided<const T> features, Strided<T> grad_features, const Parallel& parallel);
+
+ private:
+  const LatticeData<T>* lattice_;
+  Normalization normalization_;
+  bool transpose_;
+  const uint8_t* mask_;
+  Buffer<T> grad_weight_;    // (batch, points, d + 1)
+  Buffer<T> grad_log_norm_;  // (batch, points): n dL/dn, if normalised
+};
+
+}  // namespace deeplab_kernels::cpu
