@@ -48,4 +48,32 @@ STABLE_TORCH_LIBRARY(deeplab_kernels, m) {
   m.def(
       "local_gaussian_filter_backward(Tensor grad_out, Tensor values, Tensor features, int[2] radius, bool "
       "need_grad_values, bool need_grad_features) -> (Tensor, Tensor)");
+
+  // Fully connected CRF
+  //   values         (B, C, N)    any strides, float32, float64, float16 or bfloat16
+  //   features       (B, d, N)    in units of the kernel's standard deviation; float32 or float64: what is computed in
+  //   lattice        the bytes that permutohedral_lattice made of the same features; None or empty: built inside
+  //   normalization  0 none, 1 before, 2 after, 3 symmetric
+  m.def("permutohedral_lattice(Tensor features) -> Tensor");
+  // F values, or F^T values with transpose.
+  m.def(
+      "permutohedral_filter(Tensor values, Tensor features, Tensor? lattice, int normalization, bool transpose) -> "
+      "Tensor");
+  // Returns (grad_values, grad_features), of shape (0,) where not needed.
+  m.def(
+      "permutohedral_filter_backward(Tensor grad_out, Tensor values, Tensor features, Tensor? lattice, int "
+      "normalization, bool transpose, bool need_grad_values, bool need_grad_features) -> (Tensor, Tensor)");
+  // Mean-field inference with unary energies (B, L, N) and, per kernel, features, lattice (the list is empty or has one
+  // for each), matrix C (L, L) in the dtype of the features, normalization; mask (B, N) bool. Returns E_T in the dtype
+  // of unary, and Q_0 ... Q_{T-1} as (T, B, N, L rounded up to a multiple of 8) in that of the features if save,
+  // otherwise an empty tensor of shape (0,).
+  m.def(
+      "dense_crf_mean_field(Tensor unary, Tensor[] features, Tensor[] lattices, Tensor[] compatibility, Tensor? mask, "
+      "int[] normalization, int iterations, bool save) -> (Tensor, Tensor)");
+  // Gradients w.r.t. unary, features and compatibility; where not needed, of shape (0,). Without saved the iterations
+  // run again.
+  m.def(
+      "dense_crf_mean_field_backward(Tensor grad_out, Tensor saved, Tensor unary, Tensor[] features, Tensor[] lattices, "
+      "Tensor[] compatibility, Tensor? mask, int[] normalization, int iterations, bool need_grad_features, bool "
+      "need_grad_compatibility) -> (Tensor, Tensor[], Tensor[])");
 }

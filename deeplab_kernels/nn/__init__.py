@@ -1,5 +1,6 @@
 """Modules on top of the operators."""
 
 from .atrous_separable import AtrousDepthwiseConv2d, AtrousSeparableConv2d
+from .dense_crf import DenseCRF
 
-__all__ = ["AtrousDepthwiseConv2d", "AtrousSeparableConv2d"]
+__all__ = ["AtrousDepthwiseConv2d", "AtrousSeparableConv2d", "DenseCRF"]

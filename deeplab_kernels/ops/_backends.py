@@ -17,8 +17,8 @@ from .. import _library, reference
 
 NAMESPACE = "deeplab_kernels"
 
-# operator -> module stem in triton/ that has a function of the same name
-OPERATORS: dict[str, str] = {
+# operator -> module stem in triton/ that has a function of the same name, or None
+OPERATORS: dict[str, str | None] = {
     "atrous_depthwise_conv2d": "atrous_depthwise",
     "atrous_depthwise_conv2d_backward": "atrous_depthwise",
     "atrous_depthwise_bn_act_inference": "atrous_depthwise",
@@ -28,6 +28,11 @@ OPERATORS: dict[str, str] = {
     "gaussian_filter_backward": "gaussian_filter",
     "local_gaussian_filter": "local_gaussian_filter",
     "local_gaussian_filter_backward": "local_gaussian_filter",
+    "permutohedral_lattice": None,
+    "permutohedral_filter": None,
+    "permutohedral_filter_backward": None,
+    "dense_crf_mean_field": None,
+    "dense_crf_mean_field_backward": None,
 }
 
 _library_impl = torch.library.Library(NAMESPACE, "IMPL")
@@ -45,8 +50,11 @@ def _lazy_triton(stem: str, name: str) -> Callable[..., Any]:
 
 def implementation(operator: str, backend: str) -> Callable[..., Any]:
     """``operator`` as "triton" or "reference" computes it, below the dispatcher: no autograd, no autocast."""
+    stem = OPERATORS[operator]
     if backend == "triton":
-        return _lazy_triton(OPERATORS[operator], operator)
+        if stem is None:
+            raise ValueError(f"{operator} has no Triton kernel")
+        return _lazy_triton(stem, operator)
     if backend == "reference":
         return getattr(reference, operator)
     raise ValueError(f'backend must be "triton" or "reference", got {backend!r}')
@@ -58,15 +66,21 @@ def cuda_backend() -> str:
     return next((name for name in ("cuda", "triton") if name not in missing), "reference")
 
 
+def _registered(operator: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{operator}", key)
+
+
 def serving(operator: str) -> dict[str, str]:
     """Backend that serves ``operator`` on each device type."""
-    return {"cpu": f"C++ ({_library.cpu_instruction_set()})", "cuda": cuda_backend(), "other": "reference"}
+    cpu = f"C++ ({_library.cpu_instruction_set()})" if _registered(operator, "CPU") else "reference"
+    cuda = cuda_backend() if _registered(operator, "CUDA") else "reference"
+    return {"cpu": cpu, "cuda": cuda, "other": "reference"}
 
 
 def register_kernels() -> None:
     for operator, stem in OPERATORS.items():
         _library_impl.impl(operator, getattr(reference, operator), "CompositeExplicitAutograd")
-        if cuda_backend() == "triton":
+        if cuda_backend() == "triton" and stem is not None:
             _library_impl.impl(operator, _lazy_triton(stem, operator), "CUDA")
 
 

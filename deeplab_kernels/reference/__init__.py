@@ -3,6 +3,7 @@
 Every backend is tested against these functions; they also serve where no kernel does, and as the export decomposition.
 """
 
+from . import dense_crf, permutohedral
 from .atrous_depthwise import (
     atrous_depthwise_bn_act_backward,
     atrous_depthwise_bn_act_inference,
@@ -10,8 +11,10 @@ from .atrous_depthwise import (
     atrous_depthwise_conv2d,
     atrous_depthwise_conv2d_backward,
 )
+from .dense_crf import dense_crf_mean_field, dense_crf_mean_field_backward
 from .gaussian_filter import gaussian_filter, gaussian_filter_backward
 from .local_gaussian_filter import local_gaussian_filter, local_gaussian_filter_backward
+from .permutohedral import permutohedral_filter, permutohedral_filter_backward, permutohedral_lattice
 
 __all__ = [
     "atrous_depthwise_bn_act_backward",
@@ -19,8 +22,15 @@ __all__ = [
     "atrous_depthwise_bn_act_training",
     "atrous_depthwise_conv2d",
     "atrous_depthwise_conv2d_backward",
+    "dense_crf",
+    "dense_crf_mean_field",
+    "dense_crf_mean_field_backward",
     "gaussian_filter",
     "gaussian_filter_backward",
     "local_gaussian_filter",
     "local_gaussian_filter_backward",
+    "permutohedral",
+    "permutohedral_filter",
+    "permutohedral_filter_backward",
+    "permutohedral_lattice",
 ]

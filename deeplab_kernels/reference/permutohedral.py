@@ -117,8 +117,8 @@ class _Stage(NamedTuple):
 
 
 class _KeyTable:
-    """Rows of integers -> their index among the distinct rows. Exact for any range: columns are packed into int64 codes,
-    which are replaced by their indices whenever the next column no longer fits."""
+    """Rows of integers -> their index among the distinct rows. Exact for any range: columns are packed into int64
+    codes, which are replaced by their indices whenever the next column no longer fits."""
 
     def __init__(self, columns: Sequence[Tensor]) -> None:
         bounds = [[int(c.min()), int(c.max())] for c in columns]
@@ -154,7 +154,7 @@ class _KeyTable:
 
 
 class Lattice(NamedTuple):
-    vertices: Tensor  # (P, d + 1) int64, rows of the value table; M for points that are masked out
+    vertices: Tensor  # (P, d + 1) int64, rows of the value table
     weights: Tensor  # (P, d + 1), differentiable w.r.t. the features
     neighbours: Tensor  # (d + 1, 2, M) int64, M where a vertex has no neighbour
 
@@ -163,18 +163,23 @@ class Lattice(NamedTuple):
         return self.neighbours.shape[2]
 
 
-def build(features: Tensor, mask: Tensor | None = None) -> Lattice:
-    """The lattice of features (B, d, N); points where mask (B, N) is False do not exist for it."""
+def to_rows(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, C, N) -> (B N, C)."""
+    return values.to(dtype).transpose(1, 2).reshape(values.shape[0] * values.shape[2], values.shape[1])
+
+
+def from_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """(B N, C) -> (B, C, N), contiguous, in the dtype of ``like`` (B, _, N)."""
+    return rows.view(like.shape[0], like.shape[2], rows.shape[1]).transpose(1, 2).to(like.dtype).contiguous()
+
+
+def build(features: Tensor) -> Lattice:
+    """The lattice of features (B, d, N)."""
     batch, d, points = features.shape
-    flat = features.transpose(1, 2).reshape(-1, d)
-    keep = None if mask is None else mask.reshape(-1).nonzero().squeeze(1)
-    kept = flat if keep is None else flat[keep]
-    if kept.shape[0] == 0:
-        vertices = torch.zeros(batch * points, d + 1, dtype=torch.long, device=features.device)
-        return Lattice(vertices, features.new_zeros(vertices.shape), vertices.new_zeros(d + 1, 2, 0))
-    greedy, rank, weights = simplex(kept)
+    greedy, rank, weights = simplex(to_rows(features, features.dtype))
+    if batch * points == 0:
+        return Lattice(greedy, weights, greedy.new_zeros(d + 1, 2, 0))
     image = torch.arange(batch, device=features.device).repeat_interleave(points)
-    image = image if keep is None else image[keep]
     # The last coordinate follows from the others. Rows of `columns`: (point, remainder).
     remainder = torch.arange(d + 1, device=features.device)
     columns = [image[:, None].expand(-1, d + 1).reshape(-1)]
@@ -193,11 +198,24 @@ def build(features: Tensor, mask: Tensor | None = None) -> Lattice:
         neighbours[j, 0] = found
         present = found < table.rows
         neighbours[j, 1].index_put_((found[present],), rows[present])
-    vertices = table.index.view(-1, d + 1)
-    if keep is not None:
-        vertices = torch.full((batch * points, d + 1), table.rows, device=features.device).index_put((keep,), vertices)
-        weights = weights.new_zeros(vertices.shape).index_put((keep,), weights)
-    return Lattice(vertices, weights, neighbours)
+    return Lattice(table.index.view(-1, d + 1), weights, neighbours)
+
+
+def permutohedral_lattice(features: Tensor) -> Tensor:
+    lattice = build(features)
+    return torch.cat([lattice.vertices.flatten(), lattice.neighbours.flatten()]).view(torch.uint8)
+
+
+def _unpacked(packed: Tensor, features: Tensor) -> Lattice:
+    d = features.shape[1]
+    count = features.shape[0] * features.shape[2] * (d + 1)
+    numbers = packed.view(torch.long)
+    weights = simplex(to_rows(features, features.dtype)).weights
+    return Lattice(numbers[:count].view(-1, d + 1), weights, numbers[count:].view(d + 1, 2, -1))
+
+
+def built_or_unpacked(features: Tensor, packed: Tensor | None) -> Lattice:
+    return build(features) if packed is None or packed.numel() == 0 else _unpacked(packed, features)
 
 
 # The filter and its derivative on (P, C) values.
@@ -245,103 +263,89 @@ def plain_weights_gradient(lattice: Lattice, grad: Tensor, values: Tensor, trans
     """Gradient (P, d + 1) of the weights, from ``grad`` (P, C) of :func:`plain_filter`'s result."""
     blurred = _with_absent_row(_blur(lattice, _splat(lattice, values), transpose))
     blurred_grad = _with_absent_row(_blur(lattice, _splat(lattice, grad), not transpose))
-    columns = [
-        (grad * blurred[index] + values * blurred_grad[index]).sum(1) for index in lattice.vertices.unbind(1)
-    ]
+    columns = [(grad * blurred[index] + values * blurred_grad[index]).sum(1) for index in lattice.vertices.unbind(1)]
     return torch.stack(columns, 1)
 
 
-def kernel_sums(lattice: Lattice) -> Tensor:
-    """n = K 1 (P, 1); 1 for points that are masked out."""
-    ones = lattice.weights.new_ones(lattice.weights.shape[0], 1)
-    sums = plain_filter(lattice, ones)
-    return torch.where(lattice.vertices[:, :1] < lattice.rows, sums, 1)
+class NormalisedFilter(NamedTuple):
+    """F = after K before, with factors that depend on n = K m; m is 1, or 0 where a point sends and receives
+    nothing."""
+
+    lattice: Lattice
+    normalization: int
+    present: Tensor  # m, (P, 1)
+    sums: Tensor  # n, (P, 1)
+    before: Tensor  # (P, 1)
+    after: Tensor  # (P, 1)
 
 
-def factors(sums: Tensor, normalization: int) -> tuple[Tensor | None, Tensor | None]:
-    """What the values are multiplied with before and after the plain filter; None for 1."""
+def normalised(lattice: Lattice, normalization: int, mask: Tensor | None = None) -> NormalisedFilter:
+    """``mask``: (B, N) bool or None."""
+    if mask is None:
+        present = lattice.weights.new_ones(lattice.weights.shape[0], 1)
+    else:
+        present = mask.reshape(-1, 1).to(lattice.weights.dtype)
     if normalization == NONE:
-        return None, None
+        return NormalisedFilter(lattice, normalization, present, present, present, present)
+    sums = torch.where(present != 0, plain_filter(lattice, present), 1)
     if normalization == SYMMETRIC:
-        root = sums.rsqrt()
-        return root, root
-    inverse = sums.reciprocal()
-    return (inverse, None) if normalization == BEFORE else (None, inverse)
+        root = present * sums.rsqrt()
+        return NormalisedFilter(lattice, normalization, present, sums, root, root)
+    inverse = present / sums
+    before, after = (inverse, present) if normalization == BEFORE else (present, inverse)
+    return NormalisedFilter(lattice, normalization, present, sums, before, after)
 
 
-def _times(values: Tensor, factor: Tensor | None) -> Tensor:
-    return values if factor is None else values * factor
+def apply(f: NormalisedFilter, values: Tensor, transpose: bool = False) -> Tensor:
+    """F v or F^T v of (P, C) values."""
+    before, after = (f.after, f.before) if transpose else (f.before, f.after)
+    return after * plain_filter(f.lattice, before * values, transpose)
 
 
-def normalised_filter(lattice: Lattice, sums: Tensor, values: Tensor, normalization: int, transpose: bool) -> Tensor:
-    """F v or F^T v for the normalised filter F of K; ``sums`` is :func:`kernel_sums` in both cases."""
-    before, after = factors(sums, normalization)
-    if transpose:
-        before, after = after, before
-    return _times(plain_filter(lattice, _times(values, before), transpose), after)
-
-
-def normalised_weights_gradient(
-    lattice: Lattice, sums: Tensor, grad: Tensor, values: Tensor, normalization: int, transpose: bool
-) -> Tensor:
-    """Gradient (P, d + 1) of the weights from that of :func:`normalised_filter`'s result."""
-    before, after = factors(sums, normalization)
-    if transpose:
-        before, after = after, before
-    inner, inner_grad = _times(values, before), _times(grad, after)
-    result = plain_weights_gradient(lattice, inner_grad, inner, transpose)
-    # The factors depend on the weights as well, through n = K 1: d(n^p) = p n^(p - 1) dn.
-    power = 0.5 if normalization == SYMMETRIC else 1.0
-    grad_sums = torch.zeros_like(sums)
-    if after is not None:
-        grad_sums = grad_sums - power * (inner_grad * plain_filter(lattice, inner, transpose)).sum(1, keepdim=True) / sums
-    if before is not None:
-        back = plain_filter(lattice, inner_grad, not transpose)
-        grad_sums = grad_sums - power * (back * inner).sum(1, keepdim=True) / sums
-    if normalization != NONE:
-        present = lattice.vertices[:, :1] < lattice.rows
-        grad_sums = torch.where(present, grad_sums, 0)
-        result = result + plain_weights_gradient(lattice, grad_sums, torch.ones_like(sums), False)
-    return result
+def apply_weights_gradient(f: NormalisedFilter, grad: Tensor, values: Tensor, transpose: bool = False) -> Tensor:
+    """Gradient (P, d + 1) of the barycentric weights from that of :func:`apply`'s result, (P, C)."""
+    before, after = (f.after, f.before) if transpose else (f.before, f.after)
+    inner, inner_grad = before * values, after * grad
+    result = plain_weights_gradient(f.lattice, inner_grad, inner, transpose)
+    if f.normalization == NONE:
+        return result
+    # The factors depend on the weights as well, through n = K m: d(n^p) = p n^(p - 1) dn.
+    power = -0.5 if f.normalization == SYMMETRIC else -1.0
+    grad_sums = torch.zeros_like(f.sums)
+    if f.normalization == SYMMETRIC or (f.normalization == AFTER) != transpose:
+        grad_sums = grad_sums + (inner_grad * plain_filter(f.lattice, inner, transpose)).sum(1, keepdim=True)
+    if f.normalization == SYMMETRIC or (f.normalization == BEFORE) != transpose:
+        grad_sums = grad_sums + (inner * plain_filter(f.lattice, inner_grad, not transpose)).sum(1, keepdim=True)
+    grad_sums = power * grad_sums / f.sums
+    return result + plain_weights_gradient(f.lattice, grad_sums, f.present, False)
 
 
 # The operators.
 
 
-def to_rows(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, C, N) -> (B N, C)."""
-    return values.to(dtype).transpose(1, 2).reshape(-1, values.shape[1])
-
-
-def from_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """(B N, C) -> (B, C, N), contiguous, in the dtype of ``like`` (B, _, N)."""
-    return rows.view(like.shape[0], like.shape[2], -1).transpose(1, 2).to(like.dtype).contiguous()
-
-
-def permutohedral_filter(values: Tensor, features: Tensor, normalization: int, transpose: bool) -> Tensor:
-    dtype = compute_dtype(values.dtype)
-    lattice = build(features.to(dtype))
-    sums = kernel_sums(lattice) if normalization != NONE else lattice.weights
-    return from_rows(normalised_filter(lattice, sums, to_rows(values, dtype), normalization, transpose), values)
+def permutohedral_filter(
+    values: Tensor, features: Tensor, lattice: Tensor | None, normalization: int, transpose: bool
+) -> Tensor:
+    f = normalised(built_or_unpacked(features, lattice), normalization)
+    return from_rows(apply(f, to_rows(values, features.dtype), transpose), values)
 
 
 def permutohedral_filter_backward(
     grad_out: Tensor,
     values: Tensor,
     features: Tensor,
+    lattice: Tensor | None,
     normalization: int,
     transpose: bool,
     need_grad_values: bool,
     need_grad_features: bool,
 ) -> tuple[Tensor, Tensor]:
-    dtype = compute_dtype(values.dtype)
-    lattice = build(features.to(dtype))
-    sums = kernel_sums(lattice) if normalization != NONE else lattice.weights
-    grad, v = to_rows(grad_out, dtype), to_rows(values, dtype)
+    f = normalised(built_or_unpacked(features, lattice), normalization)
+    grad, v = to_rows(grad_out, features.dtype), to_rows(values, features.dtype)
     grad_values, grad_features = values.new_empty(0), features.new_empty(0)
     if need_grad_values:
-        grad_values = from_rows(normalised_filter(lattice, sums, grad, normalization, not transpose), values)
+        grad_values = from_rows(apply(f, grad, not transpose), values)
     if need_grad_features:
-        grad_weights = normalised_weights_gradient(lattice, sums, grad, v, normalization, transpose)
-        grad_features = from_rows(simplex_backward(grad_weights, to_rows(features, dtype)), features)
+        grad_weights = apply_weights_gradient(f, grad, v, transpose)
+        grad_features = from_rows(simplex_backward(grad_weights, to_rows(features, features.dtype)), features)
     return grad_values, grad_features
