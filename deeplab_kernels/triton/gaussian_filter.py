@@ -158,7 +158,7 @@ def _grad_features_kernel(
                 j = (first + k) * BLOCK_J + tl.arange(0, BLOCK_J)
                 at_j = j.to(tl.int64)[None, :] * channels
                 pull = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
-                for start in range(0, channels, BLOCK_C):
+                for start in tl.range(0, channels, BLOCK_C, num_stages=1):
                     c = start + tl.arange(0, BLOCK_C)
                     g_i = tl.load(grads + at_i + c[None, :])
                     v_j = tl.load(values + at_j + c[:, None])

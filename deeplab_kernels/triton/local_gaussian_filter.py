@@ -27,7 +27,7 @@ from ..reference.gaussian_filter import poison
 from ..reference.local_gaussian_filter import clamped
 
 # Rows and columns of a program's tile; its warps; channels that it sums up (further ones go to further programs).
-_TILE_H, _TILE_W, _WARPS = 4, 32, 4
+_TILE_H, _TILE_W, _WARPS = 4, 32, 8
 _MAX_CHANNELS = 32
 # exp(-s / 2) = 2^(_EXPONENT s)
 _EXPONENT = tl.constexpr(-0.7213475204444817)

@@ -1,0 +1,124 @@
+"""Triton kernels of the Gaussian filters: exact in the interpreter, and they compile for real GPUs.
+
+As test_triton_atrous_depthwise.py: the interpreted cases (triton_gaussian_cases.py) run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+TESTS = Path(__file__).parent
+sys.path.append(str(TESTS.parent / "benchmarks"))
+
+compiled_here = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET is set")
+# Shared memory of one block that every supported GPU has (sm_120: 99 KB).
+SHARED_BYTES = 99 << 10
+
+
+def run_cases(interpreted: bool) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
+    environment |= {"OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if interpreted else {})
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "triton_gaussian_cases.py"]
+    result = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    assert " skipped" not in result.stdout
+
+
+@pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0",
+    reason=f"the interpreter of Triton {triton.__version__} needs NumPy < 2.4",
+)
+def test_in_the_interpreter() -> None:
+    run_cases(interpreted=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_the_gpu() -> None:
+    run_cases(interpreted=False)
+
+
+def launches(values: torch.Tensor, features: torch.Tensor, *radius: tuple[int, int]) -> list:
+    """Every launch of forward and backward on meta tensors."""
+    import triton_resources
+
+    name = "local_gaussian_filter" if radius else "gaussian_filter"
+    module = importlib.import_module(f"deeplab_kernels.triton.{name}")
+    caught = {}
+
+    def catch(kernel, grid, arguments, warps, device):
+        launch = triton_resources._specialise(name, kernel, grid, arguments, warps)
+        caught.setdefault(launch.code, launch)
+
+    with mock.patch.object(module, "_launch", catch):
+        grad = torch.empty_like(getattr(module, name)(values, features, *radius))
+        getattr(module, f"{name}_backward")(grad, values, features, *radius, True, True)
+    return list(caught.values())
+
+
+@compiled_here
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_exact_compiles_without_spills(dtype: torch.dtype, precision: str) -> None:
+    import triton_resources
+
+    values = torch.empty(1, 21, 375 * 500, dtype=dtype, device="meta")
+    features = torch.empty(1, 5, 375 * 500, device="meta")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found = launches(values, features)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert {launch.kernel.__name__ for launch in found} == {"_morton_kernel", "_filter_kernel", "_grad_features_kernel"}
+    for launch in found:
+        compiled = triton_resources.compile_launch(launch, 90)
+        usage = triton_resources.inspect(compiled)
+        assert usage["spill_bytes"] == 0, launch.kernel
+        assert usage["shared_bytes"] <= SHARED_BYTES, launch.kernel
+        if launch.kernel.__name__ == "_filter_kernel":
+            tensor_cores = "mma" in compiled.asm["ptx"]
+            assert tensor_cores == (
+                dict(launch.constants)["PRECISION"] == "tf32" or "*fp16" in dict(launch.signature)["rows"]
+            )
+
+
+@compiled_here
+@pytest.mark.parametrize("arch", [80, 100, 120])
+def test_exact_compiles_for_other_gpus(arch: int) -> None:
+    import triton_resources
+
+    for launch in launches(torch.empty(2, 1, 1, device="meta"), torch.empty(2, 1, 1, device="meta")):
+        usage = triton_resources.inspect(triton_resources.compile_launch(launch, arch))
+        assert usage["spill_bytes"] == 0
+        assert usage["shared_bytes"] <= SHARED_BYTES
+
+
+@compiled_here
+@pytest.mark.parametrize("arch", [90, 120])
+def test_local_compiles_without_spills(arch: int) -> None:
+    import triton_resources
+
+    values, features = torch.empty(1, 21, 99, 101, device="meta"), torch.empty(1, 5, 99, 101, device="meta")
+    for launch in launches(values, features, (5, 5)):
+        assert triton_resources.inspect(triton_resources.compile_launch(launch, arch))["spill_bytes"] == 0
+
+
+def test_every_operator_is_there() -> None:
+    from deeplab_kernels.ops import _backends
+
+    for operator, stem in _backends.OPERATORS.items():
+        if "gaussian_filter" in stem:
+            assert callable(getattr(importlib.import_module(f"deeplab_kernels.triton.{stem}"), operator))
+            assert _backends.implementation(operator, "triton").__name__ == operator
