@@ -58,7 +58,7 @@ $(STAMPS)/%: requirements/%.txt requirements/base.txt | $(RUN)
 	$(PIP) install -r $<
 	@touch $@
 
-$(STAMPS)/test: requirements/demo.txt
+$(STAMPS)/test $(STAMPS)/bench: requirements/demo.txt
 
 $(STAMPS)/peers: requirements/peers.txt | $(RUN)
 	@mkdir -p $(@D)

@@ -49,7 +49,7 @@ def assert_same(ours: NDArray[Any], theirs: NDArray[Any], atol: float = 1e-3) ->
     if ours.size:
         top = np.sort(theirs, axis=0)
         decided = top[-1] - top[-2] > 1e-4 if len(top) > 1 else np.ones(top.shape[1], bool)
-        assert (ours.argmax(0) == theirs.argmax(0))[decided].mean() >= 0.999 or not decided.any()
+        assert (ours.argmax(0) != theirs.argmax(0))[decided].sum() <= 0.001 * ours.shape[1]
 
 
 # pydensecrf's results.

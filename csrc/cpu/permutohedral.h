@@ -76,8 +76,8 @@ class Lattice {
   const LatticeData<T>* data() const { return data_.get(); }
 
  private:
+  FeatureProblem problem_;  // before data_, whose construction sets it
   std::shared_ptr<const LatticeData<T>> data_;
-  FeatureProblem problem_;
 };
 
 // out = F values, (batch, channels, points) both. transpose: F^T, the blur axes in reverse order and the two factors of

@@ -89,7 +89,10 @@ std::vector<LatticeKey<kWords>> embed_chunk(LatticeData<T>& lattice, const Latti
   const ChunkPlan& plan = lattice.plan;
   const int64_t image = plan.image(chunk), first = plan.first(chunk), last = plan.last(chunk);
   E scale[kMaxLatticeDimension];
-  for (int i = 0; i < d; ++i) scale[i] = E(scales.value[i]);
+  // The factor common to all axes is rounded first, as in pydensecrf. Whether a vertex exists may hang on the last bit
+  // of a position, and so may a label: densecrf keeps to its order of operations in float, without fused multiply-adds.
+  const E common = E(std::sqrt(2.0 / 3.0) * (d + 1));
+  for (int i = 0; i < d; ++i) scale[i] = E(double(common) / std::sqrt(double(i + 1) * double(i + 2)));
   std::vector<Key> keys;
   KeyTable<Key> table(1024);
   Key previous[kMaxLatticeDimension + 1];

@@ -58,11 +58,11 @@ def compatibility(compat: Any, labels: int) -> NDArray[np.float32]:
     if not np.isfinite(array).all():
         raise ValueError("compat must be finite, got NaN or infinity")
     if array.ndim == 0:
-        return np.diag(np.full(labels, -array))
+        return np.diag(np.full(labels, -array, np.float32))
     if array.shape == (labels,):
         return np.diag(array)
     if array.shape == (labels, labels):
-        return (array + array.T) / 2
+        return (array + array.T) / np.float32(2)
     raise ValueError(
         f"compat must be a number or have shape ({labels},) or ({labels}, {labels}) (nlabels is {labels}), got shape "
         f"{array.shape}"
