@@ -25,7 +25,7 @@ def _small_tiles(monkeypatch):
         monkeypatch.setattr(exact, "_BLOCK_J", 16)
         monkeypatch.setattr(exact, "_MAX_CHANNELS", 32)
         monkeypatch.setattr(local, "_TILE_H", 2)
-        monkeypatch.setattr(local, "_TILE_W", 8)
+        monkeypatch.setattr(local, "_TILE_W", 16)
 
 
 def random(*sizes, spread=1.0, dtype=torch.float32):
@@ -52,7 +52,7 @@ def check(name, module, sizes, args=(), spread=1.0, dtype=torch.float32, toleran
     half = 1 if dtype == torch.float32 else 2e3 if INTERPRETED else 4e3  # compiled: TF32
     assert_near(both[0], expected[0], tolerance if half > 1 else 3e-6, "gradient of values")
     assert_near(both[1], expected[1], 6e-6 * half, "gradient of features")
-    for needs in ((True, False), (False, True)):
+    for needs in ((True, False), (False, True)) if sizes[0][0] == 2 else ():
         one = backward(grad, values, features, *args, *needs)
         for k in range(2):
             assert torch.equal(one[k], both[k]) if needs[k] else one[k].shape == (0,)
@@ -120,9 +120,9 @@ def test_not_finite():
 # (B, C, H, W), d, radius
 IMAGES = [
     ((1, 1, 1, 1), 1, (1, 1)),
-    ((2, 3, 5, 9), 2, (1, 2)),
+    ((2, 3, 3, 9), 2, (1, 2)),
     ((1, 40, 3, 5), 5, (100, 1)),
-    ((1, 2, 4, 17), 16, (0, 3)),
+    ((1, 2, 2, 17), 16, (0, 2)),
 ]
 
 
