@@ -1,4 +1,4 @@
-"""The confusion matrix against a direct count."""
+"""The confusion matrix and the trimap against direct counts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from deeplab_kernels.models.data import IGNORE, Scene, SceneDataset
-from deeplab_kernels.models.evaluation import ConfusionMatrix, evaluate
+from deeplab_kernels.models.evaluation import ConfusionMatrix, boundary_distance, evaluate, trimap_miou
 from torch import nn
 
 
@@ -114,3 +114,71 @@ def test_evaluate():
 def test_evaluate_takes_a_dataset():
     matrix, _ = evaluate(_Oracle(), SceneDataset(3, 17), 7)
     assert matrix.counts.sum() == 3 * 17 * 17
+
+
+# Trimap
+
+
+def plain_boundary_distance(labels: np.ndarray, limit: int) -> np.ndarray:
+    """The definition, pixel by pixel."""
+    out = np.full(labels.shape, limit + 1)
+    height, width = labels.shape
+    for i, j in itertools.product(range(height), range(width)):
+        for b in range(limit, 0, -1):
+            square = labels[max(0, i - b) : i + b + 1, max(0, j - b) : j + b + 1]
+            if (square != labels[i, j]).any():
+                out[i, j] = b
+    return out
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 33), (33, 1), (5, 7), (33, 40)])
+@pytest.mark.parametrize("void", [0, IGNORE])
+def test_trimap_against_the_definition(shape, void):
+    rng = np.random.default_rng(shape[0] * 100 + shape[1])
+    blocks = rng.integers(3, size=(-(-shape[0] // 6), -(-shape[1] // 6))).astype(np.uint8)
+    target = np.kron(blocks, np.ones((6, 6), np.uint8))[: shape[0], : shape[1]]
+    if void:
+        target[rng.random(shape) < 0.02] = void
+    prediction = np.where(rng.random(shape) < 0.3, rng.integers(3, size=shape), np.minimum(target, 2)).astype(np.uint8)
+    widths = [1, 2, 3, 7]
+    distance = plain_boundary_distance(target, 7)
+    assert np.array_equal(boundary_distance(target, 7), distance)
+    for width, value in zip(widths, trimap_miou([prediction], [target], widths, 3), strict=True):
+        matrix = ConfusionMatrix(3)
+        matrix.update(np.where(distance <= width, prediction, 0), np.where(distance <= width, target, np.uint8(IGNORE)))
+        assert value == matrix.mean_iou() or (math.isnan(value) and math.isnan(matrix.mean_iou()))
+
+
+def test_trimap_by_hand():
+    target = np.array([[0, 0, 0, 0, 1, 1, 1, 1]])
+    assert boundary_distance(target, 2).tolist() == [[3, 3, 2, 1, 1, 2, 3, 3]]
+    prediction = np.array([[1, 0, 0, 1, 1, 1, 1, 1]])
+    one, two, all_of_it = trimap_miou([prediction], [torch.from_numpy(target)], [1, 2, 40], 2)
+    assert one == (0 / 1 + 1 / 2) / 2
+    assert two == (1 / 2 + 2 / 3) / 2
+    matrix = ConfusionMatrix(2)
+    matrix.update(prediction, target)
+    assert all_of_it == matrix.mean_iou()
+
+
+def test_trimap_sums_over_images_and_lacks_pixels_without_a_boundary():
+    flat, split = np.zeros((4, 4), int), np.repeat([[0, 1]], 4, 0)
+    assert math.isnan(trimap_miou([flat], [flat], [3], 2)[0])
+    assert trimap_miou([flat, split], [flat, split], [3], 2) == [1.0]
+    assert trimap_miou([flat + 1, split], [flat, split], [3], 2) == [1.0]  # the wrong image has no boundary
+    assert trimap_miou([], [], [1], 2) == pytest.approx([math.nan], nan_ok=True)
+    assert trimap_miou([split], [split], [], 2) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([np.zeros((2, 2), int)], [], [1], 2), "as many, got 1 and 0"),
+        (([np.zeros((2, 2), int)], [np.zeros((2, 3), int)], [1], 2), "same shape"),
+        (([np.zeros((2, 2), int)], [np.zeros((2, 2), int)], [1, 0], 2), "widths must be at least 1"),
+        (([np.zeros(2, int)], [np.zeros(2, int)], [1], 2), r"shape \(H, W\), got \(2,\)"),
+    ],
+)
+def test_trimap_with_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        trimap_miou(*arguments)
