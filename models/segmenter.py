@@ -6,7 +6,7 @@ import itertools
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from deeplab_kernels.errors import UserError
 
 from .data import read_image, to_input, to_rgb
+from .refinement import CRFParameters, check_memory, energy_of_scores, most_probable, refine
 from .registry import build
 
 _FORMAT = "deeplab_kernels weights"
@@ -166,51 +167,80 @@ class Segmenter:
         image: str | os.PathLike[str] | Image.Image | NDArray[np.generic],
         *,
         max_side: int | None = None,
+        crf: CRFParameters | None = None,
         on_tile: Callable[[int, int], object] = lambda done, total: None,
+        on_iteration: Callable[[int, int], object] = lambda done, total: None,
     ) -> NDArray[np.uint8]:
         """The label map (H, W) uint8 of ``image``: a file, a Pillow image, or an array as in ``data.to_rgb``.
 
         Args:
             max_side: an image with a longer side is shrunk to it first, and its labels are enlarged again (nearest
-                neighbour): faster, and better where things are much larger than in the training images.
-            on_tile: called with (tiles done, tiles in all).
+                neighbour; with ``crf`` its scores, bilinear): faster, and better where things are much larger than in
+                the training images.
+            crf: refine the scores by a dense CRF at the resolution of ``image``
+                (:func:`deeplab_kernels.models.refinement.refine`); it takes memory in proportion to classes and pixels.
+            on_tile, on_iteration: called with (tiles, or the CRF's iterations, done; the same in all).
 
         Raises:
-            UserError: what is given is no image.
+            UserError: what is given is no image; too little memory for ``crf``.
         """
         rgb = to_rgb(image) if isinstance(image, (Image.Image, np.ndarray)) else read_image(image)
-        height, width = rgb.shape[:2]
-        if max_side is not None and max(height, width) > max_side:
-            if max_side < 1:
-                raise ValueError(f"max_side must be at least 1, got {max_side}")
-            scale = max_side / max(height, width)
-            small = max(1, round(width * scale)), max(1, round(height * scale))
-            labels = self._segment(np.asarray(Image.fromarray(rgb).resize(small, Image.Resampling.BOX)), on_tile)
-            return np.asarray(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST))
-        return self._segment(rgb, on_tile)
+        if crf is not None:
+            check_memory(len(self.class_names), rgb.shape[0], rgb.shape[1], crf)
+            energy = energy_of_scores(self._scores(rgb, max_side, on_tile), rgb.shape[:2], "logits")
+            device = next(self.model.parameters()).device
+            return most_probable(refine(rgb, energy, crf, device=device, on_iteration=on_iteration)).astype(np.uint8)
+        labels = np.empty(shrunk(rgb, max_side).shape[:2], np.uint8)
+        for rows, columns, logits in self._parts(shrunk(rgb, max_side), on_tile):
+            labels[rows, columns] = logits.argmax(0).to(torch.uint8).cpu().numpy()
+        if labels.shape == rgb.shape[:2]:
+            return labels
+        return np.asarray(Image.fromarray(labels).resize(rgb.shape[1::-1], Image.Resampling.NEAREST))
 
-    def _segment(self, rgb: NDArray[np.uint8], on_tile: Callable[[int, int], object]) -> NDArray[np.uint8]:
+    @torch.inference_mode()
+    def scores(
+        self,
+        image: str | os.PathLike[str] | Image.Image | NDArray[np.generic],
+        *,
+        max_side: int | None = None,
+        on_tile: Callable[[int, int], object] = lambda done, total: None,
+    ) -> NDArray[np.float32]:
+        """The logits (K, H, W) of ``image``, all of them in memory; K, h, w where ``max_side`` shrinks it."""
+        rgb = to_rgb(image) if isinstance(image, (Image.Image, np.ndarray)) else read_image(image)
+        return self._scores(rgb, max_side, on_tile)
+
+    def _scores(
+        self, rgb: NDArray[np.uint8], max_side: int | None, on_tile: Callable[[int, int], object]
+    ) -> NDArray[np.float32]:
+        rgb = shrunk(rgb, max_side)
+        scores = np.empty((len(self.class_names), *rgb.shape[:2]), np.float32)
+        for rows, columns, logits in self._parts(rgb, on_tile):
+            scores[:, rows, columns] = logits.float().cpu().numpy()
+        return scores
+
+    def _parts(
+        self, rgb: NDArray[np.uint8], on_tile: Callable[[int, int], object]
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """(rows, columns, logits (K, rows, columns)) that together cover the image once."""
         height, width = rgb.shape[:2]
         rows, columns = _tiles(height, self.tile, self.margin), _tiles(width, self.tile, self.margin)
-        labels = np.empty((height, width), np.uint8)
         done = 0
         for top, bottom, outer_top, outer_bottom in rows:
             for left, right, outer_left, outer_right in columns:
-                part = self._labels_of(rgb[outer_top:outer_bottom, outer_left:outer_right])
-                inner = part[top - outer_top : bottom - outer_top, left - outer_left : right - outer_left]
-                labels[top:bottom, left:right] = inner
+                part = self._logits(rgb[outer_top:outer_bottom, outer_left:outer_right])
+                inner = part[:, top - outer_top : bottom - outer_top, left - outer_left : right - outer_left]
+                yield slice(top, bottom), slice(left, right), inner
                 done += 1
                 on_tile(done, len(rows) * len(columns))
-        return labels
 
-    def _labels_of(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def _logits(self, rgb: NDArray[np.uint8]) -> Tensor:
         height, width = rgb.shape[:2]
         missing = max(0, _SMALLEST_SIDE - height), max(0, _SMALLEST_SIDE - width)
         if any(missing):
             rgb = np.pad(rgb, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
         parameter = next(self.model.parameters())
-        logits = self.model(to_input(rgb).to(parameter.device, parameter.dtype))
-        return logits[0, :, :height, :width].argmax(0).to(torch.uint8).cpu().numpy()
+        logits: Tensor = self.model(to_input(rgb).to(parameter.device, parameter.dtype))
+        return logits[0, :, :height, :width]
 
     def shares(self, labels: NDArray[np.uint8]) -> dict[str, float]:
         """Class name -> share of the pixels, 0..1."""
@@ -247,6 +277,18 @@ def overlay(rgb: NDArray[np.uint8], labels: NDArray[np.uint8], palette: NDArray[
         colours = palette[labels[top : top + 256][marked]].astype(np.uint16)
         strip[marked] = (2 * strip[marked].astype(np.uint16) + 3 * colours) // 5
     return Image.fromarray(out)
+
+
+def shrunk(rgb: NDArray[np.uint8], max_side: int | None) -> NDArray[np.uint8]:
+    """``rgb``, or a smaller copy whose longer side is ``max_side``."""
+    if max_side is not None and max_side < 1:
+        raise ValueError(f"max_side must be at least 1, got {max_side}")
+    height, width = rgb.shape[:2]
+    if max_side is None or max(height, width) <= max_side:
+        return rgb
+    scale = max_side / max(height, width)
+    small = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.asarray(Image.fromarray(rgb).resize(small, Image.Resampling.BOX))
 
 
 def _tiles(length: int, tile: int, margin: int) -> list[tuple[int, int, int, int]]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
+from . import _crf_options
 
 HELP = "segment an image file with trained weights: label map, overlay and the share of each class"
 
@@ -26,12 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-side", type=int, metavar="N", help="shrink a larger image to N pixels before it is segmented"
     )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--crf", action="store_true", help="refine the scores by a dense CRF at the photo's resolution")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    _crf_options.add_crf_arguments(parser, "crf-")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.max_side is not None and args.max_side < 1:
         raise UserError(f"--max-side must be at least 1, got {args.max_side}")
+    if not args.crf and (unused := _crf_options.given(args, "crf-")):
+        raise UserError(f"--crf-{next(iter(unused)).replace('_', '-')} needs --crf")
     labels_path, overlay_path = output_paths(args.photo, args.output)
 
     from tqdm import tqdm
@@ -39,16 +47,17 @@ def run(args: argparse.Namespace) -> int:
     from ..models.data import read_image
     from ..models.segmenter import Segmenter
 
+    crf = _crf_options.crf_parameters(args, "crf-") if args.crf else None
     image = read_image(args.photo)
     segmenter = Segmenter.from_file(args.weights, device(args.device))
     start = time.perf_counter()
-    with tqdm(desc="segmenting", unit="tile", disable=None, leave=False) as bar:
-
-        def on_tile(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        labels = segmenter(image, max_side=args.max_side, on_tile=on_tile)
+    with (
+        tqdm(desc="segmenting", unit="tile", disable=None, leave=False) as tiles,
+        tqdm(desc="refining", unit="iteration", disable=None if crf else True, leave=False) as iterations,
+    ):
+        labels = segmenter(
+            image, max_side=args.max_side, crf=crf, on_tile=shown_by(tiles), on_iteration=shown_by(iterations)
+        )
     seconds = time.perf_counter() - start
     segmenter.colourise(labels).save(labels_path)
     segmenter.overlay(image, labels).save(overlay_path)
@@ -63,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
             "labels": str(labels_path),
             "overlay": str(overlay_path),
             "classes": shares,
+            "crf": dataclasses.asdict(crf) if crf else None,
         }
         print(json.dumps(result, indent=2))
     else:
@@ -72,6 +82,16 @@ def run(args: argparse.Namespace) -> int:
                 print(f"  {name:<12} {100 * share:6.2f} %")
         print(f"labels:  {labels_path}\noverlay: {overlay_path}")
     return 0
+
+
+def shown_by(bar: Any) -> Callable[[int, int], None]:
+    """A callback (done, total) that moves the progress bar."""
+
+    def on_progress(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return on_progress
 
 
 def device(name: str) -> str:

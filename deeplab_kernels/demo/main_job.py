@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,15 @@ from ..models.data import Scene, SceneDataset, read_image
 from ..models.evaluation import ConfusionMatrix, evaluate
 from ..models.segmenter import Segmenter, save_weights
 from ..models.training import TrainingConfig, start_near_identity, train
-from . import speed
-from .photographs import Photograph
+from . import crf, speed
+from .photographs import Photograph, bundled
 from .pictures import mistakes, side_by_side
 from .report import Figure, Results, render
 
 MODEL = "deeplabv3plus_small"
 _SHOWN_SCENES = 6
+_SHOWN_REFINED = 3
+_VALIDATION_SEED = 1_000_003  # added to the seed: far from those of the other scenes
 _PHOTOGRAPH_SIDE = (
     512  # larger photographs are shrunk to it, so that things have about the size they have in the scenes
 )
@@ -50,6 +52,8 @@ class Settings:
     layers: tuple[speed.Layer, ...] = speed.LAYERS
     rounds: int = 9
     multi_scale: bool = True
+    validation_scenes: int = 12  # on which the CRFs' parameters are chosen
+    candidates: crf.Candidates = field(default_factory=lambda: crf.FULL)
 
 
 FULL = Settings()
@@ -63,6 +67,8 @@ QUICK = Settings(
     layers=speed.QUICK_LAYERS,
     rounds=3,
     multi_scale=False,
+    validation_scenes=2,
+    candidates=crf.QUICK,
 )
 
 
@@ -152,6 +158,8 @@ def run(
         for photograph in tqdm(photographs, desc="photographs", disable=None):
             results.photographs.append(_photograph(segmenter, photograph, palette, output))
 
+    _refine(results, segmenter, test_scenes, photographs, settings, seed, output)
+
     with _timed(seconds, "counting multiply-adds"):
         results.model_madds = int(madds(model, settings.crop))
         results.madds = paper_table(multi_scale=settings.multi_scale)
@@ -163,6 +171,45 @@ def run(
     (output / "report.html").write_text(render(results), encoding="utf-8")
     (output / "results.json").write_text(json.dumps(results.summary(), indent=2) + "\n", encoding="utf-8")
     return results
+
+
+def _refine(
+    results: Results,
+    segmenter: Segmenter,
+    scenes: Sequence[Scene],
+    photographs: Sequence[Photograph],
+    settings: Settings,
+    seed: int,
+    output: Path,
+) -> None:
+    """The CRF: coarse annotations, the comparison on unseen scenes, and what it makes of the scores."""
+    candidates = settings.candidates
+    with _timed(results.seconds, "refining by CRFs"):
+        validation = _draw(
+            settings.validation_scenes, settings.scene_size, _VALIDATION_SEED + 2 * seed, "drawing validation scenes"
+        )
+        for photograph in bundled(tuple(crf.COARSE)):
+            name = photograph.path.stem
+            png, changed = crf.refine_annotation(photograph)
+            (output / f"annotation-{name}.png").write_bytes(png)
+            caption = f"{crf.COARSE[name].caption} {100 * changed:.1f} % of the annotated pixels changed."
+            results.annotations.append(Figure(png, caption, f"{name}: annotation before and after refinement"))
+        total = crf.refinements(candidates, len(scenes), len(validation))
+        with _bar(total, "refining by CRFs", "image") as bar:
+            comparison = results.crf = crf.compare(segmenter, scenes, validation, candidates, bar.update)
+        short = comparison.rows[2].parameters
+        assert short is not None
+        for index, scene in enumerate(scenes[:_SHOWN_REFINED]):
+            pngs = crf.scene_pictures(segmenter, scene, short, comparison.chosen)
+            for png, what in zip(pngs, ("labels", "probabilities"), strict=True):
+                (output / f"scene-{index + 1}-crf-{what}.png").write_bytes(png)
+                caption = f"Scene {index + 1}: " + (what if what == "labels" else "probability of not being background")
+                results.refined_scenes.append(Figure(png, f"{caption}.", f"Scene {index + 1}, {what}"))
+        for photograph in photographs[:1]:
+            png = crf.photograph_picture(segmenter, photograph, _PHOTOGRAPH_SIDE, comparison.chosen)
+            (output / f"photograph-{photograph.path.stem}-crf.png").write_bytes(png)
+            caption = f"{photograph.path.stem}: photograph, network alone, with the fully connected CRF, overlay."
+            results.refined_photographs.append(Figure(png, caption, caption))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +26,13 @@ _CAPTIONS = {
 }
 
 
-def bundled(names: tuple[str, ...] = tuple(_CAPTIONS)) -> list[Photograph]:
-    """The photographs of these names; an empty list where scikit-image is not installed."""
+def bundled(names: Sequence[str] = tuple(_CAPTIONS)) -> list[Photograph]:
+    """The photographs of these names that there are; an empty list where scikit-image is not installed."""
     spec = importlib.util.find_spec("skimage")  # located, not imported: that takes a second
     if spec is None or not spec.submodule_search_locations:
         return []
     folder = Path(next(iter(spec.submodule_search_locations))) / "data"
-    paths = [(folder / f"{name}.png", _CAPTIONS[name]) for name in names]
+    paths = [(folder / f"{name}.png", _CAPTIONS.get(name, "")) for name in names]
     return [Photograph(path, caption) for path, caption in paths if path.is_file()]
 
 

@@ -38,3 +38,9 @@ def mistakes(image: NDArray[np.uint8], labels: NDArray[np.uint8], prediction: ND
     out = np.repeat(grey, 3, axis=2).astype(np.uint8)
     out[labels != prediction] = (220, 30, 30)
     return out
+
+
+def probability(values: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """Values (H, W) in 0..1 as grey, black to white."""
+    grey = np.round(np.clip(np.asarray(values, np.float32), 0, 1) * 255).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=2)

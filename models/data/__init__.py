@@ -1,5 +1,6 @@
-"""Images and labels: scenes that the package draws itself, and the reading of image files."""
+"""Images and labels: scenes that the package draws itself, and the reading of images, label maps and scores."""
 
+from .annotations import VOID, LabelMap, read_annotation, voc_palette
 from .images import read_image, to_input, to_rgb
 from .scenes import CLASS_NAMES, IGNORE, PALETTE, Scene, SceneDataset, draw_scene
 
@@ -7,10 +8,14 @@ __all__ = [
     "CLASS_NAMES",
     "IGNORE",
     "PALETTE",
+    "VOID",
+    "LabelMap",
     "Scene",
     "SceneDataset",
     "draw_scene",
+    "read_annotation",
     "read_image",
     "to_input",
     "to_rgb",
+    "voc_palette",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +15,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from deeplab_kernels.errors import UserError
+
+Result = TypeVar("Result")
 
 
 def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
@@ -24,12 +28,17 @@ def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
         UserError: the file is no image, is damaged, or is so large that Pillow refuses it.
         OSError: there is no such file, or it may not be read.
     """
+    return decode(path, to_rgb)
+
+
+def decode(path: str | os.PathLike[str], convert: Callable[[Image.Image], Result]) -> Result:
+    """``convert(image)`` of an image file; errors as in :func:`read_image`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice that size is an error, caught below
             with Image.open(path) as image:
                 image.load()
-                return to_rgb(image)
+                return convert(image)
     except UnidentifiedImageError:
         raise UserError(f"{os.fspath(path)}: not an image, or of a kind that Pillow cannot read") from None
     except Image.DecompressionBombError as error:
