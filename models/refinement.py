@@ -123,10 +123,10 @@ def _with_sums(
     from deeplab_kernels import ops
 
     height, width = image.shape[:2]
-    unary = torch.from_numpy(np.ascontiguousarray(energy))[None]
+    unary = torch.from_numpy(np.require(energy, requirements=["C", "W"]))[None]
     rows, columns = torch.meshgrid(torch.arange(height).float(), torch.arange(width).float(), indexing="ij")
     positions = torch.stack([columns, rows])[None]
-    colours = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
+    colours = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None].float()
     kernels = [
         (p.appearance_weight, torch.cat([positions / p.appearance_sigma, colours / p.color_sigma], 1)),
         (p.smoothness_weight, positions / p.smoothness_sigma),
@@ -171,8 +171,8 @@ def _on_device(
         window=p.window,
         trainable=False,
     ).to(device)
-    logits = -torch.from_numpy(np.ascontiguousarray(energy)).to(device)[None]
-    guide = torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)[None]
+    logits = -torch.from_numpy(np.require(energy, requirements=["C", "W"])).to(device)[None]
+    guide = torch.from_numpy(np.require(image, requirements=["C", "W"])).to(device).permute(2, 0, 1)[None]
     q = crf(logits, guide).softmax(1)[0].cpu().numpy()
     on_iteration(p.iterations, p.iterations)
     return q

@@ -42,7 +42,8 @@ class LabelMap:
             return Image.fromarray(np.ascontiguousarray(self.labels, np.uint16))
         image = Image.fromarray(np.ascontiguousarray(self.labels, np.uint8))
         if self.palette is not None:
-            image.putpalette(np.ascontiguousarray(self.palette, np.uint8).tobytes())
+            # A label without a colour must get one: Pillow stores only as many bits as the palette needs.
+            image.putpalette(self.colours()[: max(len(self.palette), int(self.labels.max()) + 1)].tobytes())
         return image
 
 
