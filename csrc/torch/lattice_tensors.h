@@ -94,9 +94,10 @@ cpu::Lattice<T> lattice_of(const Tensor& features, const Tensor& packed, const s
                   "lattice must be contiguous and uint8");
   STD_TORCH_CHECK(packed.device() == features.device(), "lattice must be on the device of features");
   cpu::Lattice<T> lattice = cpu::Lattice<T>::unpack(packed.const_data_ptr(), size_t(packed.numel()));
-  STD_TORCH_CHECK(lattice.batch() == features.size(0) && lattice.dimension() == features.size(1) &&
-                      lattice.points() == features.size(2),
-                  "lattice does not belong to these features: shape or dtype differ");
+  // A lattice without points keeps no batch.
+  const bool fits = lattice.dimension() == features.size(1) && lattice.points() == features.size(2) &&
+                    (lattice.points() == 0 || lattice.batch() == features.size(0));
+  STD_TORCH_CHECK(fits, "lattice does not belong to these features: shape or dtype differ");
   return lattice;
 }
 

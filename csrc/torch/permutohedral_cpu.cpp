@@ -54,6 +54,10 @@ std::tuple<Tensor, Tensor> filter_backward(const Tensor& grad_any, const Tensor&
   const Tensor grad = as_dtype(grad_any, dtype), values = as_dtype(values_any, dtype);
   Tensor grad_values = empty_as(values, dtype, need_grad_values);
   Tensor grad_features = empty_as(features, dtype, need_grad_features);
+  if (values.numel() == 0) {
+    torch::stable::zero_(grad_features);
+    return {as_dtype(grad_values, values_any.scalar_type()), grad_features};
+  }
   dispatch_accumulation(dtype, [&](auto value) {
     using T = decltype(value);
     const auto built = lattice_of<T>(features, packed);
