@@ -3,13 +3,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <utility>
 #include <vector>
 
-#include "atrous_depthwise.h"  // instruction_set()
 #include "gaussian_filter_isa.h"
+#include "instruction_set.h"
 #include "workspace.h"
 
 namespace deeplab_kernels::cpu {
@@ -19,8 +18,8 @@ namespace {
 template <typename T, typename F>
 void with_kernels(F&& f) {
 #if defined(__x86_64__) && !defined(DEEPLAB_KERNELS_PORTABLE)
-  if (std::strcmp(instruction_set(), "avx512") == 0) return f(avx512::GaussianFilter<T>());
-  if (std::strcmp(instruction_set(), "avx2") == 0) return f(avx2::GaussianFilter<T>());
+  if (chosen_instruction_set() == InstructionSet::kAvx512) return f(avx512::GaussianFilter<T>());
+  if (chosen_instruction_set() == InstructionSet::kAvx2) return f(avx2::GaussianFilter<T>());
 #endif
   f(portable::GaussianFilter<T>());
 }
