@@ -31,6 +31,7 @@ from .permutohedral import (
     check_floating,
     differentiate,
     normalization_code,
+    transforms_active,
 )
 
 _ops = torch.ops.deeplab_kernels
@@ -105,6 +106,9 @@ def dense_crf_mean_field(
     if filter != "permutohedral":
         tensors = [f for f in feature_list if isinstance(f, Tensor)]
         return _composed(unary, tensors, matrices, mask, codes, iterations, filter, window, recompute)
+    if not feature_list:
+        _check_finite(unary)
+        return -unary
     lattices = [f.packed if isinstance(f, PermutohedralLattice) else unary.new_empty(0) for f in feature_list]
     points = [(f.features if isinstance(f, PermutohedralLattice) else f.flatten(2)) for f in feature_list]
     flat_mask = None if mask is None else mask.reshape(unary.shape[0], -1)
@@ -232,6 +236,12 @@ def _check_mask(mask: Tensor | None, unary: Tensor) -> None:
         raise ValueError(f"mask must be on unary's device {unary.device}, got {mask.device}")
 
 
+def _check_finite(unary: Tensor) -> None:
+    """For the paths without the operator, where looking costs no more than reading."""
+    if unary.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms_active():
+        reference.dense_crf.check_finite(unary)
+
+
 # The exact and the local filter: the same iterations, composed of the filters' operators.
 
 
@@ -246,8 +256,7 @@ def _composed(
     window: int | None,
     recompute: bool,
 ) -> Tensor:
-    if unary.device.type == "cpu" and not torch.compiler.is_compiling():
-        reference.dense_crf.check_finite(unary)
+    _check_finite(unary)
     with torch.autocast(unary.device.type, enabled=False):
         size = unary.shape[2:] if filter == "local" else (math.prod(unary.shape[2:]),)
         energy = unary.to(matrices[0].dtype if matrices else reference.permutohedral.compute_dtype(unary.dtype))
@@ -332,6 +341,7 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     unary, mask, saved, *rest = ctx.saved_tensors
     k = ctx.kernels
     features, lattices, compatibility = rest[:k], rest[k:-k] if k else [], rest[-k:] if k else []
+    no_lattices = [None] * len(lattices)
     needs = ctx.needs_input_grad
     need_features, need_compatibility = list(needs[1]), list(needs[3])
     options = (ctx.normalization, ctx.iterations)
@@ -343,7 +353,7 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
         grads = differentiate(
             definition, (unary, *features, *compatibility), (needs[0], *need_features, *need_compatibility), grad
         )
-        return grads[0], grads[1 : 1 + k], None, grads[1 + k :], None, None, None, None
+        return grads[0], grads[1 : 1 + k], no_lattices, grads[1 + k :], None, None, None, None
     grad_unary, grad_features, grad_compatibility = _ops.dense_crf_mean_field_backward(
         grad, saved, unary, features, lattices, compatibility, mask, *options,
         any(need_features), any(need_compatibility),
@@ -351,7 +361,7 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     return (
         grad_unary,
         [g if need else None for g, need in zip(grad_features, need_features, strict=True)],
-        [None] * len(lattices) or None,
+        no_lattices,
         [g if need else None for g, need in zip(grad_compatibility, need_compatibility, strict=True)],
         None, None, None, None,
     )  # fmt: skip

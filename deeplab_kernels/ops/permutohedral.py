@@ -63,7 +63,7 @@ def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(arg)
 
 
-def _transforms_active() -> bool:
+def transforms_active() -> bool:
     """Whether torch.func's transforms (vmap, grad, jvp ...) or forward-mode differentiation are at work."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
@@ -73,7 +73,7 @@ def call(name: str, *args: Any) -> Any:
     operator = getattr(_ops, name).default
     if torch.compiler.is_compiling():
         return operator(*args)
-    if _transforms_active():  # the operator has no rules for them and would drop tangents silently; its definition has
+    if transforms_active():  # the operator has no rules for them and would drop tangents silently; its definition has
         return _backends.without_autocast(getattr(reference, name), cast_arguments=0)(*args)
     try:
         if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(args)):
