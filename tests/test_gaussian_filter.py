@@ -273,7 +273,7 @@ def test_huge_features():
 
 @pytest.mark.parametrize("isa", ["avx2"])
 def test_other_instruction_sets(isa):
-    """The same tests with the kernels for older CPUs, in a process of its own; the portable ones run under sanitizers."""
+    """The same tests with the kernels for older CPUs, in a process of its own. (The portable ones: sanitizers.)"""
     if isa == _library.cpu_instruction_set() or os.environ.get("DEEPLAB_KERNELS_CPU_ISA"):
         pytest.skip("the other tests of this process use it")
     environment = os.environ | {"DEEPLAB_KERNELS_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}

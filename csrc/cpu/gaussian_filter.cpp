@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -29,56 +30,93 @@ bool all_finite(const T* values, int64_t count) {
   return std::all_of(values, values + count, [](T value) { return std::isfinite(value); });
 }
 
-// Sorts points by recursive halving along the longest side of their bounding box, into blocks of kBlockPoints and, in
-// these, tiles of kLeafPoints: boxes then are small, and as cubic as the points allow.
+// A run of one image's points in their order so far.
+struct Run {
+  int64_t image, begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// Sorts points by halving along the longest side of their bounding box, again and again, into blocks of kBlockPoints
+// and, in these, tiles of kLeafPoints: boxes then are small, and as cubic as the points allow.
 template <typename T>
 class SpatialOrder {
  public:
-  SpatialOrder(const T* features, int64_t points, int64_t dimensions, T cutoff, int64_t* order)
-      : features_(features), points_(points), dimensions_(dimensions), cutoff_(cutoff), order_(order) {}
+  // features (B, d, N), order (B, N); only the images that `usable` names.
+  SpatialOrder(const PointsShape& shape, const T* features, T cutoff, const std::vector<char>& usable, int64_t* order)
+      : shape_(shape), features_(features), cutoff_(cutoff), order_(order) {
+    for (int64_t b = 0; b < shape.batch; ++b)
+      if (usable[size_t(b)]) runs_.push_back({b, 0, shape.points});
+  }
 
-  void sort() {
-    for (int64_t i = 0; i < points_; ++i) order_[i] = i;
-    split(0, points_, true);
+  void sort(const Parallel& parallel) {
+    parallel(int64_t(runs_.size()), [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const Run run = runs_[size_t(k)];
+        std::iota(first(run), first(run) + run.size(), int64_t{0});
+      }
+    });
+    // All long runs are halved side by side; a short one goes to its end at once.
+    while (!runs_.empty()) {
+      std::vector<Run> halves(2 * runs_.size(), Run{0, 0, 0});
+      parallel(int64_t(runs_.size()), [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; ++k) {
+          const Run run = runs_[size_t(k)];
+          if (run.size() <= kShort)
+            finish(run);
+          else
+            halve(run, halves[size_t(2 * k)], halves[size_t(2 * k + 1)]);
+        }
+      });
+      std::erase_if(halves, [](const Run& run) { return run.size() <= kLeafPoints; });
+      runs_ = std::move(halves);
+    }
   }
 
  private:
   static constexpr int64_t kLeafPoints = 16;
+  static constexpr int64_t kShort = 4096;
 
-  void split(int64_t begin, int64_t end, bool whole) {
-    while (end - begin > kLeafPoints) {
-      T longest = -1, diagonal = 0;
-      const T* along = nullptr;
-      for (int64_t e = 0; e < dimensions_; ++e) {
-        const T* f = features_ + e * points_;
-        T low = f[order_[begin]], high = low;
-        for (int64_t k = begin + 1; k < end; ++k) {
-          const T value = f[order_[k]];
-          low = std::min(low, value);
-          high = std::max(high, value);
-        }
-        const T length = high - low;
-        diagonal += length * length;
-        if (length > longest) longest = length, along = f;
-      }
-      if (longest <= 0) return;
-      if (whole && diagonal <= cutoff_) return;  // no pair will be skipped
-      whole = false;
-      const int64_t unit = end - begin > kBlockPoints ? kBlockPoints : kLeafPoints;
-      const int64_t middle = begin + std::max<int64_t>(1, (end - begin) / (2 * unit)) * unit;
-      if (middle >= end) return;
-      std::nth_element(order_ + begin, order_ + middle, order_ + end, [along](int64_t a, int64_t b) {
-        return along[a] < along[b] || (along[a] == along[b] && a < b);
-      });
-      split(begin, middle, false);
-      begin = middle;
-    }
+  int64_t* first(const Run& run) const { return order_ + run.image * shape_.points + run.begin; }
+
+  void finish(const Run& run) const {
+    Run low, high;
+    if (run.size() <= kLeafPoints || !halve(run, low, high)) return;
+    finish(low);
+    finish(high);
   }
 
+  // False, with the halves untouched, where there is nothing to gain.
+  bool halve(const Run& run, Run& low_half, Run& high_half) const {
+    int64_t* const points = first(run);
+    const T* const features = features_ + run.image * shape_.dimensions * shape_.points;
+    T longest = -1, diagonal = 0;
+    const T* along = nullptr;
+    for (int64_t e = 0; e < shape_.dimensions; ++e) {
+      const T* f = features + e * shape_.points;
+      T low = f[points[0]], high = low;
+      for (int64_t k = 1; k < run.size(); ++k) {
+        low = std::min(low, f[points[k]]);
+        high = std::max(high, f[points[k]]);
+      }
+      const T length = high - low;
+      diagonal += length * length;
+      if (length > longest) longest = length, along = f;
+    }
+    if (longest <= 0 || (run.size() == shape_.points && diagonal <= cutoff_)) return false;  // no pair will be skipped
+    const int64_t unit = run.size() > kBlockPoints ? kBlockPoints : kLeafPoints;
+    const int64_t half = std::max<int64_t>(1, run.size() / (2 * unit)) * unit;
+    std::nth_element(points, points + half, points + run.size(),
+                     [along](int64_t a, int64_t b) { return along[a] < along[b] || (along[a] == along[b] && a < b); });
+    low_half = {run.image, run.begin, run.begin + half};
+    high_half = {run.image, run.begin + half, run.end};
+    return true;
+  }
+
+  PointsShape shape_;
   const T* features_;
-  int64_t points_, dimensions_;
   T cutoff_;
   int64_t* order_;
+  std::vector<Run> runs_;
 };
 
 // What one call reads and writes, for the whole batch; null where absent.
@@ -112,8 +150,12 @@ class Filter {
     parallel(shape_.batch, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         usable[size_t(b)] = all_finite(tensors_.features + b * d * n, d * n);
-        if (usable[size_t(b)]) pack(b);
       }
+    });
+    SpatialOrder<T>(shape_, tensors_.features, cutoff_, usable, order_.data()).sort(parallel);
+    parallel(shape_.batch * blocks_, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k)
+        if (usable[size_t(k / blocks_)]) pack(k / blocks_, k % blocks_);
     });
     std::vector<SortedImage<T>> images;
     for (int64_t b = 0; b < shape_.batch; ++b)
@@ -156,41 +198,32 @@ class Filter {
     return result;
   }
 
-  void pack(int64_t b) {
+  void pack(int64_t b, int64_t block) const {
     const int64_t n = shape_.points, c = shape_.channels, d = shape_.dimensions;
+    const int64_t count = std::min(kBlockPoints, n - block * kBlockPoints);
+    const int64_t* order = order_.data() + b * n + block * kBlockPoints;
     const SortedImage<T> packed = image(b);
-    int64_t* order = order_.data() + b * n;
-    const T* features = tensors_.features + b * d * n;
-    SpatialOrder<T>(features, n, d, cutoff_, order).sort();
     auto writable = [](const T* p) { return const_cast<T*>(p); };
-    for (int64_t block = 0; block < blocks_; ++block)
-      for (int64_t e = 0; e < d; ++e) {
-        T* f = writable(packed.features) + (block * d + e) * kBlockPoints;
-        for (int64_t k = 0; k < kBlockPoints; ++k)
-          f[k] = features[e * n + order[std::min(block * kBlockPoints + k, n - 1)]];
-        const auto [low, high] = std::minmax_element(f, f + kBlockPoints);
-        writable(packed.low)[e * blocks_ + block] = *low;
-        writable(packed.high)[e * blocks_ + block] = *high;
+    for (int64_t e = 0; e < d; ++e) {
+      const T* source = tensors_.features + (b * d + e) * n;
+      T* f = writable(packed.features) + (block * d + e) * kBlockPoints;
+      for (int64_t k = 0; k < kBlockPoints; ++k) f[k] = source[order[std::min(k, count - 1)]];
+      const auto [low, high] = std::minmax_element(f, f + kBlockPoints);
+      writable(packed.low)[e * blocks_ + block] = *low;
+      writable(packed.high)[e * blocks_ + block] = *high;
+    }
+    for (int64_t channel = 0; channel < c; ++channel) {
+      const int64_t plane = (b * c + channel) * n, columns = (block * c + channel) * kBlockPoints;
+      for (int64_t k = 0; k < kBlockPoints; ++k) {
+        const bool exists = k < count;
+        if (packed.rows)
+          writable(packed.rows)[(block * kBlockPoints + k) * c + channel] =
+              exists ? tensors_.rows[plane + order[k]] : T(0);
+        if (!packed.grad_features) continue;
+        writable(packed.values)[columns + k] = exists ? tensors_.values[plane + order[k]] : T(0);
+        writable(packed.grad)[columns + k] = exists ? tensors_.grad[plane + order[k]] : T(0);
       }
-    if (packed.rows) {
-      T* rows = writable(packed.rows);
-      const T* source = tensors_.rows + b * c * n;
-      for (int64_t k = 0; k < n; ++k)
-        for (int64_t channel = 0; channel < c; ++channel) rows[k * c + channel] = source[channel * n + order[k]];
-      std::fill(rows + n * c, rows + padded_ * c, T(0));
     }
-    if (packed.grad_features) {
-      pack_channels(tensors_.values + b * c * n, order, writable(packed.values));
-      pack_channels(tensors_.grad + b * c * n, order, writable(packed.grad));
-    }
-  }
-
-  void pack_channels(const T* source, const int64_t* order, T* packed) const {
-    const int64_t n = shape_.points;
-    for (int64_t block = 0; block < blocks_; ++block)
-      for (int64_t channel = 0; channel < shape_.channels; ++channel)
-        for (int64_t k = block * kBlockPoints; k < (block + 1) * kBlockPoints; ++k)
-          *packed++ = k < n ? source[channel * n + order[k]] : T(0);
   }
 
   // A NaN or infinity shows in every result that depends on it, also where the kernels skipped it.

@@ -248,6 +248,14 @@ void run_group(const FilterJob<A>& job, const SortedImage<A>& image, int64_t fir
   }
 }
 
+int64_t greatest_common_divisor(int64_t a, int64_t b) {
+  while (b != 0) {
+    const int64_t rest = a % b;
+    a = b, b = rest;
+  }
+  return a;
+}
+
 }  // namespace
 
 namespace DK_ISA {
@@ -260,11 +268,15 @@ int64_t GaussianFilter<A>::tile_points() {
 template <typename A>
 void GaussianFilter<A>::run(const FilterJob<A>& job, const Parallel& parallel) {
   const int64_t tiles = (job.points + kTile<A> - 1) / kTile<A>;
-  const int64_t groups = (tiles + job.group_tiles - 1) / job.group_tiles;
-  parallel(job.count * groups, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t first = item % groups * job.group_tiles;
-      run_group(job, job.images[item / groups], first, smaller(job.group_tiles, tiles - first));
+  const int64_t groups = (tiles + job.group_tiles - 1) / job.group_tiles, pieces = job.count * groups;
+  // Neighbouring groups skip alike, and a thread takes a run of pieces: pieces are dealt out with a stride, so that
+  // every thread gets some of each kind.
+  int64_t stride = pieces * 5 / 8 + 1;
+  while (greatest_common_divisor(stride, pieces) != 1) ++stride;
+  parallel(pieces, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t piece = k * stride % pieces, first = piece % groups * job.group_tiles;
+      run_group(job, job.images[piece / groups], first, smaller(job.group_tiles, tiles - first));
     }
   });
 }
