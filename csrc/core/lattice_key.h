@@ -99,11 +99,11 @@ struct LatticeKeySteps {
     }
   }
 
-  // The vertex of remainder 0, from lattice_simplex's greedy / (d + 1).
-  DK_HOST_DEVICE Key first(const int32_t* quotient) const {
+  // The vertex of remainder 0, from lattice_simplex's greedy[i] / (d + 1) at quotient[i * stride].
+  DK_HOST_DEVICE Key first(const int32_t* quotient, int64_t stride) const {
     Key key{};
     for (int i = 0; i < layout.d; ++i)
-      key.word[layout.word[i]] += uint64_t(uint32_t(quotient[i] - layout.lowest[i])) << layout.shift[i];
+      key.word[layout.word[i]] += uint64_t(uint32_t(quotient[i * stride] - layout.lowest[i])) << layout.shift[i];
     return key;
   }
 

@@ -1,6 +1,10 @@
 // The filter, its gradients and the passes that both and the mean field share.
 #include "permutohedral.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -47,7 +51,22 @@ void filter_scalar(const LatticeData<T>& lattice, VertexRows<T>& rows, bool tran
   });
 }
 
+constexpr size_t kHugePage = size_t{1} << 21;
+
+size_t alignment_of(size_t bytes) { return bytes >= 2 * kHugePage ? kHugePage : 64; }
+
 }  // namespace
+
+// Rows are visited out of order: with small pages the address translation alone would miss its caches.
+void* allocate(size_t bytes) {
+  void* data = ::operator new(bytes, std::align_val_t(alignment_of(bytes)));
+#if defined(__linux__)
+  if (alignment_of(bytes) == kHugePage) madvise(data, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
+  return data;
+}
+
+void release(void* data, size_t bytes) { ::operator delete(data, std::align_val_t(alignment_of(bytes))); }
 
 template <typename T>
 const LatticeKernels<T>& lattice_kernels() {

@@ -18,112 +18,122 @@ constexpr double kLargestPosition = 1 << 26;
 // Above this, float has too few bits left for the place within a simplex.
 constexpr double kLargestFloatPosition = 1 << 10;
 
+// lattice_scale of each axis. The factor common to all axes is rounded first, as in pydensecrf. Whether a vertex exists
+// may hang on the last bit of a position, and so may a label: in float the order of operations is pydensecrf's, without
+// fused multiply-adds (permutohedral_embed.h).
 struct Scales {
   double value[kMaxLatticeDimension];
   explicit Scales(int d) {
     for (int i = 0; i < d; ++i) value[i] = lattice_scale(d, 1.0 / std::sqrt(double(i + 1) * double(i + 2)));
   }
+  void round_to_float(int d) {
+    const float common = float(std::sqrt(2.0 / 3.0) * (d + 1));
+    for (int i = 0; i < d; ++i) value[i] = float(double(common) / std::sqrt(double(i + 1) * double(i + 2)));
+  }
 };
 
-// Open addressing over indices of keys that lie elsewhere; doubles before it is half full.
+// Open addressing with the keys in the table; grows before it is half full.
 template <typename Key>
 class KeyTable {
  public:
   explicit KeyTable(int64_t expected) {
     bits_ = 6;
     while ((int64_t{1} << bits_) < 2 * expected) ++bits_;
-    entries_.assign(size_t{1} << bits_, -1);
+    entries_.assign(size_t{1} << bits_, {Key{}, -1});
   }
 
-  // Index of the key, or -1. keys[i] is the key of index i.
-  int32_t find(const Key* keys, const Key& key) const {
+  // Index of the key, or -1.
+  int32_t find(const Key& key) const {
     for (uint64_t h = place(key);; h = (h + 1) & (entries_.size() - 1)) {
-      const int32_t index = entries_[h];
-      if (index < 0 || keys[index] == key) return index;
+      const Entry& entry = entries_[h];
+      if (entry.index < 0 || entry.key == key) return entry.index;
     }
   }
 
-  // Index of the key, which becomes `index` if it is new; keys[index] must then be the key at the next call.
-  int32_t find_or_insert(const Key* keys, const Key& key, int32_t index) {
-    if (2 * count_ >= int64_t(entries_.size())) grow(keys);
+  // Index of the key, which becomes `index` if it is new.
+  int32_t find_or_insert(const Key& key, int32_t index) {
     for (uint64_t h = place(key);; h = (h + 1) & (entries_.size() - 1)) {
-      const int32_t found = entries_[h];
-      if (found >= 0 && keys[found] == key) return found;
-      if (found < 0) {
-        entries_[h] = index;
-        ++count_;
+      Entry& entry = entries_[h];
+      if (entry.index < 0) {
+        entry = {key, index};
+        if (2 * ++count_ >= int64_t(entries_.size())) grow();
         return index;
       }
+      if (entry.key == key) return entry.index;
     }
   }
 
   void prefetch(const Key& key) const { __builtin_prefetch(entries_.data() + place(key)); }
 
  private:
+  struct Entry {
+    Key key;
+    int32_t index;
+  };
+
   uint64_t place(const Key& key) const { return key.hash() >> (64 - bits_); }
 
-  void grow(const Key* keys) {
-    std::vector<int32_t> old(entries_.size() * 2, -1);
+  void grow() {
+    std::vector<Entry> old(entries_.size() * 2, {Key{}, -1});
     old.swap(entries_);
     ++bits_;
-    for (int32_t index : old) {
-      if (index < 0) continue;
-      uint64_t h = place(keys[index]);
-      while (entries_[h] >= 0) h = (h + 1) & (entries_.size() - 1);
-      entries_[h] = index;
+    for (const Entry& entry : old) {
+      if (entry.index < 0) continue;
+      uint64_t h = place(entry.key);
+      while (entries_[h].index >= 0) h = (h + 1) & (entries_.size() - 1);
+      entries_[h] = entry;
     }
   }
 
-  std::vector<int32_t> entries_;
+  std::vector<Entry> entries_;
   int bits_;
   int64_t count_ = 0;
 };
 
 // Embeds a chunk's points; returns the keys of its slots.
-template <int kWords, typename E, typename T>
+template <int kWords, typename T>
 std::vector<LatticeKey<kWords>> embed_chunk(LatticeData<T>& lattice, const LatticeKeySteps<kWords>& steps,
-                                            const Scales& scales, Strided<const T> features, int64_t chunk) {
+                                            const Scales& scales, Strided<const T> features, int64_t chunk,
+                                            bool precisely) {
   using Key = LatticeKey<kWords>;
+  const LatticeKernels<T>& kernels = lattice_kernels<T>();
   const int d = lattice.d;
-  if (d < 1) __builtin_unreachable();
-  const ChunkPlan& plan = lattice.plan;
-  const int64_t image = plan.image(chunk), first = plan.first(chunk), last = plan.last(chunk);
-  E scale[kMaxLatticeDimension];
-  // The factor common to all axes is rounded first, as in pydensecrf. Whether a vertex exists may hang on the last bit
-  // of a position, and so may a label: densecrf keeps to its order of operations in float, without fused multiply-adds.
-  const E common = E(std::sqrt(2.0 / 3.0) * (d + 1));
-  for (int i = 0; i < d; ++i) scale[i] = E(double(common) / std::sqrt(double(i + 1) * double(i + 2)));
   std::vector<Key> keys;
-  KeyTable<Key> table(1024);
+  KeyTable<Key> table(2048);
+  // Neighbouring points mostly share vertices.
   Key previous[kMaxLatticeDimension + 1];
   int32_t previous_slot[kMaxLatticeDimension + 1];
   for (int k = 0; k <= d; ++k) previous_slot[k] = -1;
 
-  const T* in = features.data + image * features.batch_stride;
-  T* weight = lattice.weight.data() + (image * plan.points + first) * (d + 1);
-  int32_t* slot = lattice.slot.data() + (image * plan.points + first) * (d + 1);
-  for (int64_t p = first; p < last; ++p, weight += d + 1, slot += d + 1) {
-    E position[kMaxLatticeDimension], barycentric[kMaxLatticeDimension + 2];
-    int32_t greedy[kMaxLatticeDimension + 1], rank[kMaxLatticeDimension + 1], by_rank[kMaxLatticeDimension + 1];
-    for (int i = 0; i < d; ++i) position[i] = E(in[i * features.channel_stride + p * features.point_stride]) * scale[i];
-    lattice_simplex(position, d, greedy, rank, barycentric);
-    for (int i = 0; i <= d; ++i) {
-      by_rank[rank[i]] = i;
-      greedy[i] /= d + 1;
-      weight[i] = T(barycentric[i]);
-    }
-    Key key = steps.first(greedy);
-    for (int k = 0; k <= d; ++k) {
-      if (k > 0) key += steps.lower[by_rank[d + 1 - k]];
-      if (previous_slot[k] < 0 || !(previous[k] == key)) {
-        const auto next = int32_t(keys.size());
-        previous[k] = key;
-        previous_slot[k] = table.find_or_insert(keys.data(), key, next);
-        if (previous_slot[k] == next) keys.push_back(key);
+  over_blocks(lattice.plan, chunk, kEmbedBlock, [&](int64_t image, int64_t first, int64_t count) {
+    int32_t quotient[(kMaxLatticeDimension + 1) * kEmbedBlock], rank[(kMaxLatticeDimension + 1) * kEmbedBlock];
+    const int64_t at = (image * lattice.plan.points + first) * (d + 1);
+    const EmbedBlock<T> block{features.data + image * features.batch_stride + first * features.point_stride,
+                              features.channel_stride,
+                              features.point_stride,
+                              count,
+                              d,
+                              scales.value,
+                              lattice.weight.data() + at,
+                              quotient,
+                              rank};
+    precisely ? kernels.embed_precisely(block) : kernels.embed(block);
+    int32_t* slot = lattice.slot.data() + at;
+    for (int64_t p = 0; p < count; ++p, slot += d + 1) {
+      Key key = steps.first(quotient + p, kEmbedBlock), next[kMaxLatticeDimension + 2];
+      for (int i = 0; i <= d; ++i) next[d + 1 - rank[i * kEmbedBlock + p]] = steps.lower[i];
+      for (int k = 0; k <= d; ++k) {
+        if (k > 0) key += next[k];
+        if (previous_slot[k] < 0 || !(previous[k] == key)) {
+          const auto fresh = int32_t(keys.size());
+          previous[k] = key;
+          previous_slot[k] = table.find_or_insert(key, fresh);
+          if (previous_slot[k] == fresh) keys.push_back(key);
+        }
+        slot[k] = previous_slot[k];
       }
-      slot[k] = previous_slot[k];
     }
-  }
+  });
   return keys;
 }
 
@@ -168,7 +178,7 @@ void merge_chunks(LatticeData<T>& lattice, const LatticeKeySteps<kWords>& steps,
       KeyTable<Key>& table = tables[task];
       for (int64_t s = from; s < to; ++s) {
         if (s + 8 < to) table.prefetch(keys[s + 8]);
-        if (part_of(keys[s]) == part) first_slot[s] = table.find_or_insert(keys.data(), keys[s], int32_t(s));
+        if (part_of(keys[s]) == part) first_slot[s] = table.find_or_insert(keys[s], int32_t(s));
       }
     }
   });
@@ -205,50 +215,46 @@ void merge_chunks(LatticeData<T>& lattice, const LatticeKeySteps<kWords>& steps,
     std::fill(lattice.neighbour.data() + begin, lattice.neighbour.data() + end, int32_t(vertices));
   });
   parallel(vertices, [&](int64_t begin, int64_t end) {
+    // Some vertices at a time, so that the table's cache misses overlap.
+    constexpr int64_t kTogether = 8;
+    Key next[kTogether * (kMaxLatticeDimension + 1)];
+    const KeyTable<Key>* where[kTogether * (kMaxLatticeDimension + 1)];
     int64_t image = 0;
-    for (int64_t v = begin; v < end; ++v) {
-      const int32_t s = vertex_slot[v];
-      while (s >= lattice.chunk_begin[(image + 1) * plan.chunks_per_image]) ++image;
-      Key next[kMaxLatticeDimension + 1];
-      for (int j = 0; j <= d; ++j) {
-        next[j] = steps.neighbour(keys[s], j);
-        tables[image * parts + part_of(next[j])].prefetch(next[j]);
+    for (int64_t v0 = begin; v0 < end; v0 += kTogether) {
+      const int64_t last = std::min(v0 + kTogether, end);
+      int at = 0;
+      for (int64_t v = v0; v < last; ++v) {
+        const int32_t s = vertex_slot[v];
+        while (s >= lattice.chunk_begin[(image + 1) * plan.chunks_per_image]) ++image;
+        for (int j = 0; j <= d; ++j, ++at) {
+          next[at] = steps.neighbour(keys[s], j);
+          where[at] = &tables[image * parts + part_of(next[at])];
+          where[at]->prefetch(next[at]);
+        }
       }
-      for (int j = 0; j <= d; ++j) {
-        const int32_t found = tables[image * parts + part_of(next[j])].find(keys.data(), next[j]);
-        if (found < 0) continue;
-        // Each vertex is the next of at most one other: no two threads write the same place.
-        const int32_t u = lattice.slot_vertex[found];
-        lattice.neighbour[(j * vertices + v) * 2 + 1] = u;
-        lattice.neighbour[(j * vertices + u) * 2] = int32_t(v);
-      }
+      at = 0;
+      for (int64_t v = v0; v < last; ++v)
+        for (int j = 0; j <= d; ++j, ++at) {
+          const int32_t found = where[at]->find(next[at]);
+          if (found < 0) continue;
+          // Each vertex is the next of at most one other: no two threads write the same place.
+          const int64_t u = lattice.slot_vertex[found];
+          lattice.neighbour[(j * vertices + v) * 2 + 1] = int32_t(u);
+          lattice.neighbour[(j * vertices + u) * 2] = int32_t(v);
+        }
     }
   });
 }
 
-template <int kWords, typename E, typename T>
+template <int kWords, typename T>
 void build(LatticeData<T>& lattice, const LatticeKeyLayout& layout, const Scales& scales, Strided<const T> features,
-           const Parallel& parallel) {
+           bool precisely, const Parallel& parallel) {
   const LatticeKeySteps<kWords> steps(layout);
   std::vector<std::vector<LatticeKey<kWords>>> chunk_keys(size_t(lattice.plan.chunks()));
   parallel(lattice.plan.chunks(), [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) chunk_keys[c] = embed_chunk<kWords, E>(lattice, steps, scales, features, c);
+    for (int64_t c = begin; c < end; ++c) chunk_keys[c] = embed_chunk(lattice, steps, scales, features, c, precisely);
   });
   merge_chunks<kWords>(lattice, steps, std::move(chunk_keys), parallel);
-}
-
-template <typename E, typename T>
-void build(LatticeData<T>& lattice, const LatticeKeyLayout& layout, const Scales& scales, Strided<const T> features,
-           const Parallel& parallel) {
-  if (layout.words == 1) {
-    build<1, E>(lattice, layout, scales, features, parallel);
-  } else if (layout.words == 2) {
-    build<2, E>(lattice, layout, scales, features, parallel);
-  } else if (layout.words <= 4) {
-    build<4, E>(lattice, layout, scales, features, parallel);
-  } else {
-    build<kMaxLatticeKeyWords, E>(lattice, layout, scales, features, parallel);
-  }
 }
 
 struct Bounds {
@@ -318,7 +324,7 @@ FeatureProblem find_problem(int64_t batch, int d, int64_t points, Strided<const 
 }  // namespace
 
 ChunkPlan::ChunkPlan(int64_t batch, int64_t points) : batch(batch), points(points) {
-  chunk_points = std::max<int64_t>(2048, (points + 31) / 32);
+  chunk_points = std::max<int64_t>(2048, (points + 15) / 16);
   chunk_points = (chunk_points + 63) / 64 * 64;
   chunks_per_image = (points + chunk_points - 1) / chunk_points;
   if (points == 0) this->batch = 0;
@@ -344,7 +350,7 @@ LatticeData<T> build_lattice(int64_t batch, int d, int64_t points, Strided<const
   const int64_t total = lattice.plan.batch * lattice.plan.points;
   lattice.weight = Buffer<T>(total * (d + 1));
   lattice.slot = Buffer<int32_t>(total * (d + 1));
-  const Scales scales(d);
+  Scales scales(d);
   double low[kMaxLatticeDimension] = {}, high[kMaxLatticeDimension] = {}, largest = 0;
   for (int i = 0; i < d; ++i) {
     if (total == 0) break;
@@ -353,10 +359,16 @@ LatticeData<T> build_lattice(int64_t batch, int d, int64_t points, Strided<const
     largest = std::max({largest, std::abs(low[i]), std::abs(high[i])});
   }
   const LatticeKeyLayout layout = LatticeKeyLayout::make(d, low, high);
-  if (largest > kLargestFloatPosition) {
-    build<double>(lattice, layout, scales, features, parallel);
+  const bool precisely = largest > kLargestFloatPosition || sizeof(T) == sizeof(double);
+  if (!precisely) scales.round_to_float(d);
+  if (layout.words == 1) {
+    build<1>(lattice, layout, scales, features, precisely, parallel);
+  } else if (layout.words == 2) {
+    build<2>(lattice, layout, scales, features, precisely, parallel);
+  } else if (layout.words <= 4) {
+    build<4>(lattice, layout, scales, features, precisely, parallel);
   } else {
-    build<T>(lattice, layout, scales, features, parallel);
+    build<kMaxLatticeKeyWords>(lattice, layout, scales, features, precisely, parallel);
   }
   return lattice;
 }

@@ -17,8 +17,26 @@ struct PointPlaces {
   int vertices;                // d + 1
 };
 
+constexpr int64_t kEmbedBlock = 64;
+
+// Up to kEmbedBlock points to embed, and where they come to lie: see lattice_simplex.
+template <typename T>
+struct EmbedBlock {
+  const T* features;  // axis i of point p at features[i * channel_stride + p * point_stride]
+  int64_t channel_stride, point_stride, count;
+  int d;
+  const double* scale;  // (d): lattice_scale
+  T* weight;            // (count, d + 1)
+  int32_t* quotient;    // (d + 1, kEmbedBlock): greedy / (d + 1)
+  int32_t* rank;        // (d + 1, kEmbedBlock)
+};
+
 template <typename T>
 struct LatticeKernels {
+  // In T, or in double.
+  void (*embed)(const EmbedBlock<T>& block);
+  void (*embed_precisely)(const EmbedBlock<T>& block);
+
   // Values of any strides to rows of `count` points, times sign; padding becomes `pad`.
   void (*load)(const T* values, int64_t channel_stride, int64_t point_stride, int64_t channels, int64_t pitch,
                int64_t count, T sign, T pad, T* rows);
@@ -55,13 +73,18 @@ struct LatticeKernels {
                           const T* vertex_b, int64_t pitch, int64_t count, T* grad_weight, T* sum_x, T* sum_y);
 };
 
-namespace portable {
-template <typename T>
-const LatticeKernels<T>& lattice_kernels();
-}
-namespace avx2 {
-template <typename T>
-const LatticeKernels<T>& lattice_kernels();
-}
+// The first two are in permutohedral_embed.h, the others in permutohedral_kernels.h.
+#define DK_DECLARE_ISA(isa)                      \
+  namespace isa {                                \
+  template <typename T>                          \
+  void embed(const EmbedBlock<T>& block);        \
+  template <typename T>                          \
+  void embed_precisely(const EmbedBlock<T>& block); \
+  template <typename T>                          \
+  const LatticeKernels<T>& lattice_kernels();    \
+  }
+DK_DECLARE_ISA(portable)
+DK_DECLARE_ISA(avx2)
+#undef DK_DECLARE_ISA
 
 }  // namespace deeplab_kernels::cpu

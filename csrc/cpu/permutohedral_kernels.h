@@ -33,7 +33,39 @@ DK_INLINE Pack<T> broadcast(T value) {
 }
 template <typename T>
 DK_INLINE T sum_of(Pack<T> v) {
-  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+  return v[0] + v[1];
+}
+// In every element.
+template <typename T>
+DK_INLINE Pack<T> largest_of(Pack<T> v) {
+  const Pack<T> halves = __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+  v = v > halves ? v : halves;
+  const Pack<T> quarters = __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+  v = v > quarters ? v : quarters;
+  const Pack<T> pairs = __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+  return v > pairs ? v : pairs;
+}
+
+// Eight packs as the rows of a matrix.
+template <typename V>
+DK_INLINE void transpose(V* v) {
+  V a[8];
+  for (int i = 0; i < 4; ++i) {
+    a[2 * i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+    a[2 * i + 1] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      v[i + j] = __builtin_shufflevector(a[i + j], a[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      v[i + j + 2] = __builtin_shufflevector(a[i + j], a[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int i = 0; i < 4; ++i) {
+    const V low = __builtin_shufflevector(v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    v[i + 4] = __builtin_shufflevector(v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    v[i] = low;
+  }
 }
 
 // kPacks packs of a row in registers; kPacks = 0: a row of one element.
@@ -101,6 +133,23 @@ DK_INLINE void over_row(int64_t pitch, const F& f) {
   }
 }
 
+// Calls f(Packs<n>) where a row of n packs fits the registers, else g().
+template <typename F, typename G>
+DK_INLINE void over_row_at_once(int64_t pitch, const F& f, const G& g) {
+  switch (pitch / kPack) {
+    case 1:
+      return f(Packs<1>());
+    case 2:
+      return f(Packs<2>());
+    case 3:
+      return f(Packs<3>());
+    case 4:
+      return f(Packs<4>());
+    default:
+      return g();
+  }
+}
+
 // Calls f(Packs<n>) with the number of vertices of a simplex if it is a common one (d = 2, 3, 5), else 0.
 template <typename F>
 DK_INLINE void over_simplex(int vertices, const F& f) {
@@ -120,30 +169,43 @@ template <typename T>
 struct Kernels {
   static void load(const T* values, int64_t channel_stride, int64_t point_stride, int64_t channels, int64_t pitch,
                    int64_t count, T sign, T pad, T* rows) {
-    for (int64_t p = 0; p < count; ++p) {
-      for (int64_t c = channels; c < pitch; ++c) rows[p * pitch + c] = pad;
-    }
-    if (channel_stride == 1) {
-      for (int64_t p = 0; p < count; ++p)
-        for (int64_t c = 0; c < channels; ++c) rows[p * pitch + c] = sign * values[p * point_stride + c];
-      return;
-    }
-    for (int64_t c = 0; c < channels; ++c) {
-      const T* from = values + c * channel_stride;
-      for (int64_t p = 0; p < count; ++p) rows[p * pitch + c] = sign * from[p * point_stride];
+    for (int64_t c0 = 0; c0 < pitch; c0 += kPack) {
+      const int64_t width = channels - c0 < kPack ? channels - c0 : kPack;
+      int64_t p = 0;
+      if (point_stride == 1 && pitch > 1) {
+        for (; p + kPack <= count; p += kPack) {
+          Pack<T> v[kPack];
+          for (int i = 0; i < kPack; ++i)
+            v[i] = i < width ? load_pack(values + (c0 + i) * channel_stride + p) * sign : broadcast(pad);
+          transpose(v);
+          for (int i = 0; i < kPack; ++i) store_pack(rows + (p + i) * pitch + c0, v[i]);
+        }
+      }
+      for (; p < count; ++p) {
+        T* row = rows + p * pitch + c0;
+        for (int64_t i = 0; i < width; ++i) row[i] = sign * values[(c0 + i) * channel_stride + p * point_stride];
+        for (int64_t i = width; i < kPack && pitch > 1; ++i) row[i] = pad;
+      }
     }
   }
 
   static void store(const T* rows, int64_t pitch, int64_t channels, int64_t count, T* values, int64_t channel_stride,
                     int64_t point_stride) {
-    if (channel_stride == 1) {
-      for (int64_t p = 0; p < count; ++p)
-        for (int64_t c = 0; c < channels; ++c) values[p * point_stride + c] = rows[p * pitch + c];
-      return;
-    }
-    for (int64_t c = 0; c < channels; ++c) {
-      T* to = values + c * channel_stride;
-      for (int64_t p = 0; p < count; ++p) to[p * point_stride] = rows[p * pitch + c];
+    for (int64_t c0 = 0; c0 < channels; c0 += kPack) {
+      const int64_t width = channels - c0 < kPack ? channels - c0 : kPack;
+      int64_t p = 0;
+      if (point_stride == 1 && pitch > 1) {
+        for (; p + kPack <= count; p += kPack) {
+          Pack<T> v[kPack];
+          for (int i = 0; i < kPack; ++i) v[i] = load_pack(rows + (p + i) * pitch + c0);
+          transpose(v);
+          for (int i = 0; i < kPack; ++i)
+            if (i < width) store_pack(values + (c0 + i) * channel_stride + p, v[i]);
+        }
+      }
+      for (; p < count; ++p)
+        for (int64_t i = 0; i < width; ++i)
+          values[(c0 + i) * channel_stride + p * point_stride] = rows[p * pitch + c0 + i];
     }
   }
 
@@ -194,9 +256,13 @@ struct Kernels {
                     int64_t pitch, T* vertex_rows) {
     over_row(pitch, [&](auto packs, int64_t offset) DK_INLINE_LAMBDA {
       using R = Row<T, packs.value>;
+      const int32_t end = begin[last];
       for (int64_t v = first; v < last; ++v) {
-        R sum = R::load(slot_rows + slots[begin[v]] * pitch + offset);
-        for (int32_t s = begin[v] + 1; s < begin[v + 1]; ++s) sum.add(slot_rows + slots[s] * pitch + offset);
+        R sum = R::zero();
+        for (int32_t s = begin[v]; s < begin[v + 1]; ++s) {
+          if (s + 16 < end) prefetch_row<packs.value>(slot_rows + slots[s + 16] * pitch + offset);
+          sum.add(slot_rows + slots[s] * pitch + offset);
+        }
         sum.store(vertex_rows + v * pitch + offset);
       }
     });
@@ -216,23 +282,44 @@ struct Kernels {
   }
 
   static void softmax(const T* energy, int64_t pitch, int64_t count, T* q) {
-    for (int64_t p = 0; p < count; ++p, energy += pitch, q += pitch) {
-      Pack<T> most = load_pack(energy);
-      for (int64_t c = kPack; c < pitch; c += kPack) {
-        const Pack<T> e = load_pack(energy + c);
-        most = e > most ? e : most;
-      }
-      T largest = most[0];
-      for (int i = 1; i < kPack; ++i) largest = most[i] > largest ? most[i] : largest;
-      Pack<T> total{};
-      for (int64_t c = 0; c < pitch; c += kPack) {
-        const Pack<T> e = exp_of(load_pack(energy + c) - broadcast(largest));
-        total += e;
-        store_pack(q + c, e);
-      }
-      const Pack<T> inverse = broadcast(T(1) / sum_of<T>(total));
-      for (int64_t c = 0; c < pitch; c += kPack) store_pack(q + c, load_pack(q + c) * inverse);
-    }
+    over_row_at_once(
+        pitch,
+        [&](auto packs) DK_INLINE_LAMBDA {
+          // A short row stays in registers.
+          using R = Row<T, packs.value>;
+          for (int64_t p = 0; p < count; ++p) {
+            R row = R::load(energy + p * pitch);
+            Pack<T> most = row.v[0];
+            for (int i = 1; i < packs.value; ++i) most = row.v[i] > most ? row.v[i] : most;
+            most = largest_of<T>(most);
+            Pack<T> total{};
+            for (int i = 0; i < packs.value; ++i) {
+              row.v[i] = exp_of(row.v[i] - most);
+              total += row.v[i];
+            }
+            row.scale(T(1) / sum_of<T>(total));
+            row.store(q + p * pitch);
+          }
+        },
+        [&] {
+          for (int64_t p = 0; p < count; ++p) {
+            const T* from = energy + p * pitch;
+            T* to = q + p * pitch;
+            Pack<T> most = load_pack(from), total{};
+            for (int64_t c = kPack; c < pitch; c += kPack) {
+              const Pack<T> e = load_pack(from + c);
+              most = e > most ? e : most;
+            }
+            most = largest_of<T>(most);
+            for (int64_t c = 0; c < pitch; c += kPack) {
+              const Pack<T> e = exp_of(load_pack(from + c) - most);
+              total += e;
+              store_pack(to + c, e);
+            }
+            const Pack<T> inverse = broadcast(T(1) / sum_of<T>(total));
+            for (int64_t c = 0; c < pitch; c += kPack) store_pack(to + c, load_pack(to + c) * inverse);
+          }
+        });
   }
 
   static void softmax_backward(const T* q, int64_t pitch, int64_t count, T* grad) {
@@ -300,6 +387,13 @@ struct Kernels {
 
  private:
   template <int kPacks>
+  DK_INLINE static void prefetch_row(const T* row) {
+    constexpr int kBytes = (kPacks ? kPacks * kPack : 1) * int(sizeof(T));
+    for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + i);
+    if (kBytes > 4) __builtin_prefetch(reinterpret_cast<const char*>(row) + kBytes - 1);
+  }
+
+  template <int kPacks>
   DK_INLINE static void add_scaled(Row<T, kPacks>& sum, T factor, const Row<T, kPacks>& row) {
     if constexpr (kPacks == 0) {
       sum.v += factor * row.v;
@@ -339,9 +433,12 @@ struct Kernels {
 
 template <typename T>
 constexpr LatticeKernels<T> kTable = {
-    Kernels<T>::load,         Kernels<T>::store,       Kernels<T>::splat,     Kernels<T>::slice,
-    Kernels<T>::merge,        Kernels<T>::blur,        Kernels<T>::softmax,   Kernels<T>::softmax_backward,
-    Kernels<T>::add_diagonal, Kernels<T>::add_product, Kernels<T>::add_outer, Kernels<T>::weight_gradient,
+    embed<T>, embed_precisely<T>, Kernels<T>::load,         Kernels<T>::store,
+    Kernels<T>::splat,        Kernels<T>::slice,
+    Kernels<T>::merge,        Kernels<T>::blur,
+    Kernels<T>::softmax,      Kernels<T>::softmax_backward,
+    Kernels<T>::add_diagonal, Kernels<T>::add_product,
+    Kernels<T>::add_outer,    Kernels<T>::weight_gradient,
 };
 
 }  // namespace

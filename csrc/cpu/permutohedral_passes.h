@@ -15,19 +15,21 @@
 
 namespace deeplab_kernels::cpu {
 
-// Uninitialised memory, 64-byte aligned.
+// Uninitialised memory, 64-byte aligned; large blocks in huge pages where the system has them.
+void* allocate(size_t bytes);
+void release(void* data, size_t bytes);
+
 template <typename E>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t size)
-      : data_(static_cast<E*>(::operator new(size_t(size) * sizeof(E), std::align_val_t(64)))), size_(size) {}
+  explicit Buffer(int64_t size) : data_(static_cast<E*>(allocate(size_t(size) * sizeof(E)))), size_(size) {}
   Buffer(Buffer&& other) noexcept { swap(other); }
   Buffer& operator=(Buffer&& other) noexcept {
     swap(other);
     return *this;
   }
-  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  ~Buffer() { release(data_, bytes()); }
 
   E* data() const { return data_; }
   int64_t size() const { return size_; }

@@ -1,0 +1,2 @@
+#define DK_ISA portable
+#include "permutohedral_embed.h"
