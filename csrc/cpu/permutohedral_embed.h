@@ -1,7 +1,7 @@
 // Embeds points into the lattice, kPack at a time. Included by one file per instruction set, which defines DK_ISA.
 //
-// Products and sums are rounded one by one, in the order of operations of lattice_simplex: that order is pydensecrf's, and
-// with it float features fall into the same simplices to the last bit.
+// Products and sums are rounded one by one, in the order of operations of lattice_simplex: that order is pydensecrf's,
+// and with it float features fall into the same simplices to the last bit.
 #if defined(__clang__)
 #pragma clang fp contract(off)
 #elif defined(__GNUC__)

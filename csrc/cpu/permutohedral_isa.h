@@ -74,14 +74,14 @@ struct LatticeKernels {
 };
 
 // The first two are in permutohedral_embed.h, the others in permutohedral_kernels.h.
-#define DK_DECLARE_ISA(isa)                      \
-  namespace isa {                                \
-  template <typename T>                          \
-  void embed(const EmbedBlock<T>& block);        \
-  template <typename T>                          \
+#define DK_DECLARE_ISA(isa)                         \
+  namespace isa {                                   \
+  template <typename T>                             \
+  void embed(const EmbedBlock<T>& block);           \
+  template <typename T>                             \
   void embed_precisely(const EmbedBlock<T>& block); \
-  template <typename T>                          \
-  const LatticeKernels<T>& lattice_kernels();    \
+  template <typename T>                             \
+  const LatticeKernels<T>& lattice_kernels();       \
   }
 DK_DECLARE_ISA(portable)
 DK_DECLARE_ISA(avx2)

@@ -433,12 +433,20 @@ struct Kernels {
 
 template <typename T>
 constexpr LatticeKernels<T> kTable = {
-    embed<T>, embed_precisely<T>, Kernels<T>::load,         Kernels<T>::store,
-    Kernels<T>::splat,        Kernels<T>::slice,
-    Kernels<T>::merge,        Kernels<T>::blur,
-    Kernels<T>::softmax,      Kernels<T>::softmax_backward,
-    Kernels<T>::add_diagonal, Kernels<T>::add_product,
-    Kernels<T>::add_outer,    Kernels<T>::weight_gradient,
+    embed<T>,
+    embed_precisely<T>,
+    Kernels<T>::load,
+    Kernels<T>::store,
+    Kernels<T>::splat,
+    Kernels<T>::slice,
+    Kernels<T>::merge,
+    Kernels<T>::blur,
+    Kernels<T>::softmax,
+    Kernels<T>::softmax_backward,
+    Kernels<T>::add_diagonal,
+    Kernels<T>::add_product,
+    Kernels<T>::add_outer,
+    Kernels<T>::weight_gradient,
 };
 
 }  // namespace
