@@ -279,10 +279,11 @@ def most_probable(probabilities: NDArray[np.float32], size: tuple[int, int] | No
 
 
 def required_memory(labels: int, height: int, width: int, parameters: CRFParameters | None = None) -> int:
-    """Bytes that :func:`refine` takes at most, energies and result included: 24 for each label and 400 for each pixel
-    with the lattice (the worst case: a noisy photograph and small sigmas)."""
-    filter = (parameters or CRFParameters()).filter
-    return height * width * (24 * (labels + 7) + (400 if filter == "permutohedral" else 100))
+    """About how many bytes :func:`refine` takes, energies and result included, on photographs. With the lattice it
+    depends on what is seen: a picture of pure noise with sigmas of a few pixels and grey levels takes three times it.
+    """
+    lattice = (parameters or CRFParameters()).filter == "permutohedral"
+    return height * width * (24 * labels + 250 if lattice else 32 * labels + 100)
 
 
 def check_memory(labels: int, height: int, width: int, parameters: CRFParameters | None = None) -> None:
@@ -290,7 +291,7 @@ def check_memory(labels: int, height: int, width: int, parameters: CRFParameters
     needed, there = required_memory(labels, height, width, parameters), available_memory()
     if there is not None and needed > there:
         raise UserError(
-            f"{labels} labels on {width} x {height} pixels take up to {needed / 2**30:.1f} GB of memory; "
+            f"{labels} labels on {width} x {height} pixels take about {needed / 2**30:.1f} GB of memory; "
             f"{there / 2**30:.1f} GB are available. A smaller --max-side helps"
         )
 

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from deeplab_kernels.models import Segmenter
+from deeplab_kernels.models.data import Scene
 from PIL import Image
 
 from deeplab_kernels import cli
-from deeplab_kernels.demo import main_job, photographs, report, speed
-from deeplab_kernels.demo.pictures import mistakes, side_by_side
+from deeplab_kernels.demo import crf, main_job, photographs, report, speed
+from deeplab_kernels.demo.pictures import mistakes, probability, side_by_side
 from deeplab_kernels.errors import UserError
 
 
@@ -80,7 +81,14 @@ def test_quick_demo(tmp_path, capsys):
 
     text = (out / "report.html").read_text(encoding="utf-8")
     page = check_self_contained(text)
-    for heading in ("Unseen scenes", "Photographs", "Training", "Multiply-Adds", "Speed against PyTorch"):
+    for heading in (
+        "Unseen scenes",
+        "Photographs",
+        "Refined by a CRF",
+        "Training",
+        "Multiply-Adds",
+        "Speed against PyTorch",
+    ):
         assert heading in page.headings
     words = " ".join(page.text)
     assert "54.17" in words  # the paper's Multiply-Adds
@@ -96,6 +104,13 @@ def test_quick_demo(tmp_path, capsys):
     assert {row["task"] for row in results["speed"]} == {"inference", "training"}
     assert all(row["ours_ms"] > 0 and row["torch_ms"] > 0 for row in results["speed"])
     assert len(results["madds"]) == 6
+
+    rows = results["crf"]["rows"]
+    assert [row["name"] for row in rows] == ["network alone", *crf.QUICK]
+    assert all(len(row["trimap_mean_iou"]) == len(crf.WIDTHS) for row in rows)
+    assert rows[3]["parameters"]["filter"] == "permutohedral"
+    assert (out / "annotation-astronaut.png").exists() == bool(photographs.bundled())
+    assert Image.open(out / "scene-1-crf-labels.png").size[0] == 5 * main_job.QUICK.scene_size + 4 * 6
 
     assert Image.open(out / "scene-1.png").size[1] == main_job.QUICK.scene_size
     labels = Segmenter.from_file(out / "weights.pt")(photo)
@@ -164,6 +179,70 @@ def test_without_scikit_image_there_are_none(monkeypatch):
     assert photographs.bundled() == []
 
 
+# CRF
+
+
+class _Scores:
+    """In place of a network: the true labels, but wrong in a band at boundaries, as a coarse score map is."""
+
+    class_names, palette = ("background", "object"), np.array([(0, 0, 0), (255, 0, 0)], np.uint8)
+
+    def scores(self, image):
+        true = (image[..., 0] > 128).astype(np.float32)
+        moved = np.roll(true, 4, axis=1) * 2 - 1
+        return np.stack([-moved, moved])
+
+
+def _scene(shift: int) -> Scene:
+    labels = np.zeros((40, 50), np.uint8)
+    labels[10:30, 10 + shift : 30 + shift] = 1
+    image = np.where(labels[..., None] == 1, np.uint8(200), np.uint8(40)).repeat(3, 2)
+    return Scene(image, labels)
+
+
+def test_parameters_are_chosen_on_the_validation_scenes_alone():
+    from deeplab_kernels.models.refinement import CRFParameters
+
+    good = CRFParameters(10, 20, 13, 1, 1)
+    useless = CRFParameters(0.0, smoothness_weight=0.0)
+    candidates = {"one": (useless, good), "other": (good, useless)}
+    seen: list[int] = []
+    scenes, validation = [_scene(0), _scene(5)], [_scene(9)]
+    result = crf.compare(_Scores(), scenes, validation, candidates, seen.append)
+    assert [row.parameters for row in result.rows] == [None, good, good]
+    assert [row.tried for row in result.rows] == [0, 2, 2]
+    assert result.rows[1].mean_iou == 1
+    assert result.rows[1].trimap == [1.0] * len(crf.WIDTHS)
+    assert result.rows[0].mean_iou < 0.8
+    assert result.rows[0].validation < 0.8
+    assert result.chosen == good
+    assert sum(seen) == crf.refinements(candidates, 2, 1) == 4 * 1 + 2 * 2
+
+
+def test_scene_pictures():
+    from deeplab_kernels.models.refinement import CRFParameters
+
+    for png in crf.scene_pictures(_Scores(), _scene(3), CRFParameters(filter="local"), CRFParameters(10, 20, 13, 1, 1)):
+        image = np.asarray(Image.open(io.BytesIO(png)))
+        assert image.shape == (40, 5 * 50 + 4 * 6, 4)
+        last, true = image[:, 4 * 56 : 5 * 56, 0], image[:, 56:106, 0]
+        assert ((last > 128) == (true > 128)).all()
+
+
+@pytest.mark.parametrize("name", crf.COARSE)
+def test_coarse_annotations_are_refined(name):
+    pytest.importorskip("skimage", reason="extra: demo")
+    (photograph,) = photographs.bundled((name,))
+    png, changed = crf.refine_annotation(photograph)
+    width, height = Image.open(photograph.path).size
+    assert Image.open(io.BytesIO(png)).size == (4 * width + 18, height)
+    assert 0.005 < changed < 0.25
+
+
+def test_probability_is_grey():
+    assert probability(np.array([[0, 0.5, 2]]))[0].tolist() == [[0] * 3, [128] * 3, [255] * 3]
+
+
 # Report and pictures
 
 
@@ -222,6 +301,23 @@ def test_report_tells_of_a_run_cut_short_and_of_what_is_missing():
     assert "cut from 100 steps" in words
     assert "figures mean little" in words
     assert "is not installed" in words
+
+
+def test_report_tells_gains_and_losses_of_the_crfs_alike():
+    rows = [
+        crf.Row("network alone", None, 0.7, [0.4] * 7, 0, 0.6),
+        crf.Row("short <range>", crf.CRFParameters(filter="local"), 0.65, [0.3] * 6 + [math.nan], 3, 0.61),
+        crf.Row("connected", crf.CRFParameters(), 0.75, [0.55] * 7, 2, 0.7),
+    ]
+    text = report.render(results(crf=crf.Comparison(12, rows)))
+    words = " ".join(check_self_contained(text).text)
+    assert "Short <range>: -5.0 points of mean IoU, -10.0 points within 1 pixel of a boundary" in words
+    assert "Connected: +5.0 points of mean IoU, +15.0 points" in words
+    assert "best of 3" in words
+    assert "12 other scenes" in words
+    assert text.count("<polyline") == 2 + 3
+    summary = results(crf=crf.Comparison(12, rows)).summary()
+    assert json.loads(json.dumps(summary, allow_nan=False))["crf"]["rows"][1]["trimap_mean_iou"][-1] is None
 
 
 def test_summary_is_json():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import pickle
@@ -16,6 +17,7 @@ import pytest
 import torch
 from deeplab_kernels.models import build
 from deeplab_kernels.models.data import CLASS_NAMES, PALETTE, SceneDataset
+from deeplab_kernels.models.refinement import CRFParameters, energy_of_scores, refine
 from deeplab_kernels.models.segmenter import Segmenter, _tiles, colourise, load_weights, overlay, save_weights
 from PIL import Image
 from torch import nn
@@ -149,6 +151,33 @@ def test_wrong_arguments():
         pixel_segmenter(tile=10, margin=5)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (5, 300), (127, 65)])
+def test_scores_are_the_logits_of_every_tile(size):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
+    scores = pixel_segmenter(tile=100, margin=16).scores(image)
+    assert scores.dtype == np.float32
+    assert np.allclose(scores, image.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
+    small = pixel_segmenter().scores(image, max_side=50)
+    assert max(small.shape[1:]) == min(50, max(size))
+    assert len(small) == 3
+
+
+@pytest.mark.parametrize("max_side", [None, 20])
+def test_crf_refines_the_scores_at_full_resolution(max_side):
+    image = np.zeros((30, 40, 3), np.uint8)
+    image[:, :20], image[:, 20:] = (120, 100, 0), (0, 100, 120)
+    segmenter, steps = pixel_segmenter(), []
+    crf = CRFParameters(iterations=3, color_sigma=20)
+    noisy = image + np.random.default_rng(0).integers(0, 40, image.shape).astype(np.uint8)
+    labels = segmenter(noisy, max_side=max_side, crf=crf, on_iteration=lambda *step: steps.append(step))
+    energy = energy_of_scores(segmenter.scores(noisy, max_side=max_side), (30, 40), "logits")
+    assert np.array_equal(labels, refine(noisy, energy, crf).argmax(0))
+    assert labels.dtype == np.uint8
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+    assert (labels == np.repeat([[0] * 20 + [2] * 20], 30, 0)).all()
+    assert (segmenter(noisy) != labels).any()
+
+
 # Weights files
 
 
@@ -267,10 +296,24 @@ def test_command_json_and_names(photo, weights, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "map-overlay.png").exists()
 
 
+def test_command_with_crf(photo, weights, tmp_path, capsys):
+    options = ["--crf", "--crf-appearance-weight", 4, "--crf-filter", "local", "--crf-window", 2, "--json"]
+    assert segment(photo, "--weights", weights, "-o", tmp_path / "x.png", *options) == 0
+    crf = CRFParameters(appearance_weight=4, filter="local", window=2)
+    assert json.loads(capsys.readouterr().out)["crf"] == dataclasses.asdict(crf)
+    expected = Segmenter.from_file(weights)(photo, crf=crf)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "x.png")), expected)
+    assert segment(photo, "--weights", weights, "-o", tmp_path / "y.png", "--crf") == 0
+    assert np.array_equal(
+        np.asarray(Image.open(tmp_path / "y.png")), Segmenter.from_file(weights)(photo, crf=CRFParameters())
+    )
+
+
+@pytest.mark.parametrize("options", [[], ["--crf"]])
 @pytest.mark.parametrize("size", [(1, 1), (1500, 3), (2, 900)])
-def test_command_on_odd_sizes(size, weights, tmp_path):
+def test_command_on_odd_sizes(size, options, weights, tmp_path):
     Image.new("L", size, 90).save(tmp_path / "odd.png")
-    assert segment(tmp_path / "odd.png", "--weights", weights, "-o", tmp_path) == 0
+    assert segment(tmp_path / "odd.png", "--weights", weights, "-o", tmp_path, *options) == 0
     assert Image.open(tmp_path / "odd-labels.png").size == size
 
 
@@ -286,6 +329,9 @@ def test_command_errors_are_one_line_with_exit_code_2(photo, weights, tmp_path, 
         ([photo, "--weights", weights, "-o", tmp_path / "no" / "x.png"], "there is no folder"),
         ([photo, "--weights", weights, "--max-side", "0"], "--max-side"),
         ([photo, "--weights", weights, "--device", "abacus"], "--device abacus"),
+        ([photo, "--weights", weights, "--crf-iterations", "5"], "--crf-iterations needs --crf"),
+        ([photo, "--weights", weights, "--crf", "--crf-iterations", "0"], "--crf-iterations must be at least 1"),
+        ([photo, "--weights", weights, "--crf", "--crf-color-sigma", "nan"], "--crf-color-sigma must be finite"),
     ]
     for arguments, message in cases:
         assert segment(*arguments) == 2, arguments
