@@ -9,18 +9,9 @@
 #include <cstdint>
 
 #include "../core/atrous_depthwise.h"
+#include "context.h"
 
 namespace deeplab_kernels::cuda {
-
-enum class Dtype : int { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3 };
-
-struct Context {
-  void* stream;                                   // cudaStream_t
-  void* (*allocate)(void* owner, int64_t bytes);  // device memory that lives until the call's kernels have run
-  void* owner;
-
-  void* scratch(int64_t bytes) const { return allocate(owner, bytes); }
-};
 
 // gamma and beta may be null (1 and 0); mean and var may be null where the operator computes them.
 struct NormParameters {
