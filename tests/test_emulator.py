@@ -4,13 +4,11 @@ against the float64 reference, in several schedules."""
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
 import struct
-import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import _emulator
 import pytest
 import torch
 from torch import Tensor
@@ -18,17 +16,7 @@ from torch import Tensor
 import deeplab_kernels.ops  # noqa: F401  # before reference, which imports from it
 from deeplab_kernels import reference
 
-ROOT = Path(__file__).resolve().parent.parent
-CSRC = ROOT / "csrc"
-CXX = os.environ.get("CXX", "g++")
-FLAGS = [
-    "-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter",
-    "-DDEEPLAB_KERNELS_EMULATOR", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
-]  # fmt: skip
-
-pytestmark = pytest.mark.skipif(
-    shutil.which(CXX) is None or not hasattr(os, "posix_spawn"), reason="needs g++ on a POSIX system"
-)
+pytestmark = _emulator.needs_compiler
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 # Largest error over the largest magnitude of a result. For 16 bits: one rounding of the result and one of conv(x).
@@ -206,44 +194,17 @@ def decode(case: Case, data: memoryview, offset: int) -> tuple[list[Tensor | Non
 
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("emulator")
-    sources = [
-        ROOT / "tests/emulator/driver.cpp",
-        CSRC / "emulator/emulator.cpp",
-        *sorted((CSRC / "cuda").glob("atrous_depthwise*.cu")),
-    ]
-    pending = list(sources)
-    running: list[tuple[Path, subprocess.Popen[str]]] = []
-    while pending or running:
-        while pending and len(running) < 2:
-            source = pending.pop()
-            command = [CXX, *FLAGS, "-x", "c++", "-c", str(source), "-o", str(folder / f"{source.stem}.o")]
-            running.append((source, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
-        source, process = running.pop(0)
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
-        assert "warning" not in errors, errors
-    program = folder / "driver"
-    objects = [str(folder / f"{s.stem}.o") for s in sources]
-    subprocess.run([CXX, "-fsanitize=address,undefined", *objects, "-o", str(program)], check=True)
-    return program
+    kernels = sorted((_emulator.CSRC / "cuda").glob("atrous_depthwise*.cu"))
+    return _emulator.build(tmp_path_factory.mktemp("emulator"), "driver.cpp", kernels)
 
 
-class Run:
+class Run(_emulator.Run):
     """Results of the driver over many cases."""
 
     def __init__(
         self, driver: Path, cases: list[Case], folder: Path, order: str, seed: int = 0, dropped: str = ""
     ) -> None:
-        calls, results = folder / "calls.bin", folder / f"{order}.bin"
-        calls.write_bytes(b"".join(encode(c, inputs(c)) for c in cases))
-        done = subprocess.run(
-            [str(driver), str(calls), str(results), order, str(seed), dropped], capture_output=True, text=True,
-            timeout=600, env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "LD_PRELOAD": ""},
-        )  # fmt: skip
-        self.error = "" if done.returncode == 0 else done.stderr[-6000:] or f"exit code {done.returncode}"
-        self.barriers = done.stdout.split()
-        self.data = results.read_bytes()
+        super().__init__(driver, (encode(c, inputs(c)) for c in cases), folder, order, seed, dropped)
         self.results: dict[Case, list[Tensor | None]] = {}
         if not self.error:
             offset = 0

@@ -1,8 +1,7 @@
 // Launches of dense_crf_passes.h, and the calls of dense_crf.h.
-#include "dense_crf.h"
-
 #include <vector>
 
+#include "dense_crf.h"
 #include "dense_crf_passes.h"
 #include "permutohedral_calls.h"
 
@@ -49,8 +48,9 @@ class MeanField {
     T* parts = context.scratch_array<T>(most_parts);
     for (int m = 0; m < problem.kernel_count; ++m) {
       Kernel& k = kernels_[m];
-      k.buffers = {m < kMostSources ? context.scratch_array<T>(values_of_slot(m)) : kernels_[m % kMostSources].buffers.values,
-                   other, parts};
+      k.buffers = {
+          m < kMostSources ? context.scratch_array<T>(values_of_slot(m)) : kernels_[m % kMostSources].buffers.values,
+          other, parts};
       k.factors = k.filter.factors(context, k.buffers);
       k.weights = k.filter.weights(context, k.factors.in, k.factors.out);
       k.compatibility = {context.scratch_array<T>(labels_ * stride_), context.scratch_array<T>(labels_ * stride_),
@@ -93,12 +93,11 @@ class MeanField {
     run_to_rows(context_, image_, grad_energy, labels_, T(1), sum);
     T* mixed = nullptr;
     T* ahead = nullptr;
-    const int64_t slices = at_least(at_most(ceil_div(total_, kOuterPoints), kOuterSlices), 1);
+    const int64_t slices = at_most(ceil_div(total_, 4 * kOuterPoints), kOuterSlices);
     const int64_t elements = labels_ * labels_;
     for (int m = 0; m < problem_.kernel_count; ++m) {
       Kernel& k = kernels_[m];
-      k.reverse = k.factors.in == k.factors.out ? k.weights
-                                                : k.filter.weights(context_, k.factors.out, k.factors.in);
+      k.reverse = k.factors.in == k.factors.out ? k.weights : k.filter.weights(context_, k.factors.out, k.factors.in);
       if (problem_.kernels[m].grad_features) {
         if (!mixed) mixed = rows();
         // The blurred forward values: the values of the gradient are still needed when these are there.

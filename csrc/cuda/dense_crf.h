@@ -37,8 +37,8 @@ constexpr int64_t kMostLabels = 2048;
 void dense_crf_mean_field(const Context& context, Dtype dtype, const MeanFieldProblem& problem, void* energy,
                           void* saved);
 
-// Gradients of sum(grad_energy * E_T): of the unary energies and, per kernel, where its pointers are not null. saved may
-// be null: then the iterations run again.
+// Gradients of sum(grad_energy * E_T): of the unary energies and, per kernel, where its pointers are not null. saved
+// may be null: then the iterations run again.
 void dense_crf_mean_field_backward(const Context& context, Dtype dtype, const MeanFieldProblem& problem,
                                    const void* grad_energy, const void* saved, void* grad_unary);
 

@@ -1,6 +1,8 @@
-// Kernels of the mean field beside those of its filters. Rows as in permutohedral_passes.h, one a point, labels fastest.
+// Kernels of the mean field beside those of its filters. Rows as in permutohedral_passes.h, one a point, labels
+// fastest.
 //
-//   mean_field_step           slice + normalisation + compatibility + unary + softmax: all kernels' blurred vertices are
+//   mean_field_step           slice + normalisation + compatibility + unary + softmax: all kernels' blurred vertices
+//   are
 //                             read once, Q is written once
 //   mean_field_backward_step  the same the other way: slice + compatibility + softmax's derivative
 //   mix_labels                rows times a compatibility matrix
@@ -17,9 +19,9 @@ constexpr int kMostSources = 4;  // kernels that one step takes; further ones ta
 // A (labels, labels) matrix C as the kernels read it.
 template <typename T>
 struct Compatibility {
-  T* columns;   // [labels][stride] row j: C[0][j], C[1][j] ...
-  T* rows;      // [labels][stride] row j: C[j][0], C[j][1] ..., the columns of the transposed matrix
-  T* diagonal;  // [stride]
+  T* columns;     // [labels][stride] row j: C[0][j], C[1][j] ...
+  T* rows;        // [labels][stride] row j: C[j][0], C[j][1] ..., the columns of the transposed matrix
+  T* diagonal;    // [stride]
   int32_t* full;  // whether any other element is not 0
 
   Compatibility transposed() const { return {rows, columns, diagonal, full}; }
@@ -149,9 +151,8 @@ __device__ __forceinline__ double exponential(double v) { return exp(v); }
 
 // energy_out = energy - sum_m C_m F_m Q and q = softmax of that, each if not null; energy_out may be energy.
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads)
-    mean_field_step(Sources<T> sources, const T* energy, int64_t total, int64_t labels, int64_t stride, T* energy_out,
-                    T* q) {
+__global__ void __launch_bounds__(kRowThreads) mean_field_step(Sources<T> sources, const T* energy, int64_t total,
+                                                               int64_t labels, int64_t stride, T* energy_out, T* q) {
   constexpr int V = kVector<T>;
   const StepMemory<T> memory(stride);
   const int64_t p = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -186,14 +187,13 @@ __global__ void __launch_bounds__(kRowThreads)
     const Pack<T, V> e = shared_pack<T, V>(memory.sums + pack * V);
     Pack<T, V> share;
 #pragma unroll
-    for (int i = 0; i < V; ++i)
-      share.v[i] = pack * V + i < labels ? exponential(e.v[i] - highest) / norm : T(0);
+    for (int i = 0; i < V; ++i) share.v[i] = pack * V + i < labels ? exponential(e.v[i] - highest) / norm : T(0);
     store_pack<T, V>(q, p, stride, pack, share);
   }
 }
 
-// grad_q = (grad_q if not null) - sum_m C_m^T F_m^T (gradient of E). If last: turned into the gradient of the previous E
-// by the softmax that gave q, written to grad_energy, and added to grad_sum; otherwise written to grad_energy.
+// grad_q = (grad_q if not null) - sum_m C_m^T F_m^T (gradient of E). If last: turned into the gradient of the previous
+// E by the softmax that gave q, written to grad_energy, and added to grad_sum; otherwise written to grad_energy.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads)
     mean_field_backward_step(Sources<T> sources, const T* grad_q, const T* q, int64_t total, int64_t labels,

@@ -133,8 +133,8 @@ __device__ __forceinline__ void store_part(T* address, const Pack<acc_t<T>, V>& 
 
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
-constexpr int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+DK_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+DK_HOST_DEVICE constexpr int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+DK_HOST_DEVICE constexpr int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace deeplab_kernels::cuda

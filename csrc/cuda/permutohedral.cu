@@ -36,6 +36,7 @@ LatticeFilter<T>::LatticeFilter(const LatticeShape& shape, const Lattice<T>& lat
 
 template <typename T>
 auto LatticeFilter<T>::buffers(const Context& context, int64_t stride) const -> Buffers {
+  stride = at_least(stride, kOneChannel);  // the normalisation's
   return {context.scratch_array<T>(value_count(stride)), context.scratch_array<T>(value_count(stride)),
           context.scratch_array<T>(part_count(stride))};
 }
@@ -115,8 +116,7 @@ void LatticeFilter<T>::finish_feature_gradient(const Context& context, const Fac
     T* grad_n = context.scratch_array<T>(lattice.total * kOneChannel);
     const T* const none = nullptr;
     launch("normalization_gradient", normalization_gradient<T>, ceil_div(lattice.total, kBuildThreads),
-           dim3(kBuildThreads), 0, context.stream, lattice, factors.factor,
-           normalization == Normalization::kSymmetric,
+           dim3(kBuildThreads), 0, context.stream, lattice, factors.factor, normalization == Normalization::kSymmetric,
            normalization == Normalization::kBefore ? none : grad_out_weight,
            normalization == Normalization::kAfter ? none : grad_in_weight, kOneChannel, grad_n);
     const T* one = ones(context);
@@ -160,7 +160,8 @@ void filter(const Context& context, const LatticeShape& shape, const void* latti
   const auto filter = filter_of<T>(shape, lattice, normalization);
   const auto buffers = filter.buffers(context, stride);
   const auto factors = filter.factors(context, buffers);
-  const auto weights = filter.weights(context, transpose ? factors.out : factors.in, transpose ? factors.in : factors.out);
+  const auto weights =
+      filter.weights(context, transpose ? factors.out : factors.in, transpose ? factors.in : factors.out);
   T* rows = context.scratch_array<T>(shape.total() * stride);
   run_to_rows(context, shape, values, channels, T(1), rows);
   filter.splat_and_blur(context, weights, rows, stride, transpose, buffers);

@@ -13,7 +13,7 @@ namespace deeplab_kernels::cuda {
 
 struct LatticeShape {
   int64_t batch;
-  int dimension;  // of the features
+  int dimension;   // of the features
   int64_t points;  // of each image
 
   int64_t total() const { return batch * points; }
@@ -28,8 +28,7 @@ enum class Normalization : int { kNone = 0, kBefore = 1, kAfter = 2, kSymmetric 
 
 // A lattice is one block of so many bytes. features (batch, d, points).
 int64_t lattice_bytes(Dtype dtype, const LatticeShape& shape);
-void lattice_build(const Context& context, Dtype dtype, const LatticeShape& shape, const void* features,
-                   void* lattice);
+void lattice_build(const Context& context, Dtype dtype, const LatticeShape& shape, const void* features, void* lattice);
 
 // out = F values, or F^T values; both (batch, channels, points). out may be values.
 void permutohedral_filter(const Context& context, Dtype dtype, const LatticeShape& shape, const void* lattice,
@@ -38,7 +37,6 @@ void permutohedral_filter(const Context& context, Dtype dtype, const LatticeShap
 // grad_values and grad_features may each be null; features and values are read for grad_features only.
 void permutohedral_filter_backward(const Context& context, Dtype dtype, const LatticeShape& shape, const void* lattice,
                                    int64_t channels, const void* grad_out, const void* values, const void* features,
-                                   Normalization normalization, bool transpose, void* grad_values,
-                                   void* grad_features);
+                                   Normalization normalization, bool transpose, void* grad_values, void* grad_features);
 
 }  // namespace deeplab_kernels::cuda

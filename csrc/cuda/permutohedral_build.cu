@@ -1,6 +1,5 @@
 // Launches of permutohedral_build.h.
 #include "permutohedral_build.h"
-
 #include "permutohedral_calls.h"
 #include "sort.h"
 
@@ -14,8 +13,8 @@ struct Dimension {
   static constexpr int value = kD;
 };
 
-// f(Dimension<d>()) for the dimensions of images (positions, or positions and colours, in 2-D and 3-D), f(Dimension<0>())
-// otherwise.
+// f(Dimension<d>()) for the dimensions of images (positions, or positions and colours, in 2-D and 3-D),
+// f(Dimension<0>()) otherwise.
 template <typename F>
 void dispatch_dimension(int d, F&& f) {
   switch (d) {

@@ -122,8 +122,8 @@ struct Simplices {
   }
 };
 
-// slot[entries] of the table, -1 for points that have no position. The table holds more slots than there are entries, so
-// that a probe ends; a slot's vertex never changes once it has one, only the entry that stands for it, which is the
+// slot[entries] of the table, -1 for points that have no position. The table holds more slots than there are entries,
+// so that a probe ends; a slot's vertex never changes once it has one, only the entry that stands for it, which is the
 // smallest of all when the kernel ends.
 template <int kD>
 __global__ void __launch_bounds__(kBuildThreads)
@@ -169,8 +169,9 @@ static __global__ void __launch_bounds__(kScanThreads)
   if (threadIdx.x == 0) sums[blockIdx.x] = scan.total;
 }
 
-// Puts the vertices' numbers into the table in place of their first entries, and those into owner[vertices]. A number is
-// at most the entry, and only that entry looks for its own value in the slot, so replacing it while others look is safe.
+// Puts the vertices' numbers into the table in place of their first entries, and those into owner[vertices]. A number
+// is at most the entry, and only that entry looks for its own value in the slot, so replacing it while others look is
+// safe.
 static __global__ void __launch_bounds__(kScanThreads)
     number_vertices(TableSlot* table, const int32_t* slot, int64_t entries, const int32_t* before, int32_t* owner) {
   int32_t next = before[blockIdx.x];
@@ -219,7 +220,8 @@ __device__ __forceinline__ int32_t find_vertex(const VertexKey<kD>& key, const S
   }
 }
 
-// Threads: x directions, y vertices. neighbour[d + 1][entries][2]: along direction j all coordinates + 1 and coordinate j - d, and the reverse.
+// Threads: x directions, y vertices. neighbour[d + 1][entries][2]: along direction j all coordinates + 1 and coordinate
+// j - d, and the reverse.
 template <int kD>
 __global__ void __launch_bounds__(kBuildThreads)
     find_neighbours(Simplices simplices, const TableSlot* table, uint32_t mask, const int32_t* owner,

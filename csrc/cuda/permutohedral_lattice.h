@@ -7,7 +7,7 @@
 
 namespace deeplab_kernels::cuda {
 
-constexpr int kBuildThreads = 256;      // of kernels with one element a thread
+constexpr int kBuildThreads = 256;       // of kernels with one element a thread
 constexpr int64_t kVertexBlocks = 2048;  // of kernels that stride over a number only the device knows
 
 // A built lattice's arrays, all in one block of memory.
@@ -26,7 +26,8 @@ struct Lattice {
 
 template <typename T>
 __global__ void __launch_bounds__(kBuildThreads) fill(T* data, int64_t count, T value) {
-  for (int64_t i = int64_t(blockIdx.x) * kBuildThreads + threadIdx.x; i < count; i += int64_t(gridDim.x) * kBuildThreads)
+  for (int64_t i = int64_t(blockIdx.x) * kBuildThreads + threadIdx.x; i < count;
+       i += int64_t(gridDim.x) * kBuildThreads)
     data[i] = value;
 }
 

@@ -1,6 +1,6 @@
-// Passes of a filter over a built lattice. Values lie in rows, one a point or vertex, channels fastest, padded with zeros
-// to whole 16-byte packs. Threads: x over the packs of a row, y over rows; where the rows are vertices, whose number only
-// the device knows, blocks stride over them.
+// Passes of a filter over a built lattice. Values lie in rows, one a point or vertex, channels fastest, padded with
+// zeros to whole 16-byte packs. Threads: x over the packs of a row, y over rows; where the rows are vertices, whose
+// number only the device knows, blocks stride over them.
 //
 //   splat_chunks, splat_joins   points -> vertices: sums over the sorted list of entries, in chunks of equal length
 //                               whatever the vertices' lists are; a vertex whose list crosses chunks is put together
@@ -65,7 +65,8 @@ __global__ void __launch_bounds__(kBuildThreads)
   const uint32_t corners = uint32_t(lattice.d + 1);
   const int32_t vertices = *lattice.vertices;
   const uint32_t entry = uint32_t(lattice.list_entry[i]), point = entry / corners;
-  splat[i] = {int32_t(point), lattice.list_vertex[i] < vertices ? lattice.weight[entry] * (in ? in[point] : T(1)) : T(0)};
+  splat[i] = {int32_t(point),
+              lattice.list_vertex[i] < vertices ? lattice.weight[entry] * (in ? in[point] : T(1)) : T(0)};
   const int32_t vertex = lattice.vertex[i];
   const T factor = scale * (out ? out[uint32_t(i) / corners] : T(1));
   slice[i] = {vertex < vertices ? vertex : -1, factor == T(0) ? T(0) : lattice.weight[i] * factor};
@@ -206,7 +207,8 @@ __global__ void __launch_bounds__(kBuildThreads)
 
 constexpr int kTile = 32, kTileRows = 8;
 
-// (batch, channels, points) -> rows [batch * points][stride], padded with zeros. Blocks: x channels, y points of a tile.
+// (batch, channels, points) -> rows [batch * points][stride], padded with zeros. Blocks: x channels, y points of a
+// tile.
 template <typename T>
 __global__ void __launch_bounds__(kTile* kTileRows)
     to_rows(const T* data, int64_t channels, int64_t points, int64_t stride, int64_t tiles, T factor, T* rows) {
@@ -249,7 +251,8 @@ __global__ void __launch_bounds__(kTile* kTileRows)
   }
 }
 
-// What the normalisation multiplies by, from n = K 1 (the first of each row): 1 / n, or its square root; times the mask.
+// What the normalisation multiplies by, from n = K 1 (the first of each row): 1 / n, or its square root; times the
+// mask.
 template <typename T>
 __global__ void __launch_bounds__(kBuildThreads)
     normalization_factors(const T* rows, int64_t stride, int64_t total, bool root, const T* mask, T* factor) {
@@ -259,8 +262,9 @@ __global__ void __launch_bounds__(kBuildThreads)
   factor[p] = mask && mask[p] == T(0) ? T(0) : T(1) / (root ? sqrt(n) : n);
 }
 
-// The gradient of n: what the weights on the way out (in) would gain by their own factor is weight * grad_weight, summed
-// over the point's entries. Adds up what of both depends on n. grad_n goes to the first of each row, zeros to the rest.
+// The gradient of n: what the weights on the way out (in) would gain by their own factor is weight * grad_weight,
+// summed over the point's entries. Adds up what of both depends on n. grad_n goes to the first of each row, zeros to
+// the rest.
 template <typename T>
 __global__ void __launch_bounds__(kBuildThreads)
     normalization_gradient(Lattice<T> lattice, const T* factor, bool root, const T* grad_out_weight,
@@ -270,7 +274,8 @@ __global__ void __launch_bounds__(kBuildThreads)
   T sum = T(0);
   for (int k = 0; k <= lattice.d; ++k) {
     const int64_t e = p * (lattice.d + 1) + k;
-    sum += lattice.weight[e] * ((grad_out_weight ? grad_out_weight[e] : T(0)) + (grad_in_weight ? grad_in_weight[e] : T(0)));
+    sum += lattice.weight[e] *
+           ((grad_out_weight ? grad_out_weight[e] : T(0)) + (grad_in_weight ? grad_in_weight[e] : T(0)));
   }
   const T f = factor[p];
   rows[p * stride] = f == T(0) ? T(0) : root ? T(-0.5) * sum * f * f : -sum * f;

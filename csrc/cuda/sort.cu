@@ -1,6 +1,5 @@
-#include "sort.h"
-
 #include "launch.h"
+#include "sort.h"
 
 #if defined(DEEPLAB_KERNELS_EMULATOR)
 #include <algorithm>

@@ -1,13 +1,11 @@
 // CUDA bindings of the atrous depthwise operators: checks, geometry, call. As atrous_depthwise_cpu.cpp, on the current
 // stream of x's device.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
 #include "../cuda/atrous_depthwise.h"
-#include "tensors.h"
+#include "launcher.h"
 
 namespace deeplab_kernels {
 namespace {
@@ -29,28 +27,6 @@ cuda::Dtype dtype_of(const Tensor& x) {
       STD_TORCH_CHECK(false, "the CUDA kernels take float32, float64, float16 and bfloat16");
   }
 }
-
-// The device and stream of one call, and its scratch memory: freed when the call returns, which torch's allocator
-// allows because the memory is handed out again on the same stream only.
-class Launcher {
- public:
-  explicit Launcher(const Tensor& x) : x_(x), guard_(x.get_device_index()) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
-  }
-  cuda::Context context() { return {stream_, &Launcher::allocate, this}; }
-
- private:
-  static void* allocate(void* self, int64_t bytes) {
-    Launcher& launcher = *static_cast<Launcher*>(self);
-    launcher.scratch_.push_back(empty_vector(bytes, launcher.x_, ScalarType::Byte));
-    return launcher.scratch_.back().mutable_data_ptr();
-  }
-
-  Tensor x_;
-  torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_ = nullptr;
-  std::vector<Tensor> scratch_;
-};
 
 const void* in(const Tensor& t) { return t.const_data_ptr(); }
 const void* in_or_null(const OptionalTensor& t) { return t ? in(*t) : nullptr; }

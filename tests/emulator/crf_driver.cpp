@@ -54,14 +54,15 @@ void run(const Call& call, std::FILE* in, std::FILE* out) {
       inputs.push_back(read_buffer(in, 0));
       inputs.push_back(read_buffer(in, 0));
       const Buffer &features = inputs[2 * m], &matrix = inputs[2 * m + 1];
-      kernels.push_back({int(call.dimension[m]), features.data, nullptr, matrix.data, normalization(m), nullptr, nullptr});
+      kernels.push_back(
+          {int(call.dimension[m]), features.data, nullptr, matrix.data, normalization(m), nullptr, nullptr});
       if (backward) {
         kernels.back().grad_features = output(features.bytes, call.want_first);
         kernels.back().grad_compatibility = output(matrix.bytes, call.want_second);
       }
     }
-    const cuda::MeanFieldProblem problem{call.batch,  call.channels,  call.points,      int(call.iterations),
-                                         values.data, mask.data,      kernels.data(),   int(call.kernel_count)};
+    const cuda::MeanFieldProblem problem{call.batch,  call.channels, call.points,    int(call.iterations),
+                                         values.data, mask.data,     kernels.data(), int(call.kernel_count)};
     if (backward)
       cuda::dense_crf_mean_field_backward(context, dtype, problem, grad.data, saved.data, first);
     else

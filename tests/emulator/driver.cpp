@@ -3,8 +3,9 @@
 //   driver calls.bin results.bin forward|reverse|random seed dropped_barrier
 //
 // A call is a Call, then its input tensors (see driver.h). The barriers that ran are printed at the end.
-#include "../../csrc/cuda/atrous_depthwise.h"
 #include "driver.h"
+
+#include "../../csrc/cuda/atrous_depthwise.h"
 
 using namespace deeplab_kernels;
 

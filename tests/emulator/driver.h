@@ -1,7 +1,7 @@
 // What the emulator's drivers share: buffers, the files, the schedule.
 //
-// Tensors lie one after the other in the files, each as an int64 count of bytes (-1 for null) and the bytes. Buffers are
-// allocated to the byte, so that AddressSanitizer sees any access outside, and filled with 0xff (NaN).
+// Tensors lie one after the other in the files, each as an int64 count of bytes (-1 for null) and the bytes. Buffers
+// are allocated to the byte, so that AddressSanitizer sees any access outside, and filled with 0xff (NaN).
 #pragma once
 
 #include <cstdio>
