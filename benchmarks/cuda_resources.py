@@ -2,6 +2,7 @@
 
     python benchmarks/cuda_resources.py          # sm_80, 90, 100, 120; writes results/compile/cuda_resources.*
     python benchmarks/cuda_resources.py --arch 90 --kernels nhwc --no-write
+    python benchmarks/cuda_resources.py --sources 'permutohedral|dense_crf'
 
 nvcc's ptxas reports the resources; the widths come from the machine code, through cuobjdump (nvcc's own or the one
 that ships with Triton). Shared memory is dynamic, chosen at the launch and at most 48 KB: here it shows as 0. Exit code
@@ -116,6 +117,8 @@ def compile_source(source: Path, arch: int, nvcc: str, cuobjdump: str | None) ->
     names = demangle(re.findall(r"Compiling entry function '(\S+)'", done.stderr))
     for entry in done.stderr.split("Compiling entry function '")[1:]:
         mangled = entry.split("'", 1)[0]
+        if "cub::" in names[mangled]:  # the radix sort's
+            continue
 
         def number(pattern: str, text: str = entry) -> int:
             match = re.search(pattern, text)
@@ -138,11 +141,12 @@ def compile_source(source: Path, arch: int, nvcc: str, cuobjdump: str | None) ->
     return found
 
 
-def measure(architectures: Sequence[int], jobs: int = 2) -> list[Resources]:
+def measure(architectures: Sequence[int], jobs: int = 2, sources: str = "") -> list[Resources]:
     nvcc, cuobjdump = find_tool("nvcc"), find_tool("cuobjdump")
     if nvcc is None:
         raise SystemExit("no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda")
-    work = [(s, a) for s in sorted((ROOT / "csrc/cuda").glob("*.cu")) for a in architectures]
+    files = [s for s in sorted((ROOT / "csrc/cuda").glob("*.cu")) if re.search(sources, s.stem)]
+    work = [(s, a) for s in files for a in architectures]
     with ThreadPoolExecutor(jobs) as pool:
         results = pool.map(lambda item: compile_source(*item, nvcc, cuobjdump), work)
     # A kernel that several files instantiate (those of the accumulation type) is listed once.
@@ -184,10 +188,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="for example 90")
     parser.add_argument("--kernels", default="", help="only those whose name matches this regular expression")
+    parser.add_argument("--sources", default="", help="compile only files that match; other kernels' figures are kept")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
     parser.add_argument("--no-write", action="store_true")
     arguments = parser.parse_args()
-    resources = [r for r in measure(arguments.arch, arguments.jobs) if re.search(arguments.kernels, r.kernel)]
+    measured = measure(arguments.arch, arguments.jobs, arguments.sources)
+    if arguments.sources and FILE.exists():
+        kept = [Resources(**r) for r in json.loads(FILE.read_text())["kernels"]]
+        both = {(r.kernel, r.arch): r for r in [*kept, *measured]}
+        measured = [both[key] for key in sorted(both)]
+    resources = [r for r in measured if re.search(arguments.kernels, r.kernel)]
     if not resources:
         raise SystemExit(f"no kernel's name matches {arguments.kernels!r}")
     text = table(resources)

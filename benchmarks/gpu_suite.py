@@ -1,5 +1,5 @@
-"""Everything that needs a GPU, in one call: builds the CUDA library, runs its tests, then times the depthwise layers of
-DeepLab v3+ against cuDNN, PyTorch's native kernel and torch.compile.
+"""Everything that needs a GPU, in one call: builds the CUDA library, runs its tests, then times the dense CRF, and the
+depthwise layers of DeepLab v3+ against cuDNN, PyTorch's native kernel and torch.compile.
 
     python benchmarks/gpu_suite.py --output results.json      # on a machine with a GPU and nvcc; no network needed
     python benchmarks/gpu_suite.py --rehearse                 # without a GPU: the same steps, tiny and on the CPU
@@ -352,6 +352,128 @@ def benchmark(report: Report, rehearse: bool, compile_too: bool) -> None:
     report.step("benchmarks", ok=True)
 
 
+# Height, width, labels; the bars of ten iterations in milliseconds, lattices built on the device.
+PICTURES = {"375x500x21": (375, 500, 21, 2.0), "1024x2048x19": (1024, 2048, 19, 15.0)}
+
+
+class CrfBenchmark:
+    """Ten iterations on one picture: appearance (80 pixels, 13 grey levels) and smoothness (3 pixels)."""
+
+    def __init__(self, height: int, width: int, labels: int, device: str) -> None:
+        import torch
+        from torch.nn.functional import interpolate
+
+        self.torch, self.device, self.labels, self.points = torch, device, labels, height * width
+        g = torch.Generator().manual_seed(0)
+        coarse = (max(height // 24, 2), max(width // 24, 2))
+        # Smooth regions with a photograph's noise: the number of vertices is what a lattice costs.
+        colours = interpolate(torch.rand(1, 3, *coarse, generator=g) * 255, (height, width), mode="bicubic")[0]
+        colours = colours + 4 * torch.randn(colours.shape, generator=g)
+        y, x = torch.meshgrid(torch.arange(float(height)), torch.arange(float(width)), indexing="ij")
+        position = torch.stack([x, y])
+        features = [torch.cat([position / 80, colours / 13]), position / 3]
+        unary = interpolate(torch.randn(1, labels, *coarse, generator=g), (height, width), mode="bilinear") * 3
+        matrices = [-weight * torch.eye(labels) for weight in (10.0, 3.0)]
+        self.unary = unary.reshape(1, labels, -1).to(device)
+        self.features = [f.reshape(1, f.shape[0], -1).to(device) for f in features]
+        self.matrices = [m.to(device) for m in matrices]
+        self.ops = torch.ops.deeplab_kernels
+
+    def arguments(self, lattices: list[Any] | None = None) -> tuple[Any, ...]:
+        return (self.unary, self.features, lattices or [], self.matrices, None, [3, 3], 10)
+
+    def check(self) -> dict[str, float]:
+        """Labels that differ from the definition's in float64 on the CPU, as a share; raises where there are many."""
+        from deeplab_kernels import reference
+
+        arguments = self.arguments()
+        wide = [[t.double().cpu() for t in a] if isinstance(a, list) and a and a is not arguments[5] else a
+                for a in arguments]  # fmt: skip
+        wide[0] = self.unary.double().cpu()
+        wanted, _ = reference.dense_crf_mean_field(*wide, False)
+        energy, _ = self.ops.dense_crf_mean_field(*arguments, False)
+        differ = float((energy.cpu().argmax(1) != wanted.argmax(1)).float().mean())
+        if not differ < 0.005:
+            raise AssertionError(f"{differ:.2%} of the labels differ from the definition's")
+        return {"labels that differ": differ}
+
+    def candidates(self) -> dict[str, Callable[[], Any]]:
+        torch, ops = self.torch, self.ops
+        lattices = [ops.permutohedral_lattice(f) for f in self.features]
+        _, saved = ops.dense_crf_mean_field(*self.arguments(lattices), True)
+        grad = torch.ones_like(self.unary)
+        found: dict[str, Callable[[], Any]] = {
+            "10 iterations, lattices built": lambda: ops.dense_crf_mean_field(*self.arguments(), False),
+            "10 iterations, lattices given": lambda: ops.dense_crf_mean_field(*self.arguments(lattices), False),
+            "backward, unary and matrices": lambda: ops.dense_crf_mean_field_backward(
+                grad, saved, *self.arguments(lattices), False, True
+            ),
+            "backward, features too": lambda: ops.dense_crf_mean_field_backward(
+                grad, saved, *self.arguments(lattices), True, True
+            ),
+            "lattices": lambda: [ops.permutohedral_lattice(f) for f in self.features],
+            "appearance filter": lambda: ops.permutohedral_filter(self.unary, self.features[0], lattices[0], 3, False),
+            "smoothness filter": lambda: ops.permutohedral_filter(self.unary, self.features[1], lattices[1], 3, False),
+        }
+        if self.device == "cuda":
+            graph = self.graph()
+            if graph is not None:
+                found["10 iterations, CUDA graph"] = graph
+        return found
+
+    def graph(self) -> Callable[[], Any] | None:
+        """The whole inference as one CUDA graph; None where a backend waits for the device."""
+        torch = self.torch
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.ops.dense_crf_mean_field(*self.arguments(), False)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.ops.dense_crf_mean_field(*self.arguments(), False)
+        except RuntimeError:
+            return None
+        return graph.replay
+
+    def exact(self) -> dict[str, Callable[[], Any]]:
+        from deeplab_kernels import ops
+
+        return {"exact appearance filter": lambda: ops.gaussian_filter(self.unary, self.features[0])}
+
+
+def crf_benchmark(report: Report, rehearse: bool) -> None:
+    import torch
+
+    import deeplab_kernels.ops  # noqa: F401  # registers the operators
+
+    device = "cpu" if rehearse else "cuda"
+    timer = Timer(device, rounds=3 if rehearse else 25)
+    report.data["crf"] = []
+    for name, (height, width, labels, bar) in PICTURES.items():
+        row: dict[str, Any] = {"picture": name, "bar_ms": bar}
+        try:
+            small = CrfBenchmark(40, 60, labels, device)
+            row |= small.check()
+            case = small if rehearse else CrfBenchmark(height, width, labels, device)
+            if not rehearse:
+                torch.cuda.reset_peak_memory_stats()
+            row["times"] = timer.compare(case.candidates())
+            if not rehearse:
+                row["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+            if name == "375x500x21":
+                row["times"] |= Timer(device, rounds=3).compare(case.exact())
+        except Exception as error:  # one picture must not cost the other
+            row["failed"] = f"{type(error).__name__}: {error}"
+            row["traceback"] = traceback.format_exc()[-2000:]
+        report.data["crf"].append(row)
+        report.flush()
+        summary = {k: v["median_us"] for k, v in row.get("times", {}).items()}
+        print(name, row.get("failed", ""), json.dumps(summary), flush=True)
+    report.step("crf benchmarks", ok=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("gpu_suite.json"))
@@ -369,15 +491,18 @@ def main() -> int:
         tree = build(report, Path(folder), arguments.rehearse)
         sys.path.insert(0, tree)
         if arguments.rehearse:
-            tests(report, tree, "tests/gpu", "one or kernel or opcheck or views or empty", 240, True)
+            tests(report, tree, "tests/gpu", "one or kernel or opcheck or views or empty or trains", 240, True)
+            crf_benchmark(report, rehearse=True)
             benchmark(report, rehearse=True, compile_too=False)
         else:
             tests(report, tree, "tests/gpu", "not triton", 150, False)
+            crf_benchmark(report, rehearse=False)
             benchmark(report, rehearse=False, compile_too=not arguments.no_compile)
             tests(report, tree, "tests/gpu", "triton", 240, False)
             tests(report, tree, "tests/test_triton_atrous_depthwise.py", "gpu", 240, False)
     failed = [s["step"] for s in report.data["steps"] if not s.get("ok")]
     failed += [f"{r['layer']} {r['dtype']} {r['layout']}" for r in report.data["layers"] if "failed" in r]
+    failed += [r["picture"] for r in report.data.get("crf", []) if "failed" in r]
     print("failed: " + (", ".join(failed) or "nothing"))
     return 1 if failed else 0
 

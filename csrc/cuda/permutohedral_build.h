@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kBuildThreads)
 
 // grad_features[batch][d][points] from the gradients of both uses of the weights.
 template <typename T, int kD>
-__global__ void __launch_bounds__(kBuildThreads)
+__global__ void __launch_bounds__(kBuildThreads, 4)
     feature_gradient(const T* features, int64_t total, int64_t points, int d_any, AxisScales<T> scales,
                      const T* grad_out_weight, const T* grad_in_weight, T* grad_features) {
   const int d = kD ? kD : d_any;

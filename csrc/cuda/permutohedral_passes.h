@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kRowThreads)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 4)
     splat_joins(const int32_t* list_vertex, const int32_t* start, int64_t entries, const int32_t* vertices,
                 const T* parts, int64_t stride, T* out) {
   constexpr int V = kVector<T>;
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kRowThreads)
   const int64_t last = (start[vertex + 1] - 1) / kChunk;
   for (int64_t pack = threadIdx.x; pack < stride / V; pack += blockDim.x) {
     Pack<T, V> sum = load_pack<T, V>(parts, chunk * 2 + 1, stride, pack);
-#pragma unroll 4
+#pragma unroll 8
     for (int64_t c = chunk + 1; c <= last; ++c) add_scaled(sum, T(1), load_pack<T, V>(parts, c * 2, stride, pack));
     store_pack<T, V>(out, vertex, stride, pack, sum);
   }

@@ -37,6 +37,7 @@ OPERATORS: dict[str, str | None] = {
 
 _library_impl = torch.library.Library(NAMESPACE, "IMPL")
 _autocast_impl = torch.library.Library(NAMESPACE, "IMPL")
+_on_triton: set[str] = set()  # operators that Triton serves on CUDA devices
 
 
 def _lazy_triton(stem: str, name: str) -> Callable[..., Any]:
@@ -73,14 +74,16 @@ def _registered(operator: str, key: str) -> bool:
 def serving(operator: str) -> dict[str, str]:
     """Backend that serves ``operator`` on each device type."""
     cpu = f"C++ ({_library.cpu_instruction_set()})" if _registered(operator, "CPU") else "reference"
-    cuda = cuda_backend() if _registered(operator, "CUDA") else "reference"
+    cuda = "triton" if operator in _on_triton else "cuda" if _registered(operator, "CUDA") else "reference"
     return {"cpu": cpu, "cuda": cuda, "other": "reference"}
 
 
 def register_kernels() -> None:
     for operator, stem in OPERATORS.items():
         _library_impl.impl(operator, getattr(reference, operator), "CompositeExplicitAutograd")
-        if cuda_backend() == "triton" and stem is not None:
+        # Also beside the CUDA library, for the operators that it does not have.
+        if stem is not None and "triton" not in _library.missing() and not _registered(operator, "CUDA"):
+            _on_triton.add(operator)
             _library_impl.impl(operator, _lazy_triton(stem, operator), "CUDA")
 
 
