@@ -16,6 +16,10 @@ namespace deeplab_kernels::cuda {
 
 constexpr int kMostSources = 4;  // kernels that one step takes; further ones take another step
 
+// Blocks of a step on a multiprocessor: as many as leave it the registers it needs.
+template <typename T>
+constexpr int kStepBlocks = sizeof(T) == 8 ? 2 : 3;
+
 // A (labels, labels) matrix C as the kernels read it.
 template <typename T>
 struct Compatibility {
@@ -151,8 +155,9 @@ __device__ __forceinline__ double exponential(double v) { return exp(v); }
 
 // energy_out = energy - sum_m C_m F_m Q and q = softmax of that, each if not null; energy_out may be energy.
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads, 4) mean_field_step(Sources<T> sources, const T* energy, int64_t total,
-                                                                  int64_t labels, int64_t stride, T* energy_out, T* q) {
+__global__ void __launch_bounds__(kRowThreads, kStepBlocks<T>)
+    mean_field_step(Sources<T> sources, const T* energy, int64_t total, int64_t labels, int64_t stride, T* energy_out,
+                    T* q) {
   constexpr int V = kVector<T>;
   const StepMemory<T> memory(stride);
   const int64_t p = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -195,7 +200,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) mean_field_step(Sources<T> sou
 // grad_q = (grad_q if not null) - sum_m C_m^T F_m^T (gradient of E). If last: turned into the gradient of the previous
 // E by the softmax that gave q, written to grad_energy, and added to grad_sum; otherwise written to grad_energy.
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads, 4)
+__global__ void __launch_bounds__(kRowThreads, kStepBlocks<T>)
     mean_field_backward_step(Sources<T> sources, const T* grad_q, const T* q, int64_t total, int64_t labels,
                              int64_t stride, bool last, T* grad_energy, T* grad_sum) {
   constexpr int V = kVector<T>;
