@@ -6,6 +6,8 @@ import copy
 import io
 import itertools
 import pickle
+import re
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -718,3 +720,8 @@ def test_layer_checks_its_inputs() -> None:
     ):
         with pytest.raises(error, match=message):
             crf(*wrong)
+
+
+def test_documentation_runs() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "dense_crf.md").read_text()
+    exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), {})
