@@ -361,3 +361,23 @@ def test_not_finite_features_make_their_image_nan_where_nobody_looks(bad):
     for out in (OP(values, features), *BACKWARD(grad, values, features, True, True)):
         assert out[1].isnan().all()
         assert out[0].isfinite().all()
+
+
+def test_benchmark(monkeypatch, capsys):
+    """It checks, times and tabulates; its plain torch contenders compute the same."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import bench_gaussian_filter as bench
+
+    values, features = bench.problem(6, 7, (3, 30))
+    grad = torch.randn_like(values)
+    torch.testing.assert_close(bench.plain_torch(values, features, 5), reference.gaussian_filter(values, features))
+    ours = reference.gaussian_filter_backward(grad, values, features, True, True)
+    for a, b in zip(bench.plain_torch_backward(grad, values, features, 5), ours, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(bench, "SIZES", {"tiny": (6, 7)})
+    monkeypatch.setattr(bench.measure, "use_tuned_allocator", lambda: None)
+    assert bench.main(["--rounds", "1", "--no-write"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")]
+    assert len(rows) == len(bench.SIGMAS) + len(bench.RADII)
+    with pytest.raises(bench.measure.CheckFailed):
+        bench.check(torch.zeros(3), torch.ones(3), "zeros")
