@@ -117,6 +117,11 @@ T* scratch_rows(int64_t elements) {
 }  // namespace
 
 template <typename T>
+void pack_unary(Strided<const T> unary, int64_t labels, int64_t first, int64_t count, T* rows) {
+  load_rows(unary, labels, packed_channels(labels), 0, first, count, T(-1), -std::numeric_limits<T>::infinity(), rows);
+}
+
+template <typename T>
 struct MeanField<T>::State {
   MeanFieldProblem<T> problem;
   const Parallel& parallel;
@@ -124,7 +129,8 @@ struct MeanField<T>::State {
   int64_t pitch, block;
   std::vector<Filter<T>> filters;
   std::vector<Compatibility<T>> compatibility;
-  Buffer<T> minus_unary;  // (batch, points, pitch), padding -infinity
+  const T* minus_unary;  // (batch, points, pitch), padding -infinity
+  Buffer<T> own_unary;   // where the problem has them not packed
 
   State(const MeanFieldProblem<T>& p, const Parallel& pool)
       : problem(p),
@@ -137,17 +143,21 @@ struct MeanField<T>::State {
       filters.emplace_back(p, m, pitch, false, parallel);
       compatibility.emplace_back(p.kernels[m].compatibility, p.labels, pitch);
     }
-    minus_unary = Buffer<T>(p.batch * p.points * pitch);
+    minus_unary = p.packed_unary;
+    if (minus_unary != nullptr) return;
+    own_unary = Buffer<T>(p.batch * p.points * pitch);
+    minus_unary = own_unary.data();
     each_block([&](int64_t, int64_t image, int64_t first, int64_t count, T*) {
-      load_rows(p.unary, p.labels, pitch, image, first, count, T(-1), -std::numeric_limits<T>::infinity(),
-                unary_rows(image, first));
+      Strided<const T> unary = p.unary;
+      unary.data += image * unary.batch_stride;
+      pack_unary(unary, p.labels, first, count, own_unary.data() + (image * plan.points + first) * pitch);
     });
   }
 
   bool empty() const { return plan.chunks() == 0 || problem.labels == 0; }
   int kernel_count() const { return int(filters.size()); }
-  T* unary_rows(int64_t image, int64_t first) const {
-    return minus_unary.data() + (image * plan.points + first) * pitch;
+  const T* unary_rows(int64_t image, int64_t first) const {
+    return minus_unary + (image * plan.points + first) * pitch;
   }
 
   // Calls f(chunk, image, first, count, scratch) for all blocks, scratch of three blocks' rows, after prepare(chunk).
@@ -463,6 +473,7 @@ void mean_field_backward(const MeanFieldProblem<T>& problem, int64_t iterations,
 }
 
 #define DK_INSTANTIATE(T)                                                                                          \
+  template void pack_unary<T>(Strided<const T>, int64_t, int64_t, int64_t, T*);                                    \
   template class MeanField<T>;                                                                                     \
   template void mean_field<T>(const MeanFieldProblem<T>&, int64_t, const MeanFieldOutput<T>&, T*, const Parallel&, \
                               MeanFieldProgress, void*);                                                           \

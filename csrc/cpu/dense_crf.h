@@ -24,8 +24,9 @@ struct PairwiseKernel {
 template <typename T>
 struct MeanFieldProblem {
   int64_t batch = 0, labels = 0, points = 0;
-  Strided<const T> unary;         // (batch, labels, points)
-  const uint8_t* mask = nullptr;  // (batch, points), contiguous; points with 0 send and receive nothing. Null: all 1
+  Strided<const T> unary;           // (batch, labels, points)
+  const T* packed_unary = nullptr;  // in place of unary: (batch, points, row) as pack_unary writes them; not copied
+  const uint8_t* mask = nullptr;    // (batch, points), contiguous; points with 0 send and receive nothing. Null: all 1
   const PairwiseKernel<T>* kernels = nullptr;  // lattices of the same batch and points
   int kernel_count = 0;
   LatticeScale scale = LatticeScale::kExactSum;
@@ -38,8 +39,13 @@ struct MeanFieldOutput {
   Strided<T> q;       // Q_t
 };
 
-// Inference step by step; mean_field() below does it at once. The object copies the unary energies; kernels' matrices,
-// the mask, the problem's array of kernels and `parallel` must outlive it.
+// Writes `count` rows of packed_channels(labels): -U of the points first, first + 1, ... of an image whose unary
+// energies are (labels, points); padding is -infinity.
+template <typename T>
+void pack_unary(Strided<const T> unary, int64_t labels, int64_t first, int64_t count, T* rows);
+
+// Inference step by step; mean_field() below does it at once. The object copies `unary`; packed_unary, the kernels'
+// matrices, the mask, the problem's array of kernels and `parallel` must outlive it.
 template <typename T>
 class MeanField {
  public:

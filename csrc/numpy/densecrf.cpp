@@ -19,6 +19,7 @@
 #include "../core/permutohedral.h"
 #include "../cpu/dense_crf.h"
 #include "../cpu/permutohedral.h"
+#include "../cpu/workspace.h"
 #include "thread_pool.h"
 
 namespace py = pybind11;
@@ -79,12 +80,20 @@ int64_t padded_points(int64_t points) { return points + (points % 4 != 0); }
 // (d, padded_points) features in units of the kernel's standard deviation.
 struct Features {
   Features(int d, int64_t points)
-      : d(d), points(points), padded(padded_points(points)), values(size_t(d) * size_t(padded)) {}
-  float& at(int axis, int64_t point) { return values[size_t(axis * padded + point)]; }
+      : d(d),
+        points(points),
+        padded(padded_points(points)),
+        memory(size_t(d * padded) * sizeof(float)),
+        values(memory.as<float>()) {
+    for (int axis = 0; axis < d; ++axis)
+      for (int64_t p = points; p < padded; ++p) at(axis, p) = 0;
+  }
+  float& at(int axis, int64_t point) { return values[axis * padded + point]; }
 
   int d;
   int64_t points, padded;
-  std::vector<float> values;
+  cpu::Workspace memory;
+  float* values;
 };
 
 // What `Lattice.problem` tells: (is it too large rather than NaN or infinite, axis, point, limit).
@@ -93,7 +102,7 @@ using Problem = std::optional<std::tuple<bool, int64_t, int64_t, double>>;
 struct BuiltLattice {
   explicit BuiltLattice(const Features& features)
       : points(features.points),
-        lattice(1, features.d, features.padded, {features.values.data(), 0, features.padded, 1}, parallel()) {}
+        lattice(1, features.d, features.padded, {features.values, 0, features.padded, 1}, parallel()) {}
   Problem problem() const {
     const cpu::FeatureProblem& found = lattice.problem();
     if (found.kind == cpu::FeatureProblem::kNone) return std::nullopt;
@@ -149,86 +158,78 @@ BuiltLattice lattice_of_bilateral(const std::pair<int64_t, int64_t>& size, const
   return lattice_of_image<E>(size, sigma_xy, &image, sigma_channel);
 }
 
-// A copy of the unary energies, (labels, padded_points).
+Strided<const float> view(const FloatArray& array) {
+  require(array.ndim() == 2, "array: bad shape");
+  require(array.strides(0) % kSize<float> == 0 && array.strides(1) % kSize<float> == 0, "array: unaligned");
+  return {array.data(), 0, array.strides(0) / kSize<float>, array.strides(1) / kSize<float>};
+}
+
+// A copy of the unary energies (labels, points) as the kernels want them.
 class Unary {
  public:
-  explicit Unary(const FloatArray& array) : labels(array.shape(0)), points(array.shape(1)) {
-    require(array.ndim() == 2, "unary: bad shape");
-    const char* in = static_cast<const char*>(static_cast<const py::array&>(array).data());
-    const py::ssize_t label_stride = array.strides(0), point_stride = array.strides(1);
+  explicit Unary(const FloatArray& array)
+      : labels(array.shape(0)),
+        points(array.shape(1)),
+        rows_(size_t(padded_points(points) * cpu::packed_channels(labels)) * sizeof(float)) {
+    const Strided<const float> in = view(array);
     py::gil_scoped_release released;
-    const int64_t padded = padded_points(points), blocks = (points + kBlock - 1) / kBlock;
-    values_.reset(new float[size_t(labels * padded)]);
+    const int64_t blocks = (points + kBlock - 1) / kBlock, pitch = cpu::packed_channels(labels);
     std::vector<int64_t> problems(size_t(blocks), -1);
     parallel()(blocks, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const int64_t first = b * kBlock, count = std::min(kBlock, points - first);
-        float least[kBlock];
-        std::fill_n(least, kBlock, kForbidden);
-        for (int64_t label = 0; label < labels; ++label) {
-          const char* from = in + label * label_stride + first * point_stride;
-          float* to = values_.get() + label * padded + first;
-          const bool good = point_stride == kSize<float> ? take(ContiguousFloats{from}, count, to, least)
-                                                         : take(StridedFloats{from, point_stride}, count, to, least);
-          if (!good && problems[size_t(b)] < 0)
-            problems[size_t(b)] = label * points + first +
-                                  (std::find_if_not(to, to + count, [](float v) { return v > -kForbidden; }) - to);
-        }
-        const float* impossible = std::find_if_not(least, least + count, [](float v) { return v < kForbidden; });
-        if (impossible != least + count && problems[size_t(b)] < 0)
-          problems[size_t(b)] = labels * points + first + (impossible - least);
+        problems[size_t(b)] = find_problem(in, first, count);
+        cpu::pack_unary(in, labels, first, count, rows_.as<float>() + first * pitch);
       }
     });
-    for (int64_t label = 0; padded > points && label < labels; ++label) values_[size_t(label * padded + points)] = 0;
+    std::fill(rows_.as<float>() + points * pitch, rows_.as<float>() + padded_points(points) * pitch, 0.0f);
     for (const int64_t p : problems)
       if (p >= 0 && (problem_ < 0 || p < problem_)) problem_ = p;
   }
 
-  // The first element that is NaN or -infinity, (label, point); label is `labels` where a point has no label without
-  // infinite energy.
+  // The first element that is NaN or -infinity (or nearly so), (label, point); label is `labels` where a point has no
+  // label without infinite energy.
   std::optional<std::pair<int64_t, int64_t>> problem() const {
     if (problem_ < 0) return std::nullopt;
     return std::make_pair(problem_ / points, problem_ % points);
   }
-  const float* data() const { return values_.get(); }
+  // -U, rows of packed_channels(labels).
+  const float* packed() const { return rows_.as<float>(); }
 
   const int64_t labels, points;
 
  private:
   static constexpr int64_t kBlock = 2048;
-  // +inf forbids a label; so does this, without infinities in the sums.
-  static constexpr float kForbidden = 1e30f;
+  static constexpr float kLargest = 1e30f;
 
-  // Element i of a row of any stride, aligned or not.
-  struct ContiguousFloats {
-    const char* data;
-    float operator()(int64_t i) const { return read(data + i * kSize<float>); }
-  };
-  struct StridedFloats {
-    const char* data;
-    py::ssize_t stride;
-    float operator()(int64_t i) const { return read(data + i * stride); }
-  };
-  static float read(const char* p) {
-    float value;
-    std::memcpy(&value, p, sizeof(value));
-    return value;
+  // label * points + point, or -1.
+  int64_t find_problem(const Strided<const float>& in, int64_t first, int64_t count) const {
+    float least[kBlock];
+    std::fill_n(least, count, kLargest);
+    for (int64_t label = 0; label < labels; ++label) {
+      const float* row = in.data + label * in.channel_stride + first * in.point_stride;
+      const bool good =
+          in.point_stride == 1 ? all_usable(row, 1, count, least) : all_usable(row, in.point_stride, count, least);
+      if (good) continue;
+      int64_t i = 0;
+      while (row[i * in.point_stride] > -kLargest) ++i;
+      return label * points + first + i;
+    }
+    const float* impossible = std::find_if_not(least, least + count, [](float v) { return v < kLargest; });
+    return impossible == least + count ? -1 : labels * points + first + (impossible - least);
   }
 
-  // False if an element is NaN or -infinity, which is then what `to` has.
-  template <typename Row>
-  static bool take(const Row& row, int64_t count, float* to, float* least) {
+  static bool all_usable(const float* row, int64_t stride, int64_t count, float* least) {
     int wrong = 0;
     for (int64_t i = 0; i < count; ++i) {
-      const float value = row(i);
-      wrong |= !(value > -kForbidden);
-      to[i] = value > kForbidden ? kForbidden : value;
+      const float value = row[i * stride];
+      wrong |= !(value > -kLargest);
       least[i] = value < least[i] ? value : least[i];
     }
     return !wrong;
   }
 
-  std::unique_ptr<float[]> values_;
+  cpu::Workspace rows_;
   int64_t problem_ = -1;
 };
 
@@ -269,8 +270,11 @@ class Inference {
     problem_.batch = 1;
     problem_.labels = labels;
     problem_.points = padded_;
-    problem_.unary =
-        unary_ ? Strided<const float>{unary_->data(), 0, padded_, 1} : Strided<const float>{&zero_, 0, 0, 0};
+    if (unary_) {
+      problem_.packed_unary = unary_->packed();
+    } else {
+      problem_.unary = {&zero_, 0, 0, 0};
+    }
     problem_.mask = mask_.empty() ? nullptr : mask_.data();
     problem_.kernels = kernels_.data();
     problem_.kernel_count = int(kernels_.size());
@@ -308,7 +312,7 @@ class Inference {
 
   // One iteration from `array`, which is overwritten.
   void step(FloatArray array) {
-    const Strided<float> given = view(array);
+    const Strided<float> given = marginals(array);
     if (points_ == 0) return;
     py::gil_scoped_release released;
     std::lock_guard lock(mutex_);
@@ -322,18 +326,19 @@ class Inference {
   // sum_i Q_i . (log Q_i + U_i + sum_m C_m F_m Q_i), up to a constant the divergence of Q from the model's
   // distribution.
   double kl_divergence(FloatArray array) {
-    const Strided<float> given = view(array);
+    const Strided<float> given = marginals(array);
     if (points_ == 0) return 0;
     py::gil_scoped_release released;
     std::lock_guard lock(mutex_);
     std::vector<float> room, message(kernels_.empty() ? 0 : size_t(padded_ * labels_));
     const Strided<float> q = with_padding(given, room);
+    const int64_t pitch = cpu::packed_channels(labels_);
     double sum = sum_over_points([&](int64_t p) {
       double result = 0;
       for (int64_t l = 0; l < labels_; ++l) {
         const double value = q.data[l * q.channel_stride + p * q.point_stride];
-        const auto& u = problem_.unary;
-        result += value * (std::log(std::max(value, 1e-20)) + u.data[l * u.channel_stride + p * u.point_stride]);
+        if (value == 0) continue;  // the energy of a forbidden label is infinite
+        result += value * (std::log(std::max(value, 1e-20)) - (unary_ ? unary_->packed()[p * pitch + l] : 0.0f));
       }
       return result;
     });
@@ -363,10 +368,10 @@ class Inference {
     return {result, {data, 0, 1, labels_}};
   }
 
-  Strided<float> view(FloatArray& array) const {
-    require(array.ndim() == 2 && array.shape(0) == labels_ && array.shape(1) == points_, "Q: bad shape");
-    require(array.strides(0) % kSize<float> == 0 && array.strides(1) % kSize<float> == 0, "Q: unaligned");
-    return {array.mutable_data(), 0, array.strides(0) / kSize<float>, array.strides(1) / kSize<float>};
+  Strided<float> marginals(FloatArray& array) const {
+    const Strided<const float> q = view(array);
+    require(array.shape(0) == labels_ && array.shape(1) == points_, "Q: bad shape");
+    return {array.mutable_data(), 0, q.channel_stride, q.point_stride};
   }
 
   Strided<float> with_padding(const Strided<float>& q, std::vector<float>& room) const {

@@ -32,7 +32,8 @@ def real_array(name: str, value: ArrayLike) -> NDArray[Any]:
 def float_array(name: str, value: ArrayLike) -> NDArray[np.float32]:
     array = real_array(name, value)
     with np.errstate(over="ignore"):  # too large for float32: infinite, which is reported as such where it matters
-        return array.astype(np.float32, copy=False)
+        array = array.astype(np.float32, copy=False)
+    return array if array.flags.aligned else array.copy()
 
 
 def sigmas(name: str, value: Any, count: int) -> list[float]:
