@@ -149,7 +149,7 @@ def test_convention_of_compatibility() -> None:
 @pytest.mark.parametrize("codes", [(0, 1), (1, 2), (2, 3), (3, 0)])
 @pytest.mark.parametrize("labels", [1, 2, 7, 8, 9, 21, 33])
 def test_against_the_definition(labels: int, codes: tuple[int, int], device: str, poisoned_memory: None) -> None:
-    for (batch, points), iterations, masked in itertools.product([(1, 1), (2, 33), (1, 127)], (0, 1, 4), (False, True)):
+    for (batch, points), iterations, masked in itertools.product([(1, 1), (2, 33)], (0, 1, 4), (False, True)):
         u = random(batch, labels, points)
         fs = [random(batch, 5, points, scale=0.5), random(batch, 2, points)]
         # A full matrix, a diagonal one and a multiple of the identity take different paths. Without normalisation the
@@ -515,6 +515,33 @@ def test_numbers_that_are_not_finite(bad: float, dtype: torch.dtype, filter: str
         dense_crf_mean_field(**(case | {"features": features}))
 
 
+def test_raw_operators_guard_their_memory() -> None:
+    """Whoever calls the operators directly gets an error, not a read out of bounds."""
+    good = {
+        "unary": random(2, 3, 9), "features": [random(2, 2, 9)], "lattices": [], "compatibility": [random(3, 3)],
+        "mask": None, "normalization": [3], "iterations": 2,
+    }  # fmt: skip
+    changes: list[dict[str, Any]] = [
+        {"unary": random(2, 3, 8)}, {"unary": random(1, 3, 9)}, {"unary": random(3, 9)}, {"unary": random(2, 0, 9)},
+        {"unary": random(2, 3, 9, dtype=torch.float32)}, {"features": []}, {"features": [random(2, 17, 9)]},
+        {"features": [random(2, 2, 9, dtype=torch.bfloat16)]}, {"lattices": [random(3).byte()] * 2},
+        {"lattices": [torch.zeros(80, dtype=torch.uint8)]}, {"compatibility": [random(3)]},
+        {"compatibility": [random(2, 2)]}, {"compatibility": [random(3, 3, dtype=torch.float32)]},
+        {"mask": torch.ones(2, 8).bool()}, {"mask": torch.ones(2, 9)}, {"normalization": [4]}, {"normalization": []},
+        {"iterations": -1},
+    ]  # fmt: skip
+    _, saved = raw.dense_crf_mean_field(**good, save=True)
+    flags = {"need_grad_features": True, "need_grad_compatibility": True}
+    for change in changes:
+        with pytest.raises(RuntimeError):
+            raw.dense_crf_mean_field(**(good | change), save=True)
+        with pytest.raises(RuntimeError):
+            raw.dense_crf_mean_field_backward(random(2, 3, 9), saved, **(good | change), **flags)
+    for grad, kept in ((random(2, 3, 8), saved), (random(2, 3, 9), saved[:1]), (random(2, 3, 9), saved.float())):
+        with pytest.raises(RuntimeError):
+            raw.dense_crf_mean_field_backward(grad, kept, **good, **flags)
+
+
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 @hypothesis.given(data=st.data())
 def test_fuzz(data: st.DataObject) -> None:
@@ -587,6 +614,23 @@ def test_layer_is_the_function_with_its_features() -> None:
     wanted = dense_crf_mean_field(-cube, torch.stack([x, y, z])[None] / 2.0, 3.0, iterations=4)
     assert_close(volume(cube), wanted, 1e-5)
     assert DenseCRF(3)(cube, torch.rand(1, 3, 4, 5, 6)).shape == cube.shape
+
+
+def test_layer_agrees_with_the_numpy_interface() -> None:
+    """The same parameters as in pydensecrf, whose results deeplab_kernels.densecrf reproduces."""
+    densecrf = pytest.importorskip("deeplab_kernels.densecrf")
+    _, image, logits = scene(48, 64)
+    image = image.round()
+    crf = DenseCRF(3, appearance_weight=4.0, appearance_sigma=30.0, color_sigma=8.0, iterations=5)
+    ours = crf(logits, image).detach().softmax(1)[0].flatten(1)
+    model = densecrf.DenseCRF2D(64, 48, 3)
+    model.setUnaryEnergy((-logits[0]).flatten(1).contiguous().numpy())
+    model.addPairwiseGaussian(sxy=3, compat=3)
+    pixels = image[0].permute(1, 2, 0).to(torch.uint8).contiguous().numpy()
+    model.addPairwiseBilateral(sxy=30, srgb=8, rgbim=pixels, compat=4)
+    theirs = torch.tensor(model.inference(5))
+    assert (ours.argmax(0) == theirs.argmax(0)).float().mean() > 0.999
+    assert (ours - theirs).abs().mean() < 1e-4
 
 
 @pytest.mark.parametrize("compatibility", ["potts", "per_label", "full"])

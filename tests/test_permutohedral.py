@@ -101,9 +101,9 @@ def test_keys_of_any_range_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("d", [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 15, 16])
+@pytest.mark.parametrize("d", [1, 2, 3, 4, 5, 6, 7, 8, 11, 16])
 def test_against_the_definition(d: int, device: str, poisoned_memory: None) -> None:
-    sizes = [(1, 1, 1), (2, 3, 5), (1, 9, 33), (2, 8, 127), (1, 33, 65)]
+    sizes = [(1, 1, 1), (2, 3, 5), (1, 33, 33), (2, 8, 127)]
     for (batch, channels, points), code, transpose in itertools.product(sizes, range(4), (False, True)):
         values, features = random(batch, channels, points), random(batch, d, points, scale=1.5)
         grad = random(batch, channels, points)
@@ -396,6 +396,28 @@ def test_features_too_large_for_the_lattice(size: float) -> None:
         ops.permutohedral_filter(torch.ones(1, 1, 2), features)
     with pytest.raises(ValueError, match=r"features must stay .*int32"):
         reference.permutohedral_filter(torch.ones(1, 1, 2), features, None, 0, False)
+
+
+def test_raw_operators_guard_their_memory() -> None:
+    """Whoever calls the operators directly gets an error, not a read out of bounds."""
+    values, features = random(2, 3, 9), random(2, 2, 9)
+    for v, f in (
+        (values[:, :, :8], features),
+        (values[:1], features),
+        (values[0], features),
+        (values, random(2, 17, 9)),
+        (values, random(2, 0, 9)),
+        (values, features[0]),
+        (values, features.bfloat16()),
+    ):
+        with pytest.raises(RuntimeError, match=r"values|features"):
+            raw.permutohedral_filter(v, f, None, 0, False)
+        with pytest.raises(RuntimeError, match=r"values|features"):
+            raw.permutohedral_filter_backward(v, v, f, None, 0, False, True, True)
+    with pytest.raises(RuntimeError, match="normalization must be 0"):
+        raw.permutohedral_filter(values, features, None, 4, False)
+    with pytest.raises(RuntimeError, match="grad_out has the wrong shape"):
+        raw.permutohedral_filter_backward(values[:, :2], values, features, None, 0, False, True, True)
 
 
 def test_values_that_are_not_finite_stay_in_their_channel() -> None:
