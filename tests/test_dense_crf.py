@@ -506,13 +506,34 @@ def test_numbers_that_are_not_finite(bad: float, dtype: torch.dtype, filter: str
     case = good() | {"filter": filter} | ({"window": 2} if filter == "local" else {})
     unary = case["unary"].to(dtype)
     for argument in (unary.clone(), unary.to(memory_format=torch.channels_last), unary[:, :, ::2].repeat(1, 1, 2, 1)):
-        argument[1, 2, 3, 1] = bad
-        with pytest.raises(ValueError, match="unary must be finite, got NaN or infinity"):
+        argument[1, 2 if bad < 0 or bad != bad else slice(None), 3, 1] = bad
+        with pytest.raises(
+            ValueError, match=r"unary must not hold NaN or -infinity|unary must leave each point a label"
+        ):
             dense_crf_mean_field(**(case | {"unary": argument}))
     features = case["features"].clone()
     features[0, 1, 2, 2] = bad
     with pytest.raises(ValueError, match=r"features.* must be finite, got NaN or infinity"):
         dense_crf_mean_field(**(case | {"features": features}))
+
+
+@pytest.mark.parametrize("filter", ["permutohedral", "exact", "local"])
+@pytest.mark.parametrize("compatibility", [2.0, "matrix"])
+def test_infinite_energy_forbids_a_label(compatibility: Any, filter: str) -> None:
+    """With the label forbidden everywhere the others behave as if it did not exist, gradients included."""
+    case: dict[str, Any] = {"features": random(2, 2, 4, 5), "filter": filter, "iterations": 4}
+    case |= {"window": 2} if filter == "local" else {}
+    matrix = random(3, 3)
+    two, three = (2.0, 2.0) if compatibility == 2.0 else (matrix[:2, :2], matrix)
+    logits = random(2, 3, 4, 5, requires_grad=True)
+    forbidden = torch.tensor([False, False, True]).view(1, 3, 1, 1)
+    out = dense_crf_mean_field(-logits.masked_fill(forbidden, -float("inf")), compatibility=three, **case)
+    wanted = dense_crf_mean_field(-logits[:, :2], compatibility=two, **case)
+    assert_close(out[:, :2], wanted, 1e-12)
+    assert (out[:, 2] == -float("inf")).all()
+    (grad,) = torch.autograd.grad(out.softmax(1)[:, 0].sum(), logits)
+    (wanted_grad,) = torch.autograd.grad(wanted.softmax(1)[:, 0].sum(), logits)
+    assert_close(grad, wanted_grad, 1e-12)
 
 
 def test_raw_operators_guard_their_memory() -> None:
@@ -760,7 +781,7 @@ def test_layer_checks_its_inputs() -> None:
         ((logits, None), TypeError, "image must be given for the appearance kernel"),
         ((logits, torch.rand(1, 15, 4, 5)), ValueError, r"features\[0\] must have 1 to 16 feature dimensions"),
         ((logits, image, torch.ones(1, 4, 5)), TypeError, "mask must be bool"),
-        ((logits.log(), image), ValueError, "unary must be finite"),
+        ((logits.abs().neg().sqrt(), image), ValueError, "unary must not hold NaN"),
     ):
         with pytest.raises(error, match=message):
             crf(*wrong)

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <tuple>
 
@@ -16,21 +17,36 @@ using Ints = std::vector<int64_t>;
 using Tensors = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
 
-// Integer comparisons, so that the loop is vectorised for any CPU.
+// +infinity as an energy forbids a label; NaN, -infinity and a point without any label left are refused.
 template <typename T, typename Bits>
-bool all_finite(const T* values, int64_t count, Bits exponent) {
-  std::atomic<bool> finite{true};
-  torch_threads()((count + 65535) / 65536, [&](int64_t begin, int64_t end) {
-    const int64_t last = std::min(end * 65536, count);
-    Bits bad = 0;
-    for (int64_t i = begin * 65536; i < last; ++i) {
+void check_energies(const Tensor& unary, Bits infinity) {
+  const T* values = data<T>(unary);
+  constexpr int64_t kBlock = 65536;
+  std::atomic<bool> bad{false}, forbidden{false};
+  torch_threads()((unary.numel() + kBlock - 1) / kBlock, [&](int64_t begin, int64_t end) {
+    const int64_t last = std::min(end * kBlock, unary.numel());
+    // Integer comparisons, so that the loop is vectorised for any CPU.
+    Bits not_finite = 0, not_allowed = 0;
+    for (int64_t i = begin * kBlock; i < last; ++i) {
       Bits bits;
       std::memcpy(&bits, values + i, sizeof(bits));
-      bad |= Bits((bits & exponent) == exponent);
+      const Bits special = (bits & infinity) == infinity;
+      not_finite |= special;
+      not_allowed |= special & Bits(bits != infinity);
     }
-    if (bad) finite.store(false, std::memory_order_relaxed);
+    if (not_finite) forbidden.store(true, std::memory_order_relaxed);
+    if (not_allowed) bad.store(true, std::memory_order_relaxed);
   });
-  return finite.load();
+  STD_TORCH_CHECK(!bad, "bad argument: unary must not hold NaN or -infinity");
+  if (!forbidden) return;
+  for (int64_t b = 0; b < unary.size(0); ++b)
+    for (int64_t n = 0; n < unary.size(2); ++n) {
+      bool some = false;
+      for (int64_t l = 0; l < unary.size(1) && !some; ++l)
+        some = std::isfinite(values[b * unary.stride(0) + l * unary.stride(1) + n * unary.stride(2)]);
+      STD_TORCH_CHECK(some, "bad argument: unary must leave each point a label that is finite, got only +infinity at ",
+                      "image ", b, ", point ", n);
+    }
 }
 
 // unary in the dtype of computation, its memory dense in some order.
@@ -38,10 +54,11 @@ Tensor checked_unary(const Tensor& unary, ScalarType dtype) {
   Tensor result = as_dtype(unary, dtype);
   if (!result.is_contiguous() && !torch::stable::transpose(result, 1, 2).is_contiguous())
     result = torch::stable::contiguous(result);
-  const bool finite = dtype == ScalarType::Double
-                          ? all_finite(data<double>(result), result.numel(), uint64_t{0x7ff0000000000000})
-                          : all_finite(data<float>(result), result.numel(), uint32_t{0x7f800000});
-  STD_TORCH_CHECK(finite, "bad argument: unary must be finite, got NaN or infinity");
+  if (dtype == ScalarType::Double) {
+    check_energies<double>(result, uint64_t{0x7ff0000000000000});
+  } else {
+    check_energies<float>(result, uint32_t{0x7f800000});
+  }
   return result;
 }
 

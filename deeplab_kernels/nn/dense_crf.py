@@ -51,7 +51,8 @@ class DenseCRF(nn.Module):
             :func:`deeplab_kernels.ops.dense_crf_mean_field`.
 
     Shapes:
-        logits (B, L, H, W) or (B, L, D, H, W), float32, float64, float16 or bfloat16; image (B, C, H, W) or
+        logits (B, L, H, W) or (B, L, D, H, W), float32, float64, float16 or bfloat16, finite or -infinity where a label
+        is forbidden; image (B, C, H, W) or
         (B, C, D, H, W) with values in 0..255 (C is usually 3), uint8 or any of those dtypes; mask (B, H, W) or
         (B, D, H, W) bool or None. Returns logits of the same shape and dtype; ``softmax(1)`` of them is Q. Gradients
         reach the logits, the image and the parameters.

@@ -57,7 +57,7 @@ def dense_crf_mean_field(
 
     Args:
         unary: (B, L, N) or an image (B, L, H, W) or (B, L, D, H, W): energies, that is ``-log`` of probabilities or
-            minus logits. float32, float64, float16 or bfloat16; finite.
+            minus logits. float32, float64, float16 or bfloat16; finite, or +infinity where a label is forbidden.
         features: one (B, d, N) or (B, d, *image) tensor per kernel, d from 1 to 16, in units of the kernel's standard
             deviations: positions divided by their sigma, colours by theirs. For ``filter="permutohedral"`` also a
             :class:`PermutohedralLattice`, which is then not built again.
@@ -83,7 +83,7 @@ def dense_crf_mean_field(
 
     Raises:
         ValueError, TypeError: an argument is not as above; the message names it. In a compiled function NaN and
-            infinity raise RuntimeError.
+            such raise RuntimeError.
     """
     check_floating(unary, "unary")
     if unary.dim() not in (3, 4, 5):
@@ -107,7 +107,7 @@ def dense_crf_mean_field(
         tensors = [f for f in feature_list if isinstance(f, Tensor)]
         return _composed(unary, tensors, matrices, mask, codes, iterations, filter, window, recompute)
     if not feature_list:
-        _check_finite(unary)
+        _check_energies(unary)
         return -unary
     lattices = [f.packed if isinstance(f, PermutohedralLattice) else unary.new_empty(0) for f in feature_list]
     points = [(f.features if isinstance(f, PermutohedralLattice) else f.flatten(2)) for f in feature_list]
@@ -236,10 +236,10 @@ def _check_mask(mask: Tensor | None, unary: Tensor) -> None:
         raise ValueError(f"mask must be on unary's device {unary.device}, got {mask.device}")
 
 
-def _check_finite(unary: Tensor) -> None:
+def _check_energies(unary: Tensor) -> None:
     """For the paths without the operator, where looking costs no more than reading."""
     if unary.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms_active():
-        reference.dense_crf.check_finite(unary)
+        reference.dense_crf.check_energies(unary)
 
 
 # The exact and the local filter: the same iterations, composed of the filters' operators.
@@ -256,7 +256,7 @@ def _composed(
     window: int | None,
     recompute: bool,
 ) -> Tensor:
-    _check_finite(unary)
+    _check_energies(unary)
     with torch.autocast(unary.device.type, enabled=False):
         size = unary.shape[2:] if filter == "local" else (math.prod(unary.shape[2:]),)
         energy = unary.to(matrices[0].dtype if matrices else reference.permutohedral.compute_dtype(unary.dtype))

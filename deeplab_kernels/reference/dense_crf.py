@@ -7,6 +7,7 @@ The functions have the signatures of the operators in csrc/torch/schema.cpp.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -37,9 +38,15 @@ def mean_field(
     return logits
 
 
-def check_finite(unary: Tensor) -> None:
-    if unary.numel() and not torch.isfinite(torch.stack(torch.aminmax(unary))).all():
-        raise ValueError("unary must be finite, got NaN or infinity")
+def check_energies(unary: Tensor) -> None:
+    """+infinity forbids a label; NaN, -infinity and a point (axis 1 are its labels) without any label are refused."""
+    if unary.numel() == 0:
+        return
+    low, high = torch.stack(torch.aminmax(unary)).tolist()
+    if not low > -math.inf:
+        raise ValueError("unary must not hold NaN or -infinity")
+    if high == math.inf and not torch.isfinite(unary.amin(1)).all():
+        raise ValueError("unary must leave each point a label that is finite, got only +infinity at some")
 
 
 def _filters(
@@ -62,7 +69,7 @@ def dense_crf_mean_field(
     iterations: int,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    check_finite(unary)
+    check_energies(unary)
     dtype = permutohedral.compute_dtype(unary.dtype)
     filters = [lambda q, f=f: permutohedral.apply(f, q) for f in _filters(features, lattices, normalization, mask)]
     kept: list[Tensor] = []
