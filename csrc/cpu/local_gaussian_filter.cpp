@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <utility>
 #include <vector>
 
 #include "instruction_set.h"
@@ -50,42 +49,45 @@ void run(WindowShape shape, const WindowTensors<T>& tensors, const Parallel& par
     const int64_t planes = d + (tensors.rows ? c : 0) + (tensors.grad_features ? 2 * c : 0);
     const Workspace memory(size_t(shape.batch * planes * plane) * sizeof(T));
     std::vector<PaddedImage<T>> images(size_t(shape.batch));
-    std::vector<char> usable(size_t(shape.batch));
-
-    // Copies `count` planes behind `next`; returns where pixel (0, 0) of the first is.
-    auto pad = [&](const T* source, int64_t count, T*& next) {
-      T* const first = std::exchange(next, next + count * plane);
-      for (int64_t k = 0; k < count; ++k) {
-        T* p = std::fill_n(first + k * plane, margin, T(0));
+    std::vector<const T*> sources;  // of every plane in memory
+    // Takes `count` planes after those of `sources`, to be filled from `source`; returns where pixel (0, 0) of the
+    // first is.
+    auto take = [&](const T* source, int64_t count) {
+      const T* first = memory.template as<T>() + int64_t(sources.size()) * plane + margin;
+      for (int64_t k = 0; k < count; ++k) sources.push_back(source + k * pixels);
+      return first;
+    };
+    for (int64_t b = 0; b < shape.batch; ++b) {
+      PaddedImage<T>& image = images[size_t(b)];
+      image = {};
+      image.features = take(tensors.features + b * d * pixels, d);
+      if (tensors.rows) {
+        image.rows = take(tensors.rows + b * c * pixels, c);
+        image.out = tensors.out + b * c * pixels;
+      }
+      if (tensors.grad_features) {
+        image.values = take(tensors.values + b * c * pixels, c);
+        image.grad = take(tensors.grad + b * c * pixels, c);
+        image.grad_features = tensors.grad_features + b * d * pixels;
+      }
+    }
+    std::vector<char> finite_plane(sources.size());  // of features, which come first in each image
+    parallel(int64_t(sources.size()), [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const T* source = sources[size_t(k)];
+        if (k % planes < d)
+          finite_plane[size_t(k)] = std::all_of(source, source + pixels, [](T value) { return std::isfinite(value); });
+        T* p = std::fill_n(memory.template as<T>() + k * plane, margin, T(0));
         for (int64_t y = 0; y < shape.height; ++y, source += shape.width, p += pitch)
           std::fill(std::copy_n(source, shape.width, p), p + pitch, T(0));
-      }
-      return first + margin;
-    };
-    parallel(shape.batch, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        const T* features = tensors.features + b * d * pixels;
-        usable[size_t(b)] = std::all_of(features, features + d * pixels, [](T f) { return std::isfinite(f); });
-        T* next = memory.template as<T>() + b * planes * plane;
-        PaddedImage<T>& image = images[size_t(b)];
-        image = {};
-        image.features = pad(features, d, next);
-        if (tensors.rows) {
-          image.rows = pad(tensors.rows + b * c * pixels, c, next);
-          image.out = tensors.out + b * c * pixels;
-        }
-        if (tensors.grad_features) {
-          image.values = pad(tensors.values + b * c * pixels, c, next);
-          image.grad = pad(tensors.grad + b * c * pixels, c, next);
-          image.grad_features = tensors.grad_features + b * d * pixels;
-        }
       }
     });
     std::vector<PaddedImage<T>> finite;
     for (int64_t b = 0; b < shape.batch; ++b) {
       constexpr T nan = std::numeric_limits<T>::quiet_NaN();
       const PaddedImage<T>& image = images[size_t(b)];
-      if (usable[size_t(b)]) {
+      const char* features_finite = finite_plane.data() + b * planes;
+      if (std::all_of(features_finite, features_finite + d, [](char is) { return is; })) {
         finite.push_back(image);
         continue;
       }

@@ -172,7 +172,13 @@ void run_tile(const WindowJob<A>& job, const PaddedImage<A>& image, int64_t y, i
     A* planes = c < channels ? image.out : image.grad_features;
     const int64_t plane = c < channels ? c : c - channels;
     A* out = planes + (plane * shape.height + y) * shape.width + x;
-    for (int64_t k = 0; k < count; ++k) out[k] = sums[c * kTile<A> + k];
+    const A* sum = sums + c * kTile<A>;
+    if (count == kTile<A>) {
+      store(out, load(sum));
+      store(out + kLanes<A>, load(sum + kLanes<A>));
+    } else {
+      for (int64_t k = 0; k < count; ++k) out[k] = sum[k];
+    }
   }
 }
 
