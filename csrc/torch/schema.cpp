@@ -73,7 +73,8 @@ STABLE_TORCH_LIBRARY(deeplab_kernels, m) {
   // Gradients w.r.t. unary, features and compatibility; where not needed, of shape (0,). Without saved the iterations
   // run again.
   m.def(
-      "dense_crf_mean_field_backward(Tensor grad_out, Tensor saved, Tensor unary, Tensor[] features, Tensor[] lattices, "
+      "dense_crf_mean_field_backward(Tensor grad_out, Tensor saved, Tensor unary, Tensor[] features, Tensor[] "
+      "lattices, "
       "Tensor[] compatibility, Tensor? mask, int[] normalization, int iterations, bool need_grad_features, bool "
       "need_grad_compatibility) -> (Tensor, Tensor[], Tensor[])");
 }
