@@ -157,6 +157,8 @@ def cases() -> dict[str, Callable[[ModuleType], Outputs]]:
         "2 labels": partial(photograph_like, labels=2, bilateral=APPEARANCE, gaussian=SMOOTHNESS),
         "1 label": partial(photograph_like, size=(5, 7), labels=1, bilateral=APPEARANCE, gaussian=SMOOTHNESS),
         "negative weight": partial(photograph_like, size=(16, 15), gaussian={"sxy": 2, "compat": -2.5}),
+        # Coordinates of which float keeps only some bits, but which 16 bits hold.
+        "wide": partial(photograph_like, size=(4, 600), bilateral={"sxy": 0.5, "srgb": 3, "compat": 4}, iterations=3),
         "steps": steps,
         "issue 26": issue26,
     }

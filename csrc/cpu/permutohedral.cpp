@@ -229,8 +229,11 @@ void FeatureGradient<T>::finish(T scale, Strided<const T> features, Strided<T> g
 }
 
 template <typename T>
-Lattice<T>::Lattice(int64_t batch, int d, int64_t points, Strided<const T> features, const Parallel& parallel)
-    : data_(std::make_shared<LatticeData<T>>(build_lattice(batch, d, points, features, &problem_, parallel))) {}
+Lattice<T>::Lattice(int64_t batch, int d, int64_t points, Strided<const T> features, const Parallel& parallel,
+                    Embedding embedding)
+    : data_(
+          std::make_shared<LatticeData<T>>(build_lattice(batch, d, points, features, embedding, &problem_, parallel))) {
+}
 
 template <typename T>
 int64_t Lattice<T>::batch() const {

@@ -48,6 +48,11 @@ template <typename T>
 FeatureProblem find_feature_problem(int64_t batch, int d, int64_t points, Strided<const T> features,
                                     const Parallel& parallel);
 
+// What points are embedded in by lattices in float. kAccurate: double where coordinates are so large that float has few
+// bits left for the place within a simplex. kPydensecrf: float wherever pydensecrf's 16-bit coordinates do not
+// overflow.
+enum class Embedding : int { kAccurate = 0, kPydensecrf = 1 };
+
 template <typename T>
 struct LatticeData;  // csrc/cpu/permutohedral_passes.h
 
@@ -58,7 +63,8 @@ class Lattice {
   Lattice() = default;
   // Check problem() before use: with one, the lattice is empty and must not be given to any function below.
   // Throws std::bad_alloc, and std::length_error where a batch has 2^31 or more vertices.
-  Lattice(int64_t batch, int d, int64_t points, Strided<const T> features, const Parallel& parallel);
+  Lattice(int64_t batch, int d, int64_t points, Strided<const T> features, const Parallel& parallel,
+          Embedding embedding = Embedding::kAccurate);
 
   const FeatureProblem& problem() const { return problem_; }
   int64_t batch() const;

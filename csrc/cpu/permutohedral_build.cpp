@@ -17,6 +17,7 @@ namespace {
 constexpr double kLargestPosition = 1 << 26;
 // Above this, float has too few bits left for the place within a simplex.
 constexpr double kLargestFloatPosition = 1 << 10;
+constexpr double kLargestPydensecrfCoordinate = (1 << 15) - 1;
 
 // lattice_scale of each axis. The factor common to all axes is rounded first, as in pydensecrf. Whether a vertex exists
 // may hang on the last bit of a position, and so may a label: in float the order of operations is pydensecrf's, without
@@ -321,6 +322,17 @@ FeatureProblem find_problem(int64_t batch, int d, int64_t points, Strided<const 
   return {};
 }
 
+// Bound of the vertices' coordinates, whose neighbours' included; low and high are of each axis' positions.
+double largest_coordinate(int d, const double* low, const double* high) {
+  double bound = 0, tail = 0;
+  for (int i = d; i > 0; --i) {
+    const double reach = std::max(std::abs(low[i - 1]), std::abs(high[i - 1]));
+    bound = std::max(bound, tail + i * reach);
+    tail += reach;
+  }
+  return std::max(bound, tail) + 2 * (d + 1);
+}
+
 }  // namespace
 
 ChunkPlan::ChunkPlan(int64_t batch, int64_t points) : batch(batch), points(points) {
@@ -339,8 +351,8 @@ FeatureProblem find_feature_problem(int64_t batch, int d, int64_t points, Stride
 }
 
 template <typename T>
-LatticeData<T> build_lattice(int64_t batch, int d, int64_t points, Strided<const T> features, FeatureProblem* problem,
-                             const Parallel& parallel) {
+LatticeData<T> build_lattice(int64_t batch, int d, int64_t points, Strided<const T> features, Embedding embedding,
+                             FeatureProblem* problem, const Parallel& parallel) {
   LatticeData<T> lattice;
   const ChunkPlan plan(batch, points);
   const Bounds bounds = find_bounds(plan, d, features, parallel);
@@ -359,7 +371,10 @@ LatticeData<T> build_lattice(int64_t batch, int d, int64_t points, Strided<const
     largest = std::max({largest, std::abs(low[i]), std::abs(high[i])});
   }
   const LatticeKeyLayout layout = LatticeKeyLayout::make(d, low, high);
-  const bool precisely = largest > kLargestFloatPosition || sizeof(T) == sizeof(double);
+  const bool in_float = embedding == Embedding::kPydensecrf
+                            ? largest_coordinate(d, low, high) <= kLargestPydensecrfCoordinate
+                            : largest <= kLargestFloatPosition;
+  const bool precisely = !in_float || sizeof(T) == sizeof(double);
   if (!precisely) scales.round_to_float(d);
   if (layout.words == 1) {
     build<1>(lattice, layout, scales, features, precisely, parallel);
@@ -373,9 +388,10 @@ LatticeData<T> build_lattice(int64_t batch, int d, int64_t points, Strided<const
   return lattice;
 }
 
-#define DK_INSTANTIATE(T)                                                                                    \
-  template FeatureProblem find_feature_problem<T>(int64_t, int, int64_t, Strided<const T>, const Parallel&); \
-  template LatticeData<T> build_lattice<T>(int64_t, int, int64_t, Strided<const T>, FeatureProblem*, const Parallel&);
+#define DK_INSTANTIATE(T)                                                                                       \
+  template FeatureProblem find_feature_problem<T>(int64_t, int, int64_t, Strided<const T>, const Parallel&);    \
+  template LatticeData<T> build_lattice<T>(int64_t, int, int64_t, Strided<const T>, Embedding, FeatureProblem*, \
+                                           const Parallel&);
 DK_INSTANTIATE(float)
 DK_INSTANTIATE(double)
 

@@ -82,8 +82,8 @@ struct LatticeData {
 };
 
 template <typename T>
-LatticeData<T> build_lattice(int64_t batch, int d, int64_t points, Strided<const T> features, FeatureProblem* problem,
-                             const Parallel& parallel);
+LatticeData<T> build_lattice(int64_t batch, int d, int64_t points, Strided<const T> features, Embedding embedding,
+                             FeatureProblem* problem, const Parallel& parallel);
 
 // Of the instruction set in use.
 template <typename T>

@@ -102,7 +102,8 @@ using Problem = std::optional<std::tuple<bool, int64_t, int64_t, double>>;
 struct BuiltLattice {
   explicit BuiltLattice(const Features& features)
       : points(features.points),
-        lattice(1, features.d, features.padded, {features.values, 0, features.padded, 1}, parallel()) {}
+        lattice(1, features.d, features.padded, {features.values, 0, features.padded, 1}, parallel(),
+                cpu::Embedding::kPydensecrf) {}
   Problem problem() const {
     const cpu::FeatureProblem& found = lattice.problem();
     if (found.kind == cpu::FeatureProblem::kNone) return std::nullopt;
