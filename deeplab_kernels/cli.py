@@ -24,7 +24,7 @@ def command_names() -> list[str]:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="deeplab_kernels",
-        description="Fused atrous separable convolution and DeepLab models for PyTorch.",
+        description="Fused atrous separable convolution, fully connected CRF and DeepLab models for PyTorch.",
         epilog="'deeplab_kernels COMMAND --help' describes a command.",
     )
     parser.add_argument("--version", action="version", version=f"deeplab_kernels {__version__}")

@@ -311,8 +311,8 @@ def test_report_tells_gains_and_losses_of_the_crfs_alike():
     ]
     text = report.render(results(crf=crf.Comparison(12, rows)))
     words = " ".join(check_self_contained(text).text)
-    assert "Short <range>: -5.0 points of mean IoU, -10.0 points within 1 pixel of a boundary" in words
-    assert "Connected: +5.0 points of mean IoU, +15.0 points" in words
+    assert "short <range>:  harms , -5.0 points of mean IoU, -10.0 points within 1 pixel of a boundary" in words
+    assert "connected:  helps , +5.0 points of mean IoU, +15.0 points" in words
     assert "best of 3" in words
     assert "12 other scenes" in words
     assert text.count("<polyline") == 2 + 3

@@ -47,9 +47,11 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..demo import main_job
+    from ..densecrf import set_num_threads
 
     if args.threads:
         torch.set_num_threads(args.threads)
+        set_num_threads(args.threads)
     changes: dict[str, Any] = {"steps": args.steps, "time_limit": args.time_limit}
     settings = dataclasses.replace(
         main_job.QUICK if args.quick else main_job.FULL, **{k: v for k, v in changes.items() if v is not None}

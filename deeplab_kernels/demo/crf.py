@@ -188,7 +188,7 @@ class CoarseAnnotation:
 
 COARSE = {
     "astronaut": CoarseAnnotation(
-        caption="An astronaut (scikit-image): person, helmet, shuttle and flag as four polygons of 6 to 10 corners.",
+        caption="An astronaut (scikit-image): person, helmet, shuttle and flag as four polygons of 5 to 10 corners.",
         base=0,
         confidence=0.7,
         parameters=CRFParameters(appearance_weight=8, appearance_sigma=60, color_sigma=8),

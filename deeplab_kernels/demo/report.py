@@ -233,9 +233,10 @@ def _crf(r: Results, comparison: Comparison) -> str:
             near = f"w {p.appearance_weight:g}, &sigma; {p.appearance_sigma:g}, colour {p.color_sigma:g}"
             kernels.insert(0, near)
         chosen = f"best of {row.tried}" if row.tried > 1 else "given" if p else ""
-        iou = [_percent(row.mean_iou), *(_percent(value) for value in row.trimap)]
-        rows.append([_e(row.name), *iou, "<br>".join(kernels), chosen])
-    head = ["", "mean IoU", *(f"b = {width}" for width in WIDTHS), "kernels", "chosen"]
+        iou = ["&ndash;" if math.isnan(v) else f"{100 * v:.1f}" for v in (row.mean_iou, *row.trimap)]
+        note = "<br>".join([*kernels, chosen] if chosen else kernels)
+        rows.append([_e(row.name), f"<b>{iou[0]}</b>", *iou[1:], f"<small>{note}</small>"])
+    head = ["", "mean IoU, %", *(f"b = {width}" for width in WIDTHS), "kernels"]
     scenes = columns.format("five", _spans("input", "labels", "network", "short-range", "fully connected"))
     photographs = (
         f"<h3>A photograph</h3>{_figures(r.refined_photographs)}<p>The CRF follows the edges of the photograph; what "
@@ -247,13 +248,14 @@ def _crf(r: Results, comparison: Comparison) -> str:
     return (
         f"<h3>Coarse annotations of photographs</h3>{annotations}"
         "<h3>The network's scores, with and without a CRF</h3>"
-        "<p>A network's score map is smooth: it is computed on a coarse grid and enlarged. The lectures' claim is that "
-        "a short-range CRF, made to remove noise, smooths it further and does harm, where a fully connected one "
-        f"recovers detail. Short-range here: the same energy and the same mean field, cut off outside {window} &times; "
-        f"{window} pixels. The kernels' parameters are those of the best mean IoU on {comparison.validation_scenes} "
-        f"other scenes, drawn from a seed of their own; the figures are of the {r.test_scenes} unseen scenes. b: mean "
-        "IoU of the pixels within b of a boundary between true labels (trimap).</p>"
-        f"<p>{_verdict(comparison)}</p>{_table(head, rows)}{_trimap_curve(comparison)}"
+        "<p>A network's score map is smooth: it is computed on a coarse grid and enlarged. DeepLab v1 argues that a "
+        "short-range CRF, made to remove noise, can only smooth it further and may do harm, where a fully connected "
+        f"one recovers detail. Short-range here: the same energy and the same mean field, cut off outside {window} "
+        f"&times; {window} pixels. The kernels' parameters are those of the best mean IoU on "
+        f"{comparison.validation_scenes} other scenes, drawn from a seed of their own; the figures are of the "
+        f"{r.test_scenes} unseen scenes. b: mean IoU of the pixels within b of a boundary between true labels "
+        "(trimap).</p>"
+        f"{_verdict(comparison)}{_table(head, rows)}{_trimap_curve(comparison)}"
         "<p>The first scenes, not the best ones. Once the labels, and once the probability of not being background."
         f"</p>{scenes}{_figures(r.refined_scenes)}{photographs}"
     )
@@ -265,14 +267,15 @@ def _spans(*texts: str) -> str:
 
 def _verdict(comparison: Comparison) -> str:
     """What the figures say, whatever they are: each row against the network alone."""
-    base, sentences = comparison.rows[0], []
+    base, items = comparison.rows[0], []
     for row in comparison.rows[1:]:
-        inner = row.trimap[0] - base.trimap[0]
-        gain = row.mean_iou - base.mean_iou
-        sentences.append(
-            f"{row.name}: {_points(gain)} of mean IoU, {_points(inner)} within {WIDTHS[0]} pixel of a boundary"
+        gain, near = row.mean_iou - base.mean_iou, row.trimap[0] - base.trimap[0]
+        effect = "helps" if gain > 0.005 else "harms" if gain < -0.005 else "changes next to nothing"
+        items.append(
+            f"<li>{_e(row.name)}: <b>{effect}</b>, {_points(gain)} of mean IoU, {_points(near)} within {WIDTHS[0]} "
+            "pixel of a boundary</li>"
         )
-    return "Against the network alone. " + "; ".join(_e(s[0].upper() + s[1:]) for s in sentences) + "."
+    return f"<p>Against the network alone:</p><ul>{''.join(items)}</ul>"
 
 
 def _points(difference: float) -> str:
@@ -500,6 +503,7 @@ figcaption { margin-top: 4px; }
 table { border-collapse: collapse; margin: .6rem 0 0; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 5px 16px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; }
+td small { white-space: nowrap; color: var(--soft); }
 code { font: .88em ui-monospace, monospace; overflow-wrap: anywhere; }
 .bar { display: block; width: 220px; height: 10px; margin-top: 8px; background: var(--line); border-radius: 5px; }
 .bar i { display: block; height: 100%; background: var(--mark); border-radius: 5px; }
