@@ -192,7 +192,7 @@ def monai_state() -> str:
     try:
         import monai
     except ImportError:
-        return "not installed"
+        return "not installed (its wheels, 1.6.1 for one, lack the compiled extension that its CRF needs)"
     try:
         from monai._C import PHLFilter  # noqa: F401
     except ImportError:
