@@ -239,8 +239,8 @@ def _crf(r: Results, comparison: Comparison) -> str:
     head = ["", "mean IoU, %", *(f"b = {width}" for width in WIDTHS), "kernels"]
     scenes = columns.format("five", _spans("input", "labels", "network", "short-range", "fully connected"))
     photographs = (
-        f"<h3>A photograph</h3>{_figures(r.refined_photographs)}<p>The CRF follows the edges of the photograph; what "
-        "the network took for something else stays something else.</p>"
+        f"<h3>A photograph</h3>{_figures(r.refined_photographs)}<p>Pixels that are near and of like colour outvote "
+        "stray labels; an object that the network has wrong as a whole stays wrong.</p>"
         if r.refined_photographs
         else ""
     )
