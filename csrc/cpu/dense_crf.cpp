@@ -129,8 +129,6 @@ struct MeanField<T>::State {
   int64_t pitch, block;
   std::vector<Filter<T>> filters;
   std::vector<Compatibility<T>> compatibility;
-  const T* minus_unary;  // (batch, points, pitch), padding -infinity
-  Buffer<T> own_unary;   // where the problem has them not packed
 
   State(const MeanFieldProblem<T>& p, const Parallel& pool)
       : problem(p),
@@ -143,21 +141,20 @@ struct MeanField<T>::State {
       filters.emplace_back(p, m, pitch, false, parallel);
       compatibility.emplace_back(p.kernels[m].compatibility, p.labels, pitch);
     }
-    minus_unary = p.packed_unary;
-    if (minus_unary != nullptr) return;
-    own_unary = Buffer<T>(p.batch * p.points * pitch);
-    minus_unary = own_unary.data();
-    each_block([&](int64_t, int64_t image, int64_t first, int64_t count, T*) {
-      Strided<const T> unary = p.unary;
-      unary.data += image * unary.batch_stride;
-      pack_unary(unary, p.labels, first, count, own_unary.data() + (image * plan.points + first) * pitch);
-    });
   }
 
   bool empty() const { return plan.chunks() == 0 || problem.labels == 0; }
   int kernel_count() const { return int(filters.size()); }
-  const T* unary_rows(int64_t image, int64_t first) const {
-    return minus_unary + (image * plan.points + first) * pitch;
+  // -U, padding -infinity.
+  void load_unary(int64_t image, int64_t first, int64_t count, T* rows) const {
+    if (problem.packed_unary != nullptr) {
+      const T* from = problem.packed_unary + (image * plan.points + first) * pitch;
+      std::memcpy(rows, from, size_t(count * pitch) * sizeof(T));
+      return;
+    }
+    Strided<const T> unary = problem.unary;
+    unary.data += image * unary.batch_stride;
+    pack_unary(unary, problem.labels, first, count, rows);
   }
 
   // Calls f(chunk, image, first, count, scratch) for all blocks, scratch of three blocks' rows, after prepare(chunk).
@@ -204,7 +201,8 @@ struct MeanField<T>::State {
     if (empty()) return;
     each_block(
         [&](int64_t c, int64_t image, int64_t first, int64_t count, T* scratch) {
-          finish_block(c, image, first, count, unary_rows(image, first), scratch, output, more, saved);
+          load_unary(image, first, count, scratch);
+          finish_block(c, image, first, count, scratch, scratch + block * pitch, output, more, saved);
         },
         [&](int64_t c) { clear_slots(c); });
   }
@@ -216,7 +214,7 @@ struct MeanField<T>::State {
         [&](int64_t c, int64_t image, int64_t first, int64_t count, T* scratch) {
           T* energy = scratch;
           T* filtered = scratch + block * pitch;
-          std::memcpy(energy, unary_rows(image, first), size_t(count * pitch) * sizeof(T));
+          load_unary(image, first, count, energy);
           for (int m = 0; m < kernel_count(); ++m) {
             const Compatibility<T>& matrix = compatibility[m];
             if (matrix.kind == MatrixKind::kScalar) {

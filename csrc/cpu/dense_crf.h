@@ -44,8 +44,8 @@ struct MeanFieldOutput {
 template <typename T>
 void pack_unary(Strided<const T> unary, int64_t labels, int64_t first, int64_t count, T* rows);
 
-// Inference step by step; mean_field() below does it at once. The object copies `unary`; packed_unary, the kernels'
-// matrices, the mask, the problem's array of kernels and `parallel` must outlive it.
+// Inference step by step; mean_field() below does it at once. The unary energies, the mask, the kernels' matrices, the
+// problem's array of kernels and `parallel` must outlive it.
 template <typename T>
 class MeanField {
  public:

@@ -183,6 +183,10 @@ struct Kernels {
       }
       for (; p < count; ++p) {
         T* row = rows + p * pitch + c0;
+        if (channel_stride == 1 && width == kPack) {
+          store_pack(row, load_pack(values + c0 + p * point_stride) * sign);
+          continue;
+        }
         for (int64_t i = 0; i < width; ++i) row[i] = sign * values[(c0 + i) * channel_stride + p * point_stride];
         for (int64_t i = width; i < kPack && pitch > 1; ++i) row[i] = pad;
       }

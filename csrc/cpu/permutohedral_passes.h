@@ -94,7 +94,7 @@ inline int64_t filter_pitch(int64_t channels) { return channels == 1 ? 1 : packe
 
 // Points that are treated together: a few KB of rows.
 inline int64_t block_points(int64_t pitch) {
-  const int64_t n = 4096 / pitch;
+  const int64_t n = pitch > 0 ? 4096 / pitch : 64;
   return n < 4 ? 4 : n > 64 ? 64 : n;
 }
 
