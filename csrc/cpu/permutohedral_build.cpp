@@ -1,9 +1,11 @@
 // Builds the lattice: each chunk finds its own vertices, then the chunks' vertices are merged image by image. The
 // outcome does not depend on how either is spread over threads.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <stdexcept>
 #include <utility>
 
@@ -91,6 +93,20 @@ class KeyTable {
   int64_t count_ = 0;
 };
 
+// parallel(count, f), where f may run out of memory on any thread.
+template <typename F>
+void parallel_or_throw(const Parallel& parallel, int64_t count, const F& f) {
+  std::atomic<bool> failed{false};
+  parallel(count, [&](int64_t begin, int64_t end) {
+    try {
+      f(begin, end);
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
+  });
+  if (failed) throw std::bad_alloc();
+}
+
 // Embeds a chunk's points; returns the keys of its slots.
 template <int kWords, typename T>
 std::vector<LatticeKey<kWords>> embed_chunk(LatticeData<T>& lattice, const LatticeKeySteps<kWords>& steps,
@@ -171,7 +187,7 @@ void merge_chunks(LatticeData<T>& lattice, const LatticeKeySteps<kWords>& steps,
   for (int64_t i = 0; i < plan.batch * parts; ++i)
     tables.emplace_back(slots / std::max<int64_t>(1, plan.batch * parts) / 2);
   Buffer<int32_t> first_slot(slots);
-  parallel(plan.batch * parts, [&](int64_t begin, int64_t end) {
+  parallel_or_throw(parallel, plan.batch * parts, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / parts, part = task % parts;
       const int64_t from = lattice.chunk_begin[image * plan.chunks_per_image];
@@ -252,7 +268,7 @@ void build(LatticeData<T>& lattice, const LatticeKeyLayout& layout, const Scales
            bool precisely, const Parallel& parallel) {
   const LatticeKeySteps<kWords> steps(layout);
   std::vector<std::vector<LatticeKey<kWords>>> chunk_keys(size_t(lattice.plan.chunks()));
-  parallel(lattice.plan.chunks(), [&](int64_t begin, int64_t end) {
+  parallel_or_throw(parallel, lattice.plan.chunks(), [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) chunk_keys[c] = embed_chunk(lattice, steps, scales, features, c, precisely);
   });
   merge_chunks<kWords>(lattice, steps, std::move(chunk_keys), parallel);
@@ -336,7 +352,8 @@ double largest_coordinate(int d, const double* low, const double* high) {
 }  // namespace
 
 ChunkPlan::ChunkPlan(int64_t batch, int64_t points) : batch(batch), points(points) {
-  chunk_points = std::max<int64_t>(2048, (points + 15) / 16);
+  // Few, so that few vertices lie in several; enough for the threads of a large machine where there is much to do.
+  chunk_points = std::clamp<int64_t>((points + 15) / 16, 2048, 131072);
   chunk_points = (chunk_points + 63) / 64 * 64;
   chunks_per_image = (points + chunk_points - 1) / chunk_points;
   if (points == 0) this->batch = 0;
