@@ -276,6 +276,10 @@ struct Kernels {
     over_row(pitch, [&](auto packs, int64_t offset) DK_INLINE_LAMBDA {
       using R = Row<T, packs.value>;
       for (int64_t v = first; v < last; ++v) {
+        if (v + 8 < last) {
+          prefetch_row<packs.value>(in + neighbours[2 * v + 16] * pitch + offset);
+          prefetch_row<packs.value>(in + neighbours[2 * v + 17] * pitch + offset);
+        }
         R sum = R::load(in + neighbours[2 * v] * pitch + offset);
         sum.add(in + neighbours[2 * v + 1] * pitch + offset);
         sum.scale(T(0.5));
