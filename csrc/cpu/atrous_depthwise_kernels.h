@@ -6,6 +6,7 @@
 // (store; scale, shift, activate; statistics; gradients). NCHW vectors run over columns, NHWC vectors over channels.
 // Training passes recompute the convolution instead of storing it (nine multiply-adds cost less than eight bytes of
 // memory traffic), unless it fits the caches between the two passes of backward.
+#include "atrous_depthwise_planes.h"
 #include "microkernels.h"
 #include "scratch.h"
 #include "workspace.h"
@@ -1021,9 +1022,13 @@ template <typename T, bool kNhwc>
 struct Passes {
   using A = acc_t<T>;
   using W = Worker<T, kNhwc>;
+  using P = Planes<T, kNhwc>;
 
   static void forward(const Plan& plan, const T* x, const T* weight, const BatchNorm<A>* norm, T* out,
                       const Parallel& parallel) {
+    if (by_planes(plan, P::Pass::kInference, parallel,
+                  [&](P& planes, int64_t task) { planes.inference(task, x, weight, norm, out); }))
+      return;
     const int64_t images = plan.shape.batch, bands = plan.out_rows.bands;
     parallel(plan.groups * images * bands, [&](int64_t begin, int64_t end) {
       W worker(plan, x, weight, W::Needs::kForward);
@@ -1036,6 +1041,19 @@ struct Passes {
     });
   }
 
+  // Runs the tasks by planes where that serves; otherwise returns false.
+  template <typename Run>
+  static bool by_planes(const Plan& plan, typename P::Pass pass, const Parallel& parallel, const Run& run) {
+    if (plan.exact) return false;
+    const auto cut = P::cut(plan.shape, pass, parallel.threads());
+    if (cut.planes == 0) return false;
+    parallel(cut.tasks, [&](int64_t begin, int64_t end) {
+      P planes(plan.shape, pass, cut);
+      for (int64_t task = begin; task < end; ++task) run(planes, task);
+    });
+    return true;
+  }
+
   // Lanes that any group's partial sums may take.
   static int64_t lanes_of(const Plan& plan) {
     const int64_t most = smaller(plan.group_channels, plan.shape.channels) * plan.shape.multiplier;
@@ -1045,6 +1063,9 @@ struct Passes {
   static void training(const Plan& plan, const T* x, const T* weight, const BatchNorm<A>& norm, T* out, T* y, A* mean,
                        A* var, const Parallel& parallel) {
     const DepthwiseShape& s = plan.shape;
+    if (!y && by_planes(plan, P::Pass::kTraining, parallel,
+                        [&](P& planes, int64_t task) { planes.training(task, x, weight, norm, out, mean, var); }))
+      return;
     const int64_t images = s.batch, bands = plan.out_rows.bands, tasks = plan.out_tasks_per_group();
     const int64_t lanes = lanes_of(plan);
     const Workspace partials(size_t(plan.groups * tasks * lanes * 2) * sizeof(double) + 64);
@@ -1083,6 +1104,9 @@ struct Passes {
   static void backward(const Plan& plan, const BackwardTensors<T>& z, const BatchNorm<A>* norm, bool batch_statistics,
                        const Parallel& parallel) {
     const DepthwiseShape& s = plan.shape;
+    if (!z.y && by_planes(plan, P::Pass::kBackward, parallel,
+                          [&](P& planes, int64_t task) { planes.backward(task, z, norm, batch_statistics); }))
+      return;
     const int64_t images = s.batch, lanes = lanes_of(plan), taps = s.taps();
     const int64_t sum_tasks = norm ? plan.out_tasks_per_group() : 0;
     const RowOrder& rows = z.grad_x ? plan.in_rows : plan.out_rows;

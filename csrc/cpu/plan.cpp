@@ -267,6 +267,7 @@ PlanBuilder::PlanBuilder(const DepthwiseShape& s, Purpose purpose, int64_t store
     : storage_(new Storage) {
   Plan& plan = storage_->plan;
   plan.shape = s;
+  plan.exact = exact;
   const bool backward = purpose == Purpose::kBackward;
   const Grouping grouping = group_channels(s, purpose, stored_bytes, computed_bytes, vector_lanes);
   plan.group_channels = grouping.channels;

@@ -80,6 +80,7 @@ struct WindowSize {
 
 struct Plan {
   DepthwiseShape shape;
+  bool exact;  // no kernel may multiply padding with a weight or a gradient
   // The tasks of a group share channels: NCHW, one channel of x; NHWC, group_channels of them.
   int64_t groups, group_channels;
   RowOrder out_rows, in_rows;

@@ -140,6 +140,15 @@ DK_INLINE void store_part(double* p, Vec<double> v, int64_t n) {
 }
 #endif
 
+// The first n lanes, the others zero.
+template <typename T>
+DK_INLINE auto load_part(const T* p, int64_t n) {
+  using A = decltype(widen(*p));
+  Vec<A> v = {};
+  for (int64_t l = 0; l < n; ++l) v[l] = widen(p[l]);
+  return v;
+}
+
 template <typename A>
 DK_INLINE A sum_of_lanes(Vec<A> v) {
   A sum = 0;
