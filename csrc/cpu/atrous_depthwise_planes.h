@@ -23,6 +23,8 @@ namespace {
 // bands.
 constexpr int64_t kResidentBytes = 4 << 20;
 constexpr int64_t kBandBytes = 384 << 10;
+// Below this the channels alone do not keep the threads busy.
+constexpr int64_t kFewestTasks = 8;
 
 template <typename T, bool kNhwc>
 class Planes {
@@ -61,15 +63,16 @@ class Planes {
       const int64_t bands = bands_of(s, row * kMostPlanes, 2 * s.rate_h);
       return {kMostPlanes, tasks(kMostPlanes) * s.batch * bands, bands, false};
     }
-    for (int64_t planes = kMostPlanes; planes > 0; planes /= 2) {
-      const int64_t held = pass == Pass::kBackward ? 2 * planes + 1 : planes + 1;
-      if (held * s.batch * image <= kResidentBytes && tasks(planes) >= 2 * threads)
-        return {planes, tasks(planes), 1, true};
-    }
-    const int64_t bands = bands_of(s, 3 * row, 4 * s.rate_h);
-    for (int64_t planes = kMostPlanes; planes > 0; planes /= 2)
-      if (tasks(planes) >= 2 * threads || tasks(planes) == threads) return {planes, tasks(planes), bands, false};
-    return kNone;
+    // Which passes run depends on the shape alone, so that the sums are the same for any number of threads; how many
+    // planes a task takes does not change them.
+    if (tasks(1) < kFewestTasks) return kNone;
+    auto bytes = [&](int64_t planes) {
+      return (pass == Pass::kBackward ? 2 * planes + 1 : planes + 1) * s.batch * image;
+    };
+    const bool resident = bytes(1) <= kResidentBytes;
+    int64_t planes = kMostPlanes;
+    while (planes > 1 && (tasks(planes) < 2 * threads || (resident && bytes(planes) > kResidentBytes))) planes /= 2;
+    return {planes, tasks(planes), resident ? 1 : bands_of(s, 3 * row, 4 * s.rate_h), resident};
   }
 
   Planes(const DepthwiseShape& shape, Pass pass, const Cut& cut) : s_(shape), g_(shape), cut_(cut) {
