@@ -1,4 +1,4 @@
-// The 3x3 atrous depthwise convolution of stride 1 and its training passes, by planes in a core's caches. For the
+// The 3x3 atrous depthwise convolution of stride 1 or 2 and its training passes, by planes in a core's caches. For the
 // per-instruction-set files only: everything here has internal linkage.
 //
 // A task is one channel (NCHW) or a few vectors of channels (NHWC): x and the gradient are packed into planes with
@@ -49,44 +49,52 @@ class Planes {
 
   static Cut cut(const DepthwiseShape& s, Pass pass, int64_t threads) {
     constexpr Cut kNone{0, 0, 0, false};
-    if (s.kernel_h != 3 || s.kernel_w != 3 || s.multiplier != 1 || s.stride_h != 1 || s.stride_w != 1) return kNone;
-    const int64_t bottom = s.out_h + 2 * s.rate_h - s.pad_top - s.in_h;
-    const int64_t right = s.out_w + 2 * s.rate_w - s.pad_left - s.in_w;
-    if (s.pad_top > 2 * s.rate_h || bottom < 0 || bottom > 2 * s.rate_h) return kNone;
-    if (s.pad_left > 2 * s.rate_w || right < 0 || right > 2 * s.rate_w) return kNone;
-    if (kNhwc ? s.out_w > s.in_w : smaller(s.in_w, s.out_w) < L) return kNone;
+    if (s.kernel_h != 3 || s.kernel_w != 3 || s.multiplier != 1 || s.stride_h != s.stride_w) return kNone;
+    if (s.stride_h != 1 && !(s.stride_h == 2 && s.rate_h % 2 == 1 && s.rate_w % 2 == 1)) return kNone;
+    if (s.pad_top > 2 * s.rate_h || s.pad_left > 2 * s.rate_w) return kNone;
+    const int64_t below = s.stride_h * (s.out_h - 1) + 2 * s.rate_h - s.pad_top - (s.in_h - 1);
+    const int64_t right = s.stride_w * (s.out_w - 1) + 2 * s.rate_w - s.pad_left - (s.in_w - 1);
+    if (below < 1 - s.stride_h || below > 2 * s.rate_h || right < 1 - s.stride_w || right > 2 * s.rate_w) return kNone;
+    if (!kNhwc && smaller(s.in_w, s.out_w) < L) return kNone;
     const Geometry g(s);
-    const int64_t row = g.pitch * int64_t(sizeof(A)),
-                  image = g.slack * int64_t(sizeof(A)) + row * larger(s.in_h, s.out_h);
+    const int64_t x_row = g.x_pitch * int64_t(sizeof(A)), row = g.pitch * int64_t(sizeof(A));
+    const int64_t x_image = g.x_slack * int64_t(sizeof(A)) + x_row * s.in_h;
+    const int64_t image = g.slack * int64_t(sizeof(A)) + row * s.out_h;
     auto tasks = [&](int64_t planes) { return (s.channels + planes * kChannels - 1) / (planes * kChannels); };
     if (pass == Pass::kInference) {
-      const int64_t bands = bands_of(s, row * kMostPlanes, 2 * s.rate_h);
+      const int64_t bands = bands_of(s, x_row * s.stride_h * kMostPlanes, 2 * s.rate_h);
       return {kMostPlanes, tasks(kMostPlanes) * s.batch * bands, bands, false};
     }
     // Which passes run depends on the shape alone, so that the sums are the same for any number of threads; how many
     // planes a task takes does not change them.
     if (tasks(1) < kFewestTasks) return kNone;
     auto bytes = [&](int64_t planes) {
-      return (pass == Pass::kBackward ? 2 * planes + 1 : planes + 1) * s.batch * image;
+      return s.batch * (planes * (x_image + image) + (pass == Pass::kBackward ? image : 0));
     };
     const bool resident = bytes(1) <= kResidentBytes;
     int64_t planes = kMostPlanes;
     while (planes > 1 && (tasks(planes) < 2 * threads || (resident && bytes(planes) > kResidentBytes))) planes /= 2;
-    return {planes, tasks(planes), resident ? 1 : bands_of(s, 3 * row, 4 * s.rate_h), resident};
+    return {planes, tasks(planes), resident ? 1 : bands_of(s, s.stride_h * x_row + 2 * row, 4 * s.rate_h), resident};
   }
 
   Planes(const DepthwiseShape& shape, Pass pass, const Cut& cut) : s_(shape), g_(shape), cut_(cut) {
-    const int64_t band = (larger(s_.in_h, s_.out_h) + cut.bands - 1) / cut.bands;
-    rows_ = cut.bands == 1 ? larger(s_.in_h, s_.out_h) : smaller(larger(s_.in_h, s_.out_h), band + 1 + 4 * s_.rate_h);
-    size_ = rows_ * g_.pitch + g_.slack;
-    plane_ = size_ * (cut.resident ? s_.batch : 1);
+    // Rows held at once: a band's, and those that its results or their gradients touch beyond.
+    const int64_t band = (s_.out_h + cut.bands - 1) / cut.bands, x_band = (s_.in_h + cut.bands - 1) / cut.bands;
+    rows_ = smaller(s_.out_h, band + 3 + 2 * s_.rate_h);
+    x_rows_ = smaller(s_.in_h, larger(x_band, s_.stride_h * band) + 6 + 4 * s_.rate_h);
+    images_ = cut.resident ? s_.batch : 1;
+    size_ = rows_ * g_.pitch + g_.slack, x_size_ = x_rows_ * g_.x_pitch + g_.x_slack;
+    plane_ = size_ * images_, x_plane_ = x_size_ * images_;
     Arena measure(nullptr);
     allocate(measure, pass);
     Arena arena(thread_scratch(measure.used()));
     allocate(arena, pass);
-    const int64_t images = plane_ / size_;
-    clear_padding(y_planes_, images * (pass == Pass::kTraining ? cut.planes + 1 : cut.planes), s_.pad_left, s_.in_w);
-    if (pass == Pass::kBackward) clear_padding(grad_planes_, images * cut.planes, g_.grad_begin / kColumn, s_.out_w);
+    for (int64_t i = 0; i < images_ * cut.planes; ++i) {
+      clear_padding(x_planes_ + i * x_size_, x_rows_, g_.x_pitch, g_.x_slack, g_.x_begin,
+                    s_.stride_w == 1 ? s_.in_w : 0);
+      if (pass == Pass::kBackward)
+        clear_padding(grad_planes_ + i * size_, rows_, g_.pitch, g_.slack, g_.grad_begin, s_.out_w);
+    }
     const int64_t rest = kNhwc ? L : s_.out_w - (g_.out_vectors - 1) * L;
     for (int64_t l = 0; l < L; ++l) tail_[l] = l < rest ? A(1) : A(0);
   }
@@ -108,12 +116,10 @@ class Planes {
     for (int64_t n = 0; n < s_.batch; ++n)
       for (int64_t b = 0; b < cut_.bands; ++b) {
         const Range rows = band(b, s_.out_h), needed = inputs_of(rows);
-        A* packed = at_row_0(x_planes_, n, needed);
-        pack(x, n, needed, s_.in_h, s_.in_w, packed + s_.pad_left * kColumn);
+        const A* packed = pack_x(x, n, needed);
         for (int64_t p = 0; p < active_; ++p) {
           load_weights(weight, p);
-          // Over x of the plane before, which is no longer needed; not over its padding.
-          statistics(packed + p * plane_, rows, at_row_0(y_planes_ + p * plane_, n, rows) + y_left(), moments_[p]);
+          statistics(packed + p * x_plane_, rows, at_row_0(y_planes_ + p * plane_, n, rows), moments_[p]);
         }
       }
     const double count = double(s_.batch) * double(s_.out_h) * double(s_.out_w);
@@ -127,7 +133,7 @@ class Planes {
     for (int64_t n = 0; n < s_.batch; ++n)
       if (cut_.resident)
         for (int64_t i = 0; i < s_.out_h; ++i)
-          write_activated(at_row_0(y_planes_, n, {0, 0}) + y_left() + i * g_.pitch, norm.activation,
+          write_activated(at_row_0(y_planes_, n, {0, 0}) + i * g_.pitch, norm.activation,
                           out + offset(n, i, s_.out_h, s_.out_w));
       else
         for (int64_t b = 0; b < cut_.bands; ++b) results(n, band(b, s_.out_h), x, weight, &norm, out);
@@ -157,43 +163,64 @@ class Planes {
     static constexpr int value = N;
   };
 
-  // Row h of an x plane holds pad_left zeros and the image's row, a row of a gradient plane grad_left zeros and the
-  // gradient's: the zeros right of a row are those left of the next. Rows above and below the image are not stored but
-  // skipped.
+  // Row h of an x plane holds pad_left zeros and the image's row; at stride 2 first the even columns of that, then the
+  // odd ones. A row of a gradient plane holds grad_left zeros and the gradient's. The zeros right of a row are those
+  // left of the next. Rows above and below the image are not stored but skipped.
   struct Geometry {
     int64_t out_vectors, in_vectors;  // in a row
-    int64_t pitch;                    // from row to row, in values
-    int64_t slack;                    // values read behind the last row
+    int64_t x_pitch, x_slack;         // of x planes: from row to row; values read behind the last row
+    int64_t pitch, slack;             // of planes of y and of the gradient
+    int64_t x_begin, x_odd;           // the image's first column; at stride 2, the odd columns
+    int64_t taps[3];                  // of a kernel row, in a row of x
     int64_t grad_left, grad_begin;    // the gradient's first column lies on a vector's boundary
     explicit Geometry(const DepthwiseShape& s) {
-      const int64_t right = s.out_w + 2 * s.rate_w - s.pad_left - s.in_w, grad_right = 2 * s.rate_w - right;
-      grad_left = (2 * s.rate_w - s.pad_left) * kColumn;
-      grad_begin = rounded_up(grad_left, L);
+      const int64_t right = s.stride_w * (s.out_w - 1) + 2 * s.rate_w - s.pad_left - (s.in_w - 1);
       out_vectors = kNhwc ? s.out_w : (s.out_w + L - 1) / L;
       in_vectors = kNhwc ? s.in_w : (s.in_w + L - 1) / L;
-      int64_t columns = larger(s.in_w + larger(s.pad_left, right), s.out_w + larger(grad_left / kColumn, grad_right));
+      int64_t x_columns, columns;
+      if (s.stride_w == 1) {
+        grad_left = 2 * s.rate_w - s.pad_left;
+        columns = s.out_w + larger(grad_left, 2 * s.rate_w - right);
+        x_columns = columns = larger(columns, s.in_w + larger(s.pad_left, right));
+      } else {
+        grad_left = s.rate_w;
+        columns = larger(s.out_w + grad_left, (s.pad_left + s.in_w) / 2 + 1);
+        x_columns = larger((s.in_w + s.pad_left + 1) / 2, s.out_w + s.rate_w);
+      }
       // The last vector of a row may reach beyond it, but not into the next.
-      if (!kNhwc) columns = rounded_up(larger(columns, larger(out_vectors, in_vectors) * L), L);
-      pitch = columns * kColumn;
-      if (pitch * int64_t(sizeof(A)) % 1024 == 0) pitch += L;  // neighbouring rows in different sets of the cache
-      slack = rounded_up((2 * s.rate_w + 2 * L) * kColumn + 2 * L, 16);
+      if (!kNhwc) columns = rounded_up(larger(columns, larger(out_vectors, s.stride_w == 1 ? in_vectors : 0) * L), L);
+      if (!kNhwc) x_columns = s.stride_w == 1 ? columns : rounded_up(x_columns, L);
+      pitch = columns * kColumn, x_pitch = x_columns * kColumn * s.stride_w;
+      // Neighbouring rows in different sets of the cache.
+      if (pitch * int64_t(sizeof(A)) % 1024 == 0) pitch += L;
+      if (x_pitch * int64_t(sizeof(A)) % 1024 == 0) x_pitch += L;
+      x_begin = s.pad_left * kColumn, x_odd = x_columns * kColumn;
+      taps[0] = 0, taps[1] = s.rate_w * kColumn, taps[2] = 2 * s.rate_w * kColumn;
+      if (s.stride_w == 2) taps[1] = x_odd + s.rate_w / 2 * kColumn, taps[2] = s.rate_w * kColumn;
+      grad_left *= kColumn;
+      grad_begin = rounded_up(grad_left, L);
+      slack = x_slack = rounded_up((2 * s.rate_w + 2 * L) * kColumn + 2 * L, 16);
     }
   };
 
   static int64_t bands_of(const DepthwiseShape& s, int64_t row_bytes, int64_t halo) {
     // Not below twice the rows that neighbouring bands share.
-    const int64_t rows = larger(kBandBytes / row_bytes, 2 * halo), most = larger(s.in_h, s.out_h);
-    return rows * 4 >= most * 3 ? 1 : (most + rows - 1) / rows;
+    const int64_t rows = larger(kBandBytes / row_bytes, 2 * halo);
+    return rows * 4 >= s.out_h * 3 ? 1 : (s.out_h + rows - 1) / rows;
   }
   Range band(int64_t b, int64_t rows) const { return {rows * b / cut_.bands, rows * (b + 1) / cut_.bands}; }
 
   // Rows of x that these results read, and rows of results that these rows of x touch.
   Range inputs_of(Range rows) const {
-    return clipped({rows.begin - s_.pad_top, rows.end - s_.pad_top + 2 * s_.rate_h}, s_.in_h);
+    const int64_t stride = s_.stride_h;
+    return clipped({rows.begin * stride - s_.pad_top, (rows.end - 1) * stride - s_.pad_top + 2 * s_.rate_h + 1},
+                   s_.in_h);
   }
   Range outputs_of(Range rows) const {
-    return clipped({rows.begin + s_.pad_top - 2 * s_.rate_h, rows.end + s_.pad_top}, s_.out_h);
+    return clipped({divided_up(rows.begin + s_.pad_top - 2 * s_.rate_h), divided_up(rows.end + s_.pad_top)}, s_.out_h);
   }
+  // By the stride.
+  int64_t divided_up(int64_t row) const { return s_.stride_h == 1 ? row : (row + 1) >> 1; }
   static Range clipped(Range r, int64_t rows) {
     const int64_t begin = smaller(larger(r.begin, 0), rows);
     return {begin, larger(begin, smaller(r.end, rows))};
@@ -201,33 +228,35 @@ class Planes {
 
   void allocate(Arena& arena, Pass pass) {
     const bool backward = pass == Pass::kBackward;
-    // Training: one more, from which on y is written while x is still read one plane further.
-    y_planes_ = arena.take<A>(plane_ * (pass == Pass::kTraining ? cut_.planes + 1 : cut_.planes));
-    x_planes_ = pass == Pass::kTraining ? y_planes_ + plane_ : y_planes_;
+    x_planes_ = arena.take<A>(x_plane_ * cut_.planes);
+    y_planes_ = arena.take<A>(pass == Pass::kInference ? 0 : plane_ * (backward ? 1 : cut_.planes));
     grad_planes_ = arena.take<A>(backward ? plane_ * cut_.planes : 0);
-    y_plane_ = arena.take<A>(backward ? plane_ : 0);
     tile_ = arena.take<A>(kNhwc ? cut_.planes * kTile : 0);
     norm_ = arena.take<Norm>(cut_.planes);
     moments_ = arena.take<Moments>(cut_.planes);
     sums_ = arena.take<Sums<2>>(cut_.planes);
     weight_sums_ = arena.take<Sums<9>>(cut_.planes);
+    zeros_ = arena.take<A>(s_.stride_w == 2 ? g_.pitch + g_.slack : 0);
+    both_ = arena.take<A>(s_.stride_w == 2 ? 2 * cut_.planes * both_size() : 0);
+    if (zeros_ && s_.stride_w == 2) __builtin_memset(zeros_, 0, size_t(g_.pitch + g_.slack) * sizeof(A));
   }
 
-  void clear_padding(A* planes, int64_t images, int64_t left, int64_t columns) const {
-    const int64_t begin = left * kColumn, end = begin + columns * kColumn;
-    for (int64_t i = 0; i < images; ++i) {
-      A* image = planes + i * size_;
-      for (int64_t h = 0; h < rows_; ++h) {
-        __builtin_memset(image + h * g_.pitch, 0, size_t(begin) * sizeof(A));
-        if (end < g_.pitch) __builtin_memset(image + h * g_.pitch + end, 0, size_t(g_.pitch - end) * sizeof(A));
-      }
-      __builtin_memset(image + rows_ * g_.pitch, 0, size_t(g_.slack) * sizeof(A));
+  // All but `columns` from `begin` on; all of them if columns is 0.
+  void clear_padding(A* image, int64_t rows, int64_t pitch, int64_t slack, int64_t begin, int64_t columns) const {
+    const int64_t end = columns == 0 ? begin : begin + columns * kColumn;
+    for (int64_t h = 0; h < rows; ++h) {
+      __builtin_memset(image + h * pitch, 0, size_t(begin) * sizeof(A));
+      if (end < pitch) __builtin_memset(image + h * pitch + end, 0, size_t(pitch - end) * sizeof(A));
     }
+    __builtin_memset(image + rows * pitch, 0, size_t(slack) * sizeof(A));
   }
 
   // The memory of image n, of which only `rows` are held, as if it began with row 0.
   A* at_row_0(A* planes, int64_t n, Range rows) const {
     return planes + (cut_.resident ? n * size_ : -rows.begin * g_.pitch);
+  }
+  A* x_at_row_0(int64_t n, Range rows) const {
+    return x_planes_ + (cut_.resident ? n * x_size_ : -rows.begin * g_.x_pitch);
   }
 
   void select(int64_t group) {
@@ -260,30 +289,66 @@ class Planes {
     }
   }
 
-  // to: the first column of row 0 of the first plane.
-  void pack(const T* src, int64_t n, Range range, int64_t rows, int64_t columns, A* to) const {
+  // Returns where row 0 of the image lies or would lie.
+  const A* pack_x(const T* x, int64_t n, Range range) const {
+    A* row_0 = x_at_row_0(n, range);
     for (int64_t h = range.begin; h < range.end; ++h) {
-      const T* row = src + offset(n, h, rows, columns);
-      A* plane_row = to + h * g_.pitch;
-      if constexpr (kNhwc) {
-        const int64_t pixel = s_.channels;
-        whole_planes([&](auto planes_at_once, int64_t first) {
-          constexpr int P = decltype(planes_at_once)::value;
-          const T* from = row + first * L;
-          A* column = plane_row + first * plane_;
-          for (int64_t w = 0; w < columns; ++w, from += pixel, column += L)
-#pragma GCC unroll 4
-            for (int p = 0; p < P; ++p) store(column + p * plane_, load(from + p * L));
-        });
-        if (const int64_t rest = count_ % L) {
-          const int64_t p = count_ / L;
-          for (int64_t w = 0; w < columns; ++w)
-            store(plane_row + p * plane_ + w * L, load_part(row + p * L + w * pixel, rest));
-        }
+      const T* row = x + offset(n, h, s_.in_h, s_.in_w);
+      A* to = row_0 + h * g_.x_pitch;
+      if (s_.stride_w == 1) {
+        pack_row(row, 1, s_.in_w, to + g_.x_begin, x_plane_);
+      } else if constexpr (kNhwc) {
+        const int64_t even = s_.pad_left % 2, q = s_.pad_left;  // the first even column of the padded row
+        pack_row(row + even * s_.channels, 2, (s_.in_w - even + 1) / 2, to + (q + even) / 2 * L, x_plane_);
+        pack_row(row + (1 - even) * s_.channels, 2, (s_.in_w + even) / 2, to + g_.x_odd + (q + 1 - even) / 2 * L,
+                 x_plane_);
       } else {
-        copy_widened(row, plane_row, columns);
+        deinterleave(row, to);
       }
     }
+    return row_0;
+  }
+  // to: the first column of row 0 of the first plane.
+  void pack_gradient(const T* grad, int64_t n, Range range, A* to) const {
+    for (int64_t i = range.begin; i < range.end; ++i)
+      pack_row(grad + offset(n, i, s_.out_h, s_.out_w), 1, s_.out_w, to + i * g_.pitch, plane_);
+  }
+
+  // Every step-th pixel (NHWC), or all.
+  void pack_row(const T* row, int64_t step, int64_t columns, A* to, int64_t distance) const {
+    if constexpr (kNhwc) {
+      const int64_t pixel = step * s_.channels;
+      whole_planes([&](auto planes_at_once, int64_t first) {
+        constexpr int P = decltype(planes_at_once)::value;
+        const T* from = row + first * L;
+        A* column = to + first * distance;
+        for (int64_t w = 0; w < columns; ++w, from += pixel, column += L)
+#pragma GCC unroll 4
+          for (int p = 0; p < P; ++p) store(column + p * distance, load(from + p * L));
+      });
+      if (const int64_t rest = count_ % L) {
+        const int64_t p = count_ / L;
+        for (int64_t w = 0; w < columns; ++w)
+          store(to + p * distance + w * L, load_part(row + p * L + w * pixel, rest));
+      }
+    } else {
+      copy_widened(row, to, columns);
+    }
+  }
+
+  // The even and the odd columns of a padded row (NCHW).
+  void deinterleave(const T* row, A* to) const {
+    const int64_t q = s_.pad_left;
+    A* even = to + (q + 1) / 2;  // of the padded row; the image's column w is its column w + q
+    A* odd = to + g_.x_odd + q / 2;
+    A *first = q % 2 == 0 ? even : odd, *second = q % 2 == 0 ? odd : even;
+    int64_t w = 0;
+    for (; w + 2 * L <= s_.in_w; w += 2 * L) {
+      const V a = load(row + w), b = load(row + w + L);
+      store(first + w / 2, every_second<0>(a, b));
+      store(second + w / 2, every_second<1>(a, b));
+    }
+    for (; w < s_.in_w; ++w) (w % 2 == 0 ? first : second)[w / 2] = widen(row[w]);
   }
 
   // A row of the planes, `distance` apart, to memory; each vector through f(v, plane).
@@ -363,49 +428,96 @@ class Planes {
       for (int64_t begin = 0; begin < vectors; begin += most) {
         const Range columns{begin, smaller(vectors, begin + most)};
         for (int64_t row = base; row < smaller(range.end, base + rate); ++row)
-          switch (smaller(kRows, (range.end - row + rate - 1) / rate)) {
-            case 4:
-              f(Count<4>(), row, columns);
-              break;
-            case 3:
-              f(Count<3>(), row, columns);
-              break;
-            case 2:
-              f(Count<2>(), row, columns);
-              break;
-            default:
-              f(Count<1>(), row, columns);
+          for (int64_t r = row, left = smaller(kRows, (range.end - row + rate - 1) / rate); left > 0;) {
+            if (left == 4)
+              f(Count<4>(), r, columns), left = 0;
+            else if (left >= 2)
+              f(Count<2>(), r, columns), r += 2 * rate, left -= 2;
+            else
+              f(Count<1>(), r, columns), left = 0;
           }
       }
   }
 
-  // The source rows first, first + rate ... that R rows of results read; those in [begin, end) lie inside the image.
-  template <int R>
+  // The rows that a tile of R rows of results reads; those in [begin, end) lie inside the image. Stride 1: R + 2 rows a
+  // rate apart, row c for the kernel row u of result c - u. Stride 2: R + 1 rows two rates apart, row c for kernel row
+  // 0 of result c and row 2 of result c - 1; and R rows between them, row c for kernel row 1 of result c.
   struct Sources {
     const A* data;
     int64_t step;
     int begin, end;
-    bool whole() const { return begin == 0 && end == R + 2; }
+    const A* between;
+    int between_begin, between_end;
   };
-  template <int R>
-  DK_INLINE Sources<R> sources(const A* plane, int64_t first, int64_t rows) const {
-    const int64_t rate = s_.rate_h;
-    const int64_t below = first < 0 ? (-first + rate - 1) / rate : 0;
-    const int64_t inside = first < rows ? (rows - first + rate - 1) / rate : 0;
-    return {plane + first * g_.pitch, rate * g_.pitch, int(smaller(below, R + 2)), int(smaller(inside, R + 2))};
+  // first: the row that kernel row 0 of the first result reads.
+  template <int R, int kStride>
+  DK_INLINE Sources sources(const A* plane, int64_t pitch, int64_t first, int64_t rows) const {
+    const int64_t apart = kStride * s_.rate_h, most = kStride == 1 ? R + 2 : R + 1;
+    auto before = [&](int64_t bound, int64_t row) { return bound > row ? (bound - row + apart - 1) / apart : 0; };
+    const int64_t middle = first + s_.rate_h;
+    return {plane + first * pitch,
+            apart * pitch,
+            int(smaller(before(0, first), most)),
+            int(smaller(before(rows, first), most)),
+            plane + middle * pitch,
+            kStride == 1 ? 0 : int(smaller(before(0, middle), R)),
+            kStride == 1 ? 0 : int(smaller(before(rows, middle), R))};
+  }
+
+  // Calls f(input, taps of the kernel, result) for the products of a vector of columns: input is loaded once for all
+  // results it takes part in.
+  template <int R, int kStride, bool kWhole, typename F>
+  DK_INLINE static void products(const Sources& from, int64_t k, const int64_t* taps, const F& f) {
+    if constexpr (kStride == 1) {
+#pragma GCC unroll 6
+      for (int c = 0; c < R + 2; ++c) {
+        if (!kWhole && (c < from.begin || c >= from.end)) continue;
+#pragma GCC unroll 3
+        for (int v = 0; v < 3; ++v) {
+          const V input = load(from.data + c * from.step + k + taps[v]);
+#pragma GCC unroll 3
+          for (int u = 0; u < 3; ++u)
+            if (c - u >= 0 && c - u < R) f(input, 3 * u + v, c - u);
+        }
+      }
+    } else {
+#pragma GCC unroll 5
+      for (int c = 0; c < R + 1; ++c) {
+        if (!kWhole && (c < from.begin || c >= from.end)) continue;
+#pragma GCC unroll 3
+        for (int v = 0; v < 3; ++v) {
+          const V input = load(from.data + c * from.step + k + taps[v]);
+          if (c < R) f(input, v, c);
+          if (c > 0) f(input, 6 + v, c - 1);
+        }
+      }
+#pragma GCC unroll 4
+      for (int c = 0; c < R; ++c) {
+        if (!kWhole && (c < from.between_begin || c >= from.between_end)) continue;
+#pragma GCC unroll 3
+        for (int v = 0; v < 3; ++v) f(load(from.between + c * from.step + k + taps[v]), 3 + v, c);
+      }
+    }
+  }
+  template <int R, int kStride>
+  static bool whole(const Sources& s) {
+    if (kStride == 1) return s.begin == 0 && s.end == R + 2;
+    return s.begin == 0 && s.end == R + 1 && s.between_begin == 0 && s.between_end == R;
   }
 
   // emit(k, acc): acc[r] is the vector of results at column offset k of row r. The last vector of a row lies at `last`.
-  template <int R, typename Emit>
-  DK_INLINE void convolve(const Sources<R>& from, Range vectors, int64_t last, const Emit& emit) const {
-    if (R == kRows && from.whole())
-      convolve<R, R == kRows>(from, vectors, last, emit);
+  template <int R, int kStride, typename Emit>
+  DK_INLINE void convolve(const Sources& from, const int64_t* taps, Range vectors, int64_t last,
+                          const Emit& emit) const {
+    if (R == kRows && whole<R, kStride>(from))
+      convolve<R, kStride, R == kRows>(from, taps, vectors, last, emit);
     else
-      convolve<R, false>(from, vectors, last, emit);
+      convolve<R, kStride, false>(from, taps, vectors, last, emit);
   }
-  template <int R, bool kWhole, typename Emit>
-  DK_INLINE void convolve(const Sources<R>& from, Range vectors, int64_t last, const Emit& emit) const {
-    const int64_t tap = s_.rate_w * kColumn;
+  template <int R, int kStride, bool kWhole, typename Emit>
+  DK_INLINE void convolve(const Sources& from, const int64_t* row_taps, Range vectors, int64_t last,
+                          const Emit& emit) const {
+    const int64_t taps[3] = {row_taps[0], row_taps[1], row_taps[2]};
     V weight[9];
 #pragma GCC unroll 9
     for (int t = 0; t < 9; ++t) weight[t] = weights_[t];
@@ -414,20 +526,17 @@ class Planes {
       V acc[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) acc[r] = V{};
-#pragma GCC unroll 6
-      for (int c = 0; c < R + 2; ++c) {
-        if (!kWhole && (c < from.begin || c >= from.end)) continue;
-        const A* row = from.data + c * from.step + k;
-#pragma GCC unroll 3
-        for (int v = 0; v < 3; ++v) {
-          const V input = load(row + v * tap);
-#pragma GCC unroll 3
-          for (int u = 0; u < 3; ++u)
-            if (c - u >= 0 && c - u < R) acc[c - u] += weight[3 * u + v] * input;
-        }
-      }
+      products<R, kStride, kWhole>(from, k, taps, [&](V input, int t, int r) { acc[r] += weight[t] * input; });
       emit(k, acc);
     }
+  }
+  // Of x planes; plane: row 0 of the image.
+  template <int R, typename Emit>
+  DK_INLINE void convolve_x(const A* plane, int64_t row, Range vectors, int64_t last, const Emit& emit) const {
+    if (s_.stride_h == 1)
+      convolve<R, 1>(sources<R, 1>(plane, g_.x_pitch, row - s_.pad_top, s_.in_h), g_.taps, vectors, last, emit);
+    else
+      convolve<R, 2>(sources<R, 2>(plane, g_.x_pitch, 2 * row - s_.pad_top, s_.in_h), g_.taps, vectors, last, emit);
   }
 
   // Sums of floats stay short: they move into doubles after some hundred terms.
@@ -470,9 +579,6 @@ class Planes {
 
   // ---- forward
 
-  // Where in a row of an x plane y lies (NHWC, where it replaces x; NCHW planes of y have no padding to keep).
-  int64_t y_left() const { return kNhwc ? s_.pad_left * kColumn : 0; }
-
   struct Moments {
     double seen = 0, mean[L] = {}, m2[L] = {};
   };
@@ -487,7 +593,7 @@ class Planes {
       A* to = y + row * g_.pitch;
       const int64_t step = s_.rate_h * g_.pitch;
       V sum = total.now[0];
-      convolve<R>(sources<R>(x, row - s_.pad_top, s_.in_h), columns, last, [&](int64_t k, V(&acc)[R]) {
+      convolve_x<R>(x, row, columns, last, [&](int64_t k, V(&acc)[R]) {
         V together = {};
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) store(to + r * step + k, acc[r]), together += acc[r];
@@ -542,47 +648,47 @@ class Planes {
   }
 
   void results(int64_t n, Range rows, const T* x, const T* weight, const BatchNorm<A>* norm, T* out) {
-    const Range needed = inputs_of(rows);
-    A* planes = at_row_0(x_planes_, n, needed);
-    pack(x, n, needed, s_.in_h, s_.in_w, planes + s_.pad_left * kColumn);
-    const Convolution c{planes, s_.in_h, -s_.pad_top, g_.out_vectors, s_.out_w, s_.out_h};
+    const A* planes = pack_x(x, n, inputs_of(rows));
     if (norm)
-      convolve_to_memory<true>(c, n, rows, weight, out, false, norm->activation);
+      to_memory<true, false>(planes, n, rows, weight, norm->activation, out);
     else
-      convolve_to_memory<false>(c, n, rows, weight, out, false, Activation::kNone);
+      to_memory<false, false>(planes, n, rows, weight, Activation::kNone, out);
   }
 
-  struct Convolution {
-    const A* planes;                 // row 0 of the source
-    int64_t source_rows;             // of the image
-    int64_t first;                   // the first row that result 0 reads
-    int64_t vectors, columns, rows;  // of the result
-  };
-
-  // NHWC: the rows of a tile go through memory of their own, so that cache lines of the result are written whole.
-  template <bool kNorm>
-  void convolve_to_memory(const Convolution& c, int64_t n, Range rows, const T* weight, T* out, bool flipped,
-                          Activation activation) {
-    if (active_ == 1) flipped ? load_flipped_weights(weight, 0) : load_weights(weight, 0);
-    tiles(rows, c.vectors, [&](auto rows_at_once, int64_t row, Range columns) {
+  // The convolution of x planes, or, transposed, of gradient planes; planes: row 0 of the first. NHWC: the rows of a
+  // tile go through memory of their own, so that cache lines of the result are written whole.
+  template <bool kNorm, bool kTransposed>
+  void to_memory(const A* planes, int64_t n, Range rows, const T* weight, Activation activation, T* out) {
+    const int64_t vectors = kTransposed ? g_.in_vectors : g_.out_vectors;
+    const int64_t width = kTransposed ? s_.in_w : s_.out_w, height = kTransposed ? s_.in_h : s_.out_h;
+    const int64_t distance = kTransposed ? plane_ : x_plane_;
+    const int64_t last = kNhwc ? (vectors - 1) * L : width - L;
+    auto load_taps = [&](int64_t p) { kTransposed ? load_flipped_weights(weight, p) : load_weights(weight, p); };
+    if (active_ == 1) load_taps(0);
+    tiles(rows, vectors, [&](auto rows_at_once, int64_t row, Range columns) {
       constexpr int R = decltype(rows_at_once)::value;
-      T* to = out + offset(n, row, c.rows, c.columns);
-      const int64_t step = s_.rate_h * c.columns;
+      T* to = out + offset(n, row, height, width);
+      const int64_t step = s_.rate_h * width;
       for (int64_t p = 0; p < active_; ++p) {
-        if (active_ > 1) flipped ? load_flipped_weights(weight, p) : load_weights(weight, p);
+        if (active_ > 1) load_taps(p);
         const V scale = norm_[p].scale, shift = norm_[p].shift;
         A* tile = tile_ + p * kTile - columns.begin * L;
-        convolve<R>(sources<R>(c.planes + p * plane_, row + c.first, c.source_rows), columns,
-                    kNhwc ? (c.vectors - 1) * L : c.columns - L, [&](int64_t k, V(&acc)[R]) {
+        auto emit = [&](int64_t k, V(&acc)[R]) {
 #pragma GCC unroll 4
-                      for (int r = 0; r < R; ++r) {
-                        if constexpr (kNorm) acc[r] = activated(V(acc[r] * scale + shift), activation);
-                        if constexpr (kNhwc)
-                          store(tile + r * kTileColumns * L + k, acc[r]);
-                        else
-                          store(to + r * step + k, acc[r]);
-                      }
-                    });
+          for (int r = 0; r < R; ++r) {
+            if constexpr (kNorm) acc[r] = activated(V(acc[r] * scale + shift), activation);
+            if constexpr (kNhwc)
+              store(tile + r * kTileColumns * L + k, acc[r]);
+            else
+              store(to + r * step + k, acc[r]);
+          }
+        };
+        const A* plane = planes + p * distance;
+        if constexpr (kTransposed)
+          convolve<R, 1>(sources<R, 1>(plane, g_.pitch, row + s_.pad_top - 2 * s_.rate_h, s_.out_h), g_.taps, columns,
+                         last, emit);
+        else
+          convolve_x<R>(plane, row, columns, last, emit);
       }
       if constexpr (kNhwc)
         for (int r = 0; r < R; ++r)
@@ -596,20 +702,20 @@ class Planes {
   void backward_resident(const BackwardTensors<T>& z, const BatchNorm<A>* norm, bool batch_statistics) {
     const Range in{0, s_.in_h}, out{0, s_.out_h};
     for (int64_t n = 0; n < s_.batch; ++n) {
-      pack(z.x, n, in, s_.in_h, s_.in_w, x_planes_ + n * size_ + s_.pad_left * kColumn);
-      pack(z.grad_out, n, out, s_.out_h, s_.out_w, grad_planes_ + n * size_ + g_.grad_begin);
+      pack_x(z.x, n, in);
+      pack_gradient(z.grad_out, n, out, grad_planes_ + n * size_ + g_.grad_begin);
     }
     for (int64_t p = 0; p < active_; ++p) {
-      const A* x = x_planes_ + p * plane_;
+      const A* x = x_planes_ + p * x_plane_;
       A* grad = grad_planes_ + p * plane_ + g_.grad_begin;
       if (norm) {
         load_weights(z.weight, p);
         for (int64_t n = 0; n < s_.batch; ++n)
-          gradient_sums(norm->activation, x + n * size_, out, y_plane_ + n * size_, grad + n * size_, p);
+          gradient_sums(norm->activation, x + n * x_size_, out, y_planes_ + n * size_, grad + n * size_, p);
         finish_sums(p, batch_statistics, z);
       }
       for (int64_t n = 0; n < s_.batch; ++n)
-        gradient_of_convolution<true>(norm, batch_statistics, x + n * size_, out, y_plane_ + n * size_,
+        gradient_of_convolution<true>(norm, batch_statistics, x + n * x_size_, out, y_planes_ + n * size_,
                                       grad + n * size_, p);
     }
     if (z.grad_x)
@@ -624,41 +730,41 @@ class Planes {
     }
     for (int64_t n = 0; n < s_.batch; ++n)
       for (int64_t b = 0; b < cut_.bands; ++b) {
-        const Range rows = band(b, s_.in_h), touched = outputs_of(rows), needed = inputs_of(touched);
+        const Range rows = band(b, s_.in_h), touched = outputs_of(rows);
         // Each row's products with x are summed in one band.
         const Range owned{b == 0 ? touched.begin : owner_begins(rows.begin),
                           b + 1 == cut_.bands ? touched.end : owner_begins(rows.end)};
-        const A* x = at_row_0(x_planes_, n, needed);
-        A* y = at_row_0(y_plane_, n, touched);
+        const A* x = pack_x(z.x, n, inputs_of(touched));
+        A* y = at_row_0(y_planes_, n, touched);
         A* grad = at_row_0(grad_planes_, n, touched);
-        pack(z.x, n, needed, s_.in_h, s_.in_w, at_row_0(x_planes_, n, needed) + s_.pad_left * kColumn);
-        pack(z.grad_out, n, touched, s_.out_h, s_.out_w, grad + g_.grad_begin);
+        pack_gradient(z.grad_out, n, touched, grad + g_.grad_begin);
         for (int64_t p = 0; p < active_; ++p) {
           A* g = grad + p * plane_ + g_.grad_begin;
           if (norm) {
             load_weights(z.weight, p);
             const Sums<2> sums = sums_[p];  // these rows have been counted
-            gradient_sums(norm->activation, x + p * plane_, touched, y, g, p);
+            gradient_sums(norm->activation, x + p * x_plane_, touched, y, g, p);
             sums_[p] = sums;
           }
-          gradient_of_convolution<false>(norm, batch_statistics, x + p * plane_, {touched.begin, owned.begin}, y, g, p);
-          gradient_of_convolution<true>(norm, batch_statistics, x + p * plane_, owned, y, g, p);
-          gradient_of_convolution<false>(norm, batch_statistics, x + p * plane_, {owned.end, touched.end}, y, g, p);
+          gradient_of_convolution<false>(norm, batch_statistics, x + p * x_plane_, {touched.begin, owned.begin}, y, g,
+                                         p);
+          gradient_of_convolution<true>(norm, batch_statistics, x + p * x_plane_, owned, y, g, p);
+          gradient_of_convolution<false>(norm, batch_statistics, x + p * x_plane_, {owned.end, touched.end}, y, g, p);
         }
         if (z.grad_x) gradient_of_x(z, n, rows, grad);
       }
   }
-  int64_t owner_begins(int64_t row) const { return smaller(larger(row + s_.pad_top - s_.rate_h, 0), s_.out_h); }
+  int64_t owner_begins(int64_t row) const {
+    return smaller(larger(divided_up(row + s_.pad_top - s_.rate_h), 0), s_.out_h);
+  }
 
   void masked_gradient(const BackwardTensors<T>& z, const BatchNorm<A>& norm, int64_t n, Range rows) {
-    const Range needed = inputs_of(rows);
-    A* x = at_row_0(x_planes_, n, needed);
+    const A* x = pack_x(z.x, n, inputs_of(rows));
     A* grad = at_row_0(grad_planes_, n, rows) + g_.grad_begin;
-    pack(z.x, n, needed, s_.in_h, s_.in_w, x + s_.pad_left * kColumn);
-    pack(z.grad_out, n, rows, s_.out_h, s_.out_w, grad);
+    pack_gradient(z.grad_out, n, rows, grad);
     for (int64_t p = 0; p < active_; ++p) {
       load_weights(z.weight, p);
-      gradient_sums(norm.activation, x + p * plane_, rows, at_row_0(y_plane_, n, rows), grad + p * plane_, p);
+      gradient_sums(norm.activation, x + p * x_plane_, rows, at_row_0(y_planes_, n, rows), grad + p * plane_, p);
     }
   }
 
@@ -674,7 +780,7 @@ class Planes {
       A* grad_row = grad + row * g_.pitch;
       const int64_t step = s_.rate_h * g_.pitch;
       V sum = sums.now[0], dot = sums.now[1];
-      convolve<R>(sources<R>(x, row - s_.pad_top, s_.in_h), columns, last, [&](int64_t k, V(&acc)[R]) {
+      convolve_x<R>(x, row, columns, last, [&](int64_t k, V(&acc)[R]) {
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           A* g = grad_row + r * step + k;
@@ -719,17 +825,27 @@ class Planes {
   void gradient_of_convolution(const A* x, Range rows, const A* y, A* grad, int64_t p) {
     tiles(rows, g_.out_vectors, [&](auto rows_at_once, int64_t row, Range columns) {
       constexpr int R = decltype(rows_at_once)::value;
-      const auto from = sources<R>(x, row - s_.pad_top, s_.in_h);
-      if (R == kRows && from.whole())
-        gradient_tile<kDots, kNorm, kBatch, R, R == kRows>(from, y + row * g_.pitch, grad + row * g_.pitch, columns, p);
+      if (s_.stride_h == 1)
+        gradient_tile<kDots, kNorm, kBatch, R, 1>(x, row, y, grad, columns, p);
       else
-        gradient_tile<kDots, kNorm, kBatch, R, false>(from, y + row * g_.pitch, grad + row * g_.pitch, columns, p);
+        gradient_tile<kDots, kNorm, kBatch, R, 2>(x, row, y, grad, columns, p);
     });
   }
 
-  template <bool kDots, bool kNorm, bool kBatch, int R, bool kWhole>
-  DK_INLINE void gradient_tile(const Sources<R>& from, const A* y_row, A* grad_row, Range columns, int64_t p) {
-    const int64_t step = s_.rate_h * g_.pitch, tap = s_.rate_w * kColumn, last = (g_.out_vectors - 1) * L;
+  template <bool kDots, bool kNorm, bool kBatch, int R, int kStride>
+  DK_INLINE void gradient_tile(const A* x, int64_t row, const A* y, A* grad, Range columns, int64_t p) {
+    const Sources from = sources<R, kStride>(x, g_.x_pitch, kStride * row - s_.pad_top, s_.in_h);
+    if (R == kRows && whole<R, kStride>(from))
+      gradient_tile<kDots, kNorm, kBatch, R, kStride, R == kRows>(from, y + row * g_.pitch, grad + row * g_.pitch,
+                                                                  columns, p);
+    else
+      gradient_tile<kDots, kNorm, kBatch, R, kStride, false>(from, y + row * g_.pitch, grad + row * g_.pitch, columns,
+                                                             p);
+  }
+  template <bool kDots, bool kNorm, bool kBatch, int R, int kStride, bool kWhole>
+  DK_INLINE void gradient_tile(const Sources& from, const A* y_row, A* grad_row, Range columns, int64_t p) {
+    const int64_t step = s_.rate_h * g_.pitch, last = (g_.out_vectors - 1) * L;
+    const int64_t taps[3] = {g_.taps[0], g_.taps[1], g_.taps[2]};
     const Norm& norm = norm_[p];
     const V tail = load(tail_), scale = norm.scale, mean = norm.mean;
     const V slope = -norm.scale * norm.inv_std * norm.mean_dot, constant = -norm.scale * norm.mean_grad;
@@ -752,18 +868,7 @@ class Planes {
         }
       }
       if constexpr (kDots)
-#pragma GCC unroll 6
-        for (int c = 0; c < R + 2; ++c) {
-          if (!kWhole && (c < from.begin || c >= from.end)) continue;
-          const A* source = from.data + c * from.step + k;
-#pragma GCC unroll 3
-          for (int v = 0; v < 3; ++v) {
-            const V input = load(source + v * tap);
-#pragma GCC unroll 3
-            for (int u = 0; u < 3; ++u)
-              if (c - u >= 0 && c - u < R) sum[3 * u + v] += g[c - u] * input;
-          }
-        }
+        products<R, kStride, kWhole>(from, k, taps, [&](V input, int t, int r) { sum[t] += g[r] * input; });
     }
     if constexpr (kDots) {
 #pragma GCC unroll 9
@@ -779,11 +884,82 @@ class Planes {
         narrow(A(weight_sums_[p].lane[t][l]), grad_weight + (first_ + p * kChannels + l) * 9 + t);
   }
 
-  // The transposed convolution of the gradient planes, whose row 0 is given.
+  // grad: row 0 of the first gradient plane.
   void gradient_of_x(const BackwardTensors<T>& z, int64_t n, Range rows, const A* grad) {
-    const Convolution c{
-        grad + g_.grad_begin - g_.grad_left, s_.out_h, s_.pad_top - 2 * s_.rate_h, g_.in_vectors, s_.in_w, s_.in_h};
-    convolve_to_memory<false>(c, n, rows, z.weight, z.grad_x, true, Activation::kNone);
+    grad += g_.grad_begin - g_.grad_left;
+    if (s_.stride_h == 1)
+      to_memory<false, true>(grad, n, rows, z.weight, Activation::kNone, z.grad_x);
+    else
+      gradient_of_strided_x(z, n, rows, grad);
+  }
+
+  // Stride 2, odd rates. Padded row a of x met kernel rows 0 and 2 of the result rows a / 2 and a / 2 - rate if a is
+  // even, kernel row 1 of (a - rate) / 2 if it is odd; the same holds for columns.
+  void gradient_of_strided_x(const BackwardTensors<T>& z, int64_t n, Range rows, const A* grad) {
+    const int64_t size = both_size(), vectors = kNhwc ? size / L : (size + L - 1) / L;
+    for (int64_t h = rows.begin; h < rows.end; ++h) {
+      const int64_t a = h + s_.pad_top;
+      T* to = z.grad_x + offset(n, h, s_.in_h, s_.in_w);
+      for (int64_t p = 0; p < active_; ++p) {
+        if (active_ > 1 || h == rows.begin) load_weights(z.weight, p);
+        auto row = [&](int64_t i) { return i < 0 || i >= s_.out_h ? zeros_ : grad + p * plane_ + i * g_.pitch; };
+        A* even = both_ + 2 * p * size;
+        if (a % 2 == 0)
+          strided_row<true>(row(a / 2), row(a / 2 - s_.rate_h), vectors, even, even + size);
+        else
+          strided_row<false>(row((a - s_.rate_h) / 2), zeros_, vectors, even, even + size);
+      }
+      write_both(to);
+    }
+  }
+  // Values of the even or the odd columns of a padded row of x.
+  int64_t both_size() const { return rounded_up((s_.pad_left + s_.in_w + 1) / 2 * kColumn, L); }
+
+  template <bool kTwoRows>
+  DK_INLINE void strided_row(const A* near, const A* far, int64_t vectors, A* even, A* odd) const {
+    const int64_t left = g_.grad_left, half = s_.rate_w / 2 * kColumn;  // column j lies at left + j
+    constexpr int u = kTwoRows ? 0 : 3;
+    for (int64_t k = 0; k < vectors * L; k += L) {
+      V e = weights_[u] * load(near + k + left) + weights_[u + 2] * load(near + k);
+      V o = weights_[u + 1] * load(near + k + left - half);
+      if constexpr (kTwoRows) {
+        e += weights_[6] * load(far + k + left) + weights_[8] * load(far + k);
+        o += weights_[7] * load(far + k + left - half);
+      }
+      store(even + k, e), store(odd + k, o);
+    }
+  }
+
+  // Even and odd columns of the planes' padded row into the image's.
+  void write_both(T* to) const {
+    const int64_t size = both_size(), q = s_.pad_left;
+    if constexpr (kNhwc) {
+      const int64_t pixel = s_.channels;
+      whole_planes([&](auto planes_at_once, int64_t first) {
+        constexpr int P = decltype(planes_at_once)::value;
+        T* column = to + first * L;
+        for (int64_t w = 0; w < s_.in_w; ++w, column += pixel) {
+          const A* from = both_ + (2 * first + (w + q) % 2) * size + (w + q) / 2 * L;
+#pragma GCC unroll 4
+          for (int p = 0; p < P; ++p) store(column + p * L, load(from + 2 * p * size));
+        }
+      });
+      if (const int64_t rest = count_ % L) {
+        const int64_t p = count_ / L;
+        for (int64_t w = 0; w < s_.in_w; ++w)
+          store_part(to + p * L + w * pixel, load(both_ + (2 * p + (w + q) % 2) * size + (w + q) / 2 * L), rest);
+      }
+    } else {
+      const A *even = both_, *odd = both_ + size;
+      int64_t w = 0;
+      if (q % 2 == 1) narrow(odd[q / 2], to + w++);
+      for (; w + 2 * L <= s_.in_w; w += 2 * L) {
+        const V e = load(even + (w + q) / 2), o = load(odd + (w + q) / 2);
+        store(to + w, interleaved<0>(e, o));
+        store(to + w + L, interleaved<1>(e, o));
+      }
+      for (; w < s_.in_w; ++w) narrow(((w + q) % 2 == 0 ? even : odd)[(w + q) / 2], to + w);
+    }
   }
 
   // Chan, Golub and LeVeque's update: (n values with this mean and m2) joins (seen values with mean and m2).
@@ -796,9 +972,12 @@ class Planes {
   const DepthwiseShape& s_;
   const Geometry g_;
   const Cut cut_;
-  int64_t rows_, size_, plane_;  // rows held of an image, values of its plane, values of the planes of all images held
+  int64_t images_;                     // held at once
+  int64_t rows_, size_, plane_;        // rows held of an image, values of its plane and of the planes of all images
+  int64_t x_rows_, x_size_, x_plane_;  // the same of x
   int64_t first_ = 0, count_ = 0, active_ = 0;
-  A *x_planes_ = nullptr, *y_planes_ = nullptr, *grad_planes_ = nullptr, *y_plane_ = nullptr, *tile_ = nullptr;
+  A *x_planes_ = nullptr, *y_planes_ = nullptr, *grad_planes_ = nullptr;
+  A *tile_ = nullptr, *zeros_ = nullptr, *both_ = nullptr;
   Norm* norm_ = nullptr;
   Moments* moments_ = nullptr;
   Sums<2>* sums_ = nullptr;

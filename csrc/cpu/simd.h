@@ -103,6 +103,17 @@ DK_INLINE V every_second(V a, V b) {
   return every_second<kFirst>(a, b, std::make_integer_sequence<int, sizeof(V) / sizeof(a[0])>());
 }
 
+// The elements of one half of a and of b by turns.
+template <int kHalf, typename V, int... kIndex>
+DK_INLINE V interleaved(V a, V b, std::integer_sequence<int, kIndex...>) {
+  constexpr int n = int(sizeof...(kIndex));
+  return __builtin_shufflevector(a, b, (kIndex / 2 + kHalf * n / 2 + kIndex % 2 * n)...);
+}
+template <int kHalf, typename V>
+DK_INLINE V interleaved(V a, V b) {
+  return interleaved<kHalf>(a, b, std::make_integer_sequence<int, sizeof(V) / sizeof(a[0])>());
+}
+
 // Each element of one half of v twice.
 template <int kHalf, typename V, int... kIndex>
 DK_INLINE V doubled(V v, std::integer_sequence<int, kIndex...>) {
