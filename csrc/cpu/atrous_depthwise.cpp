@@ -50,7 +50,9 @@ bool all_finite(const T* values, int64_t count) {
 
 template <typename T>
 PlanBuilder make_plan(const DepthwiseShape& shape, Purpose purpose, bool exact) {
-  const int64_t vector_bytes = chosen_instruction_set() == InstructionSet::kAvx512 ? 64 : chosen_instruction_set() == InstructionSet::kAvx2 ? 32 : 16;
+  const int64_t vector_bytes = chosen_instruction_set() == InstructionSet::kAvx512 ? 64
+                               : chosen_instruction_set() == InstructionSet::kAvx2 ? 32
+                                                                                   : 16;
   return PlanBuilder(shape, purpose, sizeof(T), sizeof(acc_t<T>), vector_bytes / sizeof(acc_t<T>), exact);
 }
 

@@ -43,7 +43,8 @@ def _call(name: str, tensors: Sequence[Tensor | None], *args: Any) -> Any:
         return operator(*tensors, *args)
     # The Python autograd key is skipped: it costs more than a small convolution, with gradients or without.
     if _needs_autograd(*tensors):
-        if torch.is_autocast_enabled(tensors[0].device.type):  # type: ignore[union-attr]
+        device = tensors[0].device.type  # type: ignore[union-attr]
+        if device not in ("cpu", "cuda") or torch.is_autocast_enabled(device) or torch.jit.is_tracing():
             return operator(*tensors, *args)
         return _EAGER[name].apply(*tensors, *args)  # type: ignore[no-untyped-call]
     return _below_autograd(operator, *tensors, *args)
