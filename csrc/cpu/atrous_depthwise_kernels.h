@@ -1026,7 +1026,10 @@ struct Passes {
 
   static void forward(const Plan& plan, const T* x, const T* weight, const BatchNorm<A>* norm, T* out,
                       const Parallel& parallel) {
-    if (by_planes(plan, P::Pass::kInference, parallel,
+    // One pass gains from planes only where rows are short or cannot be read in place.
+    const bool gains = kNhwc ? !plan.direct : plan.shape.out_w <= 6 * kLanes<A>;
+    if (gains && plan.shape.stride_w == 1 &&
+        by_planes(plan, P::Pass::kInference, parallel,
                   [&](auto& planes, int64_t task) { planes.inference(task, x, weight, norm, out); }))
       return;
     const int64_t images = plan.shape.batch, bands = plan.out_rows.bands;
