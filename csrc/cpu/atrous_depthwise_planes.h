@@ -144,7 +144,10 @@ class Planes {
     select(task);
     for (int64_t p = 0; p < active_; ++p) {
       sums_[p] = Sums<2>(), weight_sums_[p] = Sums<9>();
-      if (norm) prepare_norm(*norm, p, norm->mean, norm->var);
+      if (norm)
+        prepare_norm(*norm, p, norm->mean, norm->var);
+      else
+        norm_[p].scale = V{} + 1;
     }
     if (cut_.resident)
       backward_resident(z, norm, batch_statistics);
@@ -715,8 +718,8 @@ class Planes {
         finish_sums(p, batch_statistics, z);
       }
       for (int64_t n = 0; n < s_.batch; ++n)
-        gradient_of_convolution<true>(norm, batch_statistics, x + n * x_size_, out, y_planes_ + n * size_,
-                                      grad + n * size_, p);
+        gradient_of_convolution(norm && batch_statistics, x + n * x_size_, out, y_planes_ + n * size_, grad + n * size_,
+                                p);
     }
     if (z.grad_x)
       for (int64_t n = 0; n < s_.batch; ++n) gradient_of_x(z, n, in, grad_planes_ + n * size_);
@@ -746,10 +749,12 @@ class Planes {
             gradient_sums(norm->activation, x + p * x_plane_, touched, y, g, p);
             sums_[p] = sums;
           }
-          gradient_of_convolution<false>(norm, batch_statistics, x + p * x_plane_, {touched.begin, owned.begin}, y, g,
-                                         p);
-          gradient_of_convolution<true>(norm, batch_statistics, x + p * x_plane_, owned, y, g, p);
-          gradient_of_convolution<false>(norm, batch_statistics, x + p * x_plane_, {owned.end, touched.end}, y, g, p);
+          const bool batch = norm && batch_statistics;
+          const Sums<9> others = weight_sums_[p];  // rows of neighbouring bands are summed there
+          gradient_of_convolution(batch, x + p * x_plane_, {touched.begin, owned.begin}, y, g, p);
+          gradient_of_convolution(batch, x + p * x_plane_, {owned.end, touched.end}, y, g, p);
+          weight_sums_[p] = others;
+          gradient_of_convolution(batch, x + p * x_plane_, owned, y, g, p);
         }
         if (z.grad_x) gradient_of_x(z, n, rows, grad);
       }
@@ -809,40 +814,34 @@ class Planes {
     }
   }
 
-  // grad becomes the gradient of conv(x): scale * (g - mean_grad - xhat * mean_dot) with batch statistics. kDots: its
-  // products with x join the sums of the weights' gradient.
-  template <bool kDots>
-  void gradient_of_convolution(const BatchNorm<A>* norm, bool batch_statistics, const A* x, Range rows, const A* y,
-                               A* grad, int64_t p) {
-    if (!norm)
-      gradient_of_convolution<kDots, false, false>(x, rows, y, grad, p);
-    else if (batch_statistics)
-      gradient_of_convolution<kDots, true, true>(x, rows, y, grad, p);
+  // grad becomes the gradient of conv(x): scale * (g - mean_grad - xhat * mean_dot) with batch statistics, scale * g
+  // without. Its products with x join the sums of the weights' gradient.
+  void gradient_of_convolution(bool batch_statistics, const A* x, Range rows, const A* y, A* grad, int64_t p) {
+    if (batch_statistics)
+      gradient_of_convolution<true>(x, rows, y, grad, p);
     else
-      gradient_of_convolution<kDots, true, false>(x, rows, y, grad, p);
+      gradient_of_convolution<false>(x, rows, y, grad, p);
   }
-  template <bool kDots, bool kNorm, bool kBatch>
+  template <bool kBatch>
   void gradient_of_convolution(const A* x, Range rows, const A* y, A* grad, int64_t p) {
     tiles(rows, g_.out_vectors, [&](auto rows_at_once, int64_t row, Range columns) {
       constexpr int R = decltype(rows_at_once)::value;
       if (s_.stride_h == 1)
-        gradient_tile<kDots, kNorm, kBatch, R, 1>(x, row, y, grad, columns, p);
+        gradient_tile<kBatch, R, 1>(x, row, y, grad, columns, p);
       else
-        gradient_tile<kDots, kNorm, kBatch, R, 2>(x, row, y, grad, columns, p);
+        gradient_tile<kBatch, R, 2>(x, row, y, grad, columns, p);
     });
   }
 
-  template <bool kDots, bool kNorm, bool kBatch, int R, int kStride>
+  template <bool kBatch, int R, int kStride>
   DK_INLINE void gradient_tile(const A* x, int64_t row, const A* y, A* grad, Range columns, int64_t p) {
     const Sources from = sources<R, kStride>(x, g_.x_pitch, kStride * row - s_.pad_top, s_.in_h);
     if (R == kRows && whole<R, kStride>(from))
-      gradient_tile<kDots, kNorm, kBatch, R, kStride, R == kRows>(from, y + row * g_.pitch, grad + row * g_.pitch,
-                                                                  columns, p);
+      gradient_tile<kBatch, R, kStride, R == kRows>(from, y + row * g_.pitch, grad + row * g_.pitch, columns, p);
     else
-      gradient_tile<kDots, kNorm, kBatch, R, kStride, false>(from, y + row * g_.pitch, grad + row * g_.pitch, columns,
-                                                             p);
+      gradient_tile<kBatch, R, kStride, false>(from, y + row * g_.pitch, grad + row * g_.pitch, columns, p);
   }
-  template <bool kDots, bool kNorm, bool kBatch, int R, int kStride, bool kWhole>
+  template <bool kBatch, int R, int kStride, bool kWhole>
   DK_INLINE void gradient_tile(const Sources& from, const A* y_row, A* grad_row, Range columns, int64_t p) {
     const int64_t step = s_.rate_h * g_.pitch, last = (g_.out_vectors - 1) * L;
     const int64_t taps[3] = {g_.taps[0], g_.taps[1], g_.taps[2]};
@@ -850,31 +849,24 @@ class Planes {
     const V tail = load(tail_), scale = norm.scale, mean = norm.mean;
     const V slope = -norm.scale * norm.inv_std * norm.mean_dot, constant = -norm.scale * norm.mean_grad;
     V sum[9];
-    if constexpr (kDots)
 #pragma GCC unroll 9
-      for (int t = 0; t < 9; ++t) sum[t] = weight_sums_[p].now[t];
+    for (int t = 0; t < 9; ++t) sum[t] = weight_sums_[p].now[t];
     for (int64_t k = columns.begin * L; k < columns.end * L; k += L) {
       V g[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        g[r] = load(grad_row + r * step + k);
-        if constexpr (kNorm) {
-          g[r] *= scale;
-          if constexpr (kBatch) {
-            g[r] += (load(y_row + r * step + k) - mean) * slope + constant;
-            if (!kNhwc && k == last) g[r] = within(g[r], tail);
-          }
-          store(grad_row + r * step + k, g[r]);
+        g[r] = load(grad_row + r * step + k) * scale;
+        if constexpr (kBatch) {
+          g[r] += (load(y_row + r * step + k) - mean) * slope + constant;
+          if (!kNhwc && k == last) g[r] = within(g[r], tail);
         }
+        store(grad_row + r * step + k, g[r]);
       }
-      if constexpr (kDots)
-        products<R, kStride, kWhole>(from, k, taps, [&](V input, int t, int r) { sum[t] += g[r] * input; });
+      products<R, kStride, kWhole>(from, k, taps, [&](V input, int t, int r) { sum[t] += g[r] * input; });
     }
-    if constexpr (kDots) {
 #pragma GCC unroll 9
-      for (int t = 0; t < 9; ++t) weight_sums_[p].now[t] = sum[t];
-      weight_sums_[p].added(R * (columns.end - columns.begin));
-    }
+    for (int t = 0; t < 9; ++t) weight_sums_[p].now[t] = sum[t];
+    weight_sums_[p].added(R * (columns.end - columns.begin));
   }
 
   void write_grad_weight(int64_t p, T* grad_weight) const {
