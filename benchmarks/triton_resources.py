@@ -35,7 +35,10 @@ FILE = Path(__file__).parent / "results" / "compile" / "triton_resources.json"
 # Where DeepLab v3+ Xception-65 spends its depthwise time: middle flow and ASPP. Other layers differ in tile sizes only.
 SHAPES = ("M8", "A12")
 
-_POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+_POINTER = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
+    torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,11 @@ OPERATORS: dict[str, str | None] = {
     "gaussian_filter_backward": "gaussian_filter",
     "local_gaussian_filter": "local_gaussian_filter",
     "local_gaussian_filter_backward": "local_gaussian_filter",
-    "permutohedral_lattice": None,
-    "permutohedral_filter": None,
-    "permutohedral_filter_backward": None,
-    "dense_crf_mean_field": None,
-    "dense_crf_mean_field_backward": None,
+    "permutohedral_lattice": "permutohedral",
+    "permutohedral_filter": "permutohedral",
+    "permutohedral_filter_backward": "permutohedral",
+    "dense_crf_mean_field": "dense_crf",
+    "dense_crf_mean_field_backward": "dense_crf",
 }
 
 _library_impl = torch.library.Library(NAMESPACE, "IMPL")

@@ -50,12 +50,15 @@ def check_energies(unary: Tensor) -> None:
 
 
 def _filters(
-    features: Sequence[Tensor], lattices: Sequence[Tensor], normalization: Sequence[int], mask: Tensor | None
+    features: Sequence[Tensor],
+    lattices: Sequence[Tensor],
+    normalization: Sequence[int],
+    mask: Tensor | None,
+    make: permutohedral.Make,
 ) -> list[permutohedral.NormalisedFilter]:
     packed: Sequence[Tensor | None] = lattices or [None] * len(features)
     return [
-        permutohedral.normalised(permutohedral.built_or_unpacked(f, p), n, mask)
-        for f, p, n in zip(features, packed, normalization, strict=True)
+        permutohedral.normalised(make(f, p), n, mask) for f, p, n in zip(features, packed, normalization, strict=True)
     ]
 
 
@@ -68,10 +71,13 @@ def dense_crf_mean_field(
     normalization: Sequence[int],
     iterations: int,
     save: bool,
+    make: permutohedral.Make = permutohedral.built_or_unpacked,
 ) -> tuple[Tensor, Tensor]:
     check_energies(unary)
     dtype = permutohedral.compute_dtype(unary.dtype)
-    filters = [lambda q, f=f: permutohedral.apply(f, q) for f in _filters(features, lattices, normalization, mask)]
+    filters = [
+        lambda q, f=f: permutohedral.apply(f, q) for f in _filters(features, lattices, normalization, mask, make)
+    ]
     kept: list[Tensor] = []
 
     def keep(q: Tensor) -> None:
@@ -105,9 +111,10 @@ def dense_crf_mean_field_backward(
     iterations: int,
     need_grad_features: bool,
     need_grad_compatibility: bool,
+    make: permutohedral.Make = permutohedral.built_or_unpacked,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     dtype = permutohedral.compute_dtype(unary.dtype)
-    filters = _filters(features, lattices, normalization, mask)
+    filters = _filters(features, lattices, normalization, mask, make)
     labels = unary.shape[1]
     if saved.dim() == 4:
         qs = [q[..., :labels].reshape(-1, labels) for q in saved]

@@ -10,7 +10,7 @@ The functions without underscore that share their name with an operator have its
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -162,6 +162,17 @@ class Lattice(NamedTuple):
     def rows(self) -> int:
         return self.neighbours.shape[2]
 
+    # What the filter is made of; a lattice with kernels of its own has other methods of these names.
+
+    def splat(self, values: Tensor) -> Tensor:
+        return _splat(self, values)
+
+    def blur(self, table: Tensor, transpose: bool) -> Tensor:
+        return _blur(self, table, transpose)
+
+    def slice(self, table: Tensor) -> Tensor:
+        return _slice(self, table)
+
 
 def to_rows(values: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, C, N) -> (B N, C)."""
@@ -218,6 +229,9 @@ def built_or_unpacked(features: Tensor, packed: Tensor | None) -> Lattice:
     return build(features) if packed is None or packed.numel() == 0 else _unpacked(packed, features)
 
 
+Make = Callable[[Tensor, Tensor | None], Lattice]
+
+
 # The filter and its derivative on (P, C) values.
 
 
@@ -256,13 +270,13 @@ def _slice(lattice: Lattice, table: Tensor) -> Tensor:
 
 def plain_filter(lattice: Lattice, values: Tensor, transpose: bool = False) -> Tensor:
     """K v, or its transpose: slice(blur(splat(v)))."""
-    return _slice(lattice, _blur(lattice, _splat(lattice, values), transpose))
+    return lattice.slice(lattice.blur(lattice.splat(values), transpose))
 
 
 def plain_weights_gradient(lattice: Lattice, grad: Tensor, values: Tensor, transpose: bool) -> Tensor:
     """Gradient (P, d + 1) of the weights, from ``grad`` (P, C) of :func:`plain_filter`'s result."""
-    blurred = _with_absent_row(_blur(lattice, _splat(lattice, values), transpose))
-    blurred_grad = _with_absent_row(_blur(lattice, _splat(lattice, grad), not transpose))
+    blurred = _with_absent_row(lattice.blur(lattice.splat(values), transpose))
+    blurred_grad = _with_absent_row(lattice.blur(lattice.splat(grad), not transpose))
     columns = [(grad * blurred[index] + values * blurred_grad[index]).sum(1) for index in lattice.vertices.unbind(1)]
     return torch.stack(columns, 1)
 
@@ -323,10 +337,18 @@ def apply_weights_gradient(f: NormalisedFilter, grad: Tensor, values: Tensor, tr
 # The operators.
 
 
+# ``make`` builds or unpacks the lattice: backends with passes of their own have another.
+
+
 def permutohedral_filter(
-    values: Tensor, features: Tensor, lattice: Tensor | None, normalization: int, transpose: bool
+    values: Tensor,
+    features: Tensor,
+    lattice: Tensor | None,
+    normalization: int,
+    transpose: bool,
+    make: Make = built_or_unpacked,
 ) -> Tensor:
-    f = normalised(built_or_unpacked(features, lattice), normalization)
+    f = normalised(make(features, lattice), normalization)
     return from_rows(apply(f, to_rows(values, features.dtype), transpose), values)
 
 
@@ -339,8 +361,9 @@ def permutohedral_filter_backward(
     transpose: bool,
     need_grad_values: bool,
     need_grad_features: bool,
+    make: Make = built_or_unpacked,
 ) -> tuple[Tensor, Tensor]:
-    f = normalised(built_or_unpacked(features, lattice), normalization)
+    f = normalised(make(features, lattice), normalization)
     grad, v = to_rows(grad_out, features.dtype), to_rows(values, features.dtype)
     grad_values, grad_features = values.new_empty(0), features.new_empty(0)
     if need_grad_values:

@@ -1,0 +1,76 @@
+"""Triton passes of the permutohedral lattice: exact in the interpreter, and they compile for real GPUs.
+
+As test_triton_atrous_depthwise.py: the interpreted cases (triton_permutohedral_cases.py) run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+TESTS = Path(__file__).parent
+sys.path.append(str(TESTS.parent / "benchmarks"))
+
+compiled_here = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET is set")
+
+
+def run_cases(interpreted: bool) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
+    environment |= {"OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if interpreted else {})
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "triton_permutohedral_cases.py"]
+    result = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    assert " skipped" not in result.stdout
+
+
+@pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0",
+    reason=f"the interpreter of Triton {triton.__version__} needs NumPy < 2.4",
+)
+def test_in_the_interpreter() -> None:
+    run_cases(interpreted=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_the_gpu() -> None:
+    run_cases(interpreted=False)
+
+
+@compiled_here
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_compiles_without_spills(arch: int) -> None:
+    import triton_resources
+
+    module = importlib.import_module("deeplab_kernels.triton.permutohedral")
+    caught = {}
+
+    def catch(kernel, grid, arguments, warps, device):
+        launch = triton_resources._specialise("permutohedral", kernel, grid, arguments, warps)
+        caught.setdefault(launch.code, launch)
+
+    with mock.patch.object(module, "_launch", catch):
+        for dtype in (torch.float32, torch.float64):
+            values, features = torch.randn(1, 21, 9, dtype=dtype), torch.randn(1, 5, 9, dtype=dtype)
+            module.permutohedral_filter(values, features, None, 3, False)
+    assert {launch.kernel.__name__ for launch in caught.values()} == {"_splat_kernel", "_blur_kernel", "_slice_kernel"}
+    for launch in caught.values():
+        assert triton_resources.inspect(triton_resources.compile_launch(launch, arch))["spill_bytes"] == 0
+
+
+def test_every_operator_is_there() -> None:
+    from deeplab_kernels.ops import _backends
+
+    for operator, stem in _backends.OPERATORS.items():
+        if stem in ("permutohedral", "dense_crf"):
+            assert callable(getattr(importlib.import_module(f"deeplab_kernels.triton.{stem}"), operator))
