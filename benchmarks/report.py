@@ -1,7 +1,7 @@
 """Tables, as text or Markdown, from the records of measure.measure.
 
 python benchmarks/report.py             # rewrites every results/<machine>/atrous_depthwise.md from its .json
-python benchmarks/report.py --readme results/<machine>/atrous_depthwise.json    # and the README's speed table
+python benchmarks/report.py --readme benchmarks/results/<machine>    # and the README's tables of speed
 """
 
 from __future__ import annotations
@@ -155,7 +155,6 @@ def document(results: Mapping[str, Any]) -> str:
 
 
 README = Path(__file__).parent.parent / "README.md"
-README_BEGIN, README_END = "<!-- speed table: from benchmarks/results -->", "<!-- end of the speed table -->"
 README_LAYERS = {
     "E128:128x257/N1": "entry flow: 128 channels, 257 x 257",
     "728x33/N1": "middle flow, output stride 16: 728 channels, 33 x 33",
@@ -197,11 +196,48 @@ def readme_table(results: Mapping[str, Any]) -> str:
     return markdown(table, ["layer (N = 1)", "inference NCHW", "inference NHWC", "training step"]) + f"\n\n{caption}."
 
 
-def update_readme(path: Path) -> None:
+def readme_crf_table(results: Mapping[str, Any]) -> str:
+    """deeplab_kernels.densecrf against pydensecrf."""
+    table = []
+    for record in results["records"]:
+        times = {name: timing["median_ms"] for name, timing in record["timings"].items()}
+        if "pydensecrf" not in times:
+            continue
+        theirs = times.pop("pydensecrf")
+        row = {"image, labels, sigmas": record["name"], "pydensecrf": f"{theirs:.0f} ms"}
+        for name, time in times.items():
+            row["ours, one thread" if "1 thread" in name else f"ours, {record['threads']} threads"] = (
+                f"{time:.0f} ms, **{theirs / time:.1f}x**"
+            )
+        memory = record.get("memory", {})
+        if "pydensecrf" in memory:
+            ours, other = (memory[name]["above_inputs_bytes"] / 1e6 for name in ("ours", "pydensecrf"))
+            row["memory, ours / pydensecrf"] = f"{ours:.0f} / {other:.0f} MB"
+        table.append(row)
+    columns = list(dict.fromkeys(column for row in table for column in row))
+    dates = sorted({f"{r['date']}, commit {r['commit']}" for r in results["records"]})
+    machine = results["machine"]
+    caption = (
+        "10 iterations, lattices built in each call, medians; height x width x labels, sxy/srgb of the appearance kernel + "
+        f"sxy of the smoothness kernel; {machine['cores']} cores of an {machine['cpu']}; {'; '.join(dates)}"
+    )
+    return markdown(table, columns) + f"\n\n{caption}."
+
+
+# file of results -> the README's table from it
+README_TABLES = {
+    "atrous_depthwise.json": ("speed table", readme_table),
+    "dense_crf.json": ("CRF table", readme_crf_table),
+}
+
+
+def update_readme(folder: Path) -> None:
     text = README.read_text()
-    head, tail = text.split(README_BEGIN)[0], text.split(README_END)[-1]
-    table = readme_table(json.loads(path.read_text()))
-    README.write_text(f"{head}{README_BEGIN}\n\n{table}\n\n{README_END}{tail}")
+    for file, (name, table) in README_TABLES.items():
+        begin, end = f"<!-- {name}: from benchmarks/results -->", f"<!-- end of the {name} -->"
+        head, tail = text.split(begin)[0], text.split(end)[-1]
+        text = f"{head}{begin}\n\n{table(json.loads((folder / file).read_text()))}\n\n{end}{tail}"
+    README.write_text(text)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ sys.path.append(str(BENCHMARKS))
 
 import bars  # noqa: E402
 import bench_atrous_depthwise as bench  # noqa: E402
+import bench_dense_crf_layer  # noqa: E402
 import layers  # noqa: E402
 import measure  # noqa: E402
 import overhead  # noqa: E402
@@ -310,3 +311,16 @@ def test_overhead_measures_every_call() -> None:
     found = overhead.microseconds(rounds=1)
     assert {"F.conv2d", "raw operator", "ops.atrous_depthwise_conv2d"} <= set(found)
     assert min(found.values()) > 0
+
+
+def test_dense_crf_layer_is_measured_and_judged(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("skimage")
+    bench_dense_crf_layer.run_case(
+        "sxy 49, srgb 5", "and the three sigmas", recompute=False, rounds=1, height=12, width=16
+    )
+    record = json.loads(capsys.readouterr().out)
+    q = 4 * 21 * 12 * 16  # bytes; Q of the 10 iterations, the energies and what belongs to the image are kept
+    assert 9 * q <= record["kept_bytes"] <= 15 * q
+    record |= {"sigmas": "", "trained": "", "forward": 1.0, "backward": 3.5}
+    assert "bar 3" in bench_dense_crf_layer.rows([{**record, "recompute": False}])[0]["bars"]
+    assert bench_dense_crf_layer.rows([{**record, "recompute": True}])[0]["bars"] == ""
