@@ -218,8 +218,8 @@ def readme_crf_table(results: Mapping[str, Any]) -> str:
     dates = sorted({f"{r['date']}, commit {r['commit']}" for r in results["records"]})
     machine = results["machine"]
     caption = (
-        "10 iterations, lattices built in each call, medians; height x width x labels, sxy/srgb of the appearance kernel + "
-        f"sxy of the smoothness kernel; {machine['cores']} cores of an {machine['cpu']}; {'; '.join(dates)}"
+        "10 iterations, lattices built in each call, medians; height x width x labels, sxy/srgb of the appearance "
+        f"kernel + sxy of the smoothness kernel; {machine['cores']} cores of an {machine['cpu']}; {'; '.join(dates)}"
     )
     return markdown(table, columns) + f"\n\n{caption}."
 
