@@ -6,47 +6,29 @@ As test_triton_atrous_depthwise.py: the interpreted cases (triton_gaussian_cases
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
-import numpy
 import pytest
 import torch
-
-triton = pytest.importorskip("triton")
+from _triton import compiled_here, needs_interpreter, run_cases
 
 TESTS = Path(__file__).parent
 sys.path.append(str(TESTS.parent / "benchmarks"))
 
-compiled_here = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET is set")
 # Shared memory of one block that every supported GPU has (sm_120: 99 KB).
 SHARED_BYTES = 99 << 10
 
 
-def run_cases(interpreted: bool) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
-    environment |= {"OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if interpreted else {})
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "triton_gaussian_cases.py"]
-    result = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    assert " skipped" not in result.stdout
-
-
-@pytest.mark.skipif(
-    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-    and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0",
-    reason=f"the interpreter of Triton {triton.__version__} needs NumPy < 2.4",
-)
+@needs_interpreter
 def test_in_the_interpreter() -> None:
-    run_cases(interpreted=True)
+    run_cases("triton_gaussian_cases.py", interpreted=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_the_gpu() -> None:
-    run_cases(interpreted=False)
+    run_cases("triton_gaussian_cases.py", interpreted=False)
 
 
 def launches(values: torch.Tensor, features: torch.Tensor, *radius: tuple[int, int]) -> list:
