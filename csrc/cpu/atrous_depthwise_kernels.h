@@ -717,7 +717,8 @@ class Worker {
           const V d = load(y_ + j * lanes_ + l) - centre;
           squares += d * d, rests += d;
         }
-        for (int64_t e = 0; e < L; ++e) merge(seen, n, centre[e], rests[e], squares[e], mean[l + e], m2[l + e]);
+        for (int64_t e = 0; e < L; ++e)
+          join_deviations(seen, n, centre[e], rests[e], squares[e], mean[l + e], m2[l + e]);
       }
     } else {
       const int64_t whole = columns / L * L;
@@ -736,7 +737,7 @@ class Worker {
         const A d = y_[j] - centre;
         square += d * d, rest += d;
       }
-      merge(seen, n, centre, rest, square, *mean, *m2);
+      join_deviations(seen, n, centre, rest, square, *mean, *m2);
     }
   }
 
@@ -952,21 +953,6 @@ class Worker {
            plan_.in_row_position[row.source + row.first * plan_.forward_rows.source_step] >= band_begin;
   }
 
- public:
-  // n values whose deviations from `centre`, itself rounded, sum up to `rest` and their squares to `squares`.
-  DK_INLINE static void merge(double seen, double n, double centre, double rest, double squares, double& mean,
-                              double& m2) {
-    merge(seen, n, centre + rest / n, larger_of(squares - rest * rest / n, 0), mean, m2);
-  }
-  DK_INLINE static double larger_of(double a, double b) { return a < b ? b : a; }
-  // Chan, Golub and LeVeque's update: (n values with this mean and m2) joins (seen values with mean and m2).
-  DK_INLINE static void merge(double seen, double n, double add_mean, double add_m2, double& mean, double& m2) {
-    const double delta = add_mean - mean, total = seen + n;
-    mean += delta * (n / total);
-    m2 += add_m2 + delta * delta * (seen * n / total);
-  }
-
- private:
   const Plan& plan_;
   const DepthwiseShape& s_;
   const T* x_;
@@ -1094,7 +1080,7 @@ struct Passes {
               const IndexRange band = plan.out_rows.band(t % bands);
               const double n = double(band.end - band.begin) * double(s.out_w);
               if (n == 0) continue;
-              W::merge(seen, n, part[l], part[lanes + l], centre, m2);
+              join_moments(seen, n, part[l], part[lanes + l], centre, m2);
               seen += n;
             }
             mean[worker.first_channel() + l] = A(centre);

@@ -629,10 +629,9 @@ class Planes {
       deviations.added(g_.out_vectors);
     }
     deviations.finish();
-    for (int64_t l = 0; l < kChannels; ++l) {
-      const double rest = deviations.lane[1][l] / count, m2 = deviations.lane[0][l] - rest * rest * count;
-      merge(moments.seen, count, double(centre[l]) + rest, m2 < 0 ? 0 : m2, moments.mean[l], moments.m2[l]);
-    }
+    for (int64_t l = 0; l < kChannels; ++l)
+      join_deviations(moments.seen, count, centre[l], deviations.lane[1][l], deviations.lane[0][l], moments.mean[l],
+                      moments.m2[l]);
     moments.seen += count;
   }
 
@@ -952,13 +951,6 @@ class Planes {
       }
       for (; w < s_.in_w; ++w) narrow(((w + q) % 2 == 0 ? even : odd)[(w + q) / 2], to + w);
     }
-  }
-
-  // Chan, Golub and LeVeque's update: (n values with this mean and m2) joins (seen values with mean and m2).
-  DK_INLINE static void merge(double seen, double n, double add_mean, double add_m2, double& mean, double& m2) {
-    const double delta = add_mean - mean, total = seen + n;
-    mean += delta * (n / total);
-    m2 += add_m2 + delta * delta * (seen * n / total);
   }
 
   const DepthwiseShape& s_;

@@ -155,5 +155,20 @@ DK_INLINE X masked(X grad, X z, Activation activation) {
   return grad;
 }
 
+// Chan, Golub and LeVeque's update: (n values with this mean and m2, the sum of squared deviations) joins (seen values
+// with mean and m2).
+DK_INLINE void join_moments(double seen, double n, double add_mean, double add_m2, double& mean, double& m2) {
+  const double delta = add_mean - mean, total = seen + n;
+  mean += delta * (n / total);
+  m2 += add_m2 + delta * delta * (seen * n / total);
+}
+// The same for n values whose deviations from `centre`, itself rounded, sum up to `rest` and their squares to
+// `squares`.
+DK_INLINE void join_deviations(double seen, double n, double centre, double rest, double squares, double& mean,
+                               double& m2) {
+  const double add_m2 = squares - rest * rest / n;
+  join_moments(seen, n, centre + rest / n, add_m2 < 0 ? 0 : add_m2, mean, m2);
+}
+
 }  // namespace
 }  // namespace deeplab_kernels::cpu

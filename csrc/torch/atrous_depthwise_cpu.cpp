@@ -7,6 +7,7 @@
 
 #include "../cpu/atrous_depthwise.h"
 #include "tensors.h"
+#include "threads.h"
 
 namespace deeplab_kernels {
 namespace {
@@ -14,15 +15,6 @@ namespace {
 using torch::headeronly::BFloat16;
 using Ints = std::vector<int64_t>;
 using OptionalTensor = std::optional<Tensor>;
-
-void run_on_torch_pool(int64_t count, int64_t grain, cpu::Parallel::Body body, void* context) {
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-}
-
-const cpu::Parallel& torch_pool() {
-  static const cpu::Parallel pool(run_on_torch_pool, [] { return int64_t(torch::stable::get_num_threads()); });
-  return pool;
-}
 
 // Calls f with a value of the storage type, so that the kernels' template argument can be deduced from it.
 template <typename F>
@@ -90,7 +82,7 @@ Tensor conv2d(const Tensor& x_any, const Tensor& weight_any, const Ints& stride,
   Tensor y = empty_nchw(output_size(shape), x, shape.channels_last);
   dispatch(x.scalar_type(), [&](auto value) {
     using T = decltype(value);
-    cpu::atrous_depthwise_conv2d<T>(shape, in<T>(x), in<T>(weight), out<T>(y), torch_pool());
+    cpu::atrous_depthwise_conv2d<T>(shape, in<T>(x), in<T>(weight), out<T>(y), torch_threads());
   });
   return as_dtype(y, x_any.scalar_type());
 }
@@ -114,7 +106,7 @@ std::tuple<Tensor, Tensor> conv2d_backward(const Tensor& grad_any, const Tensor&
     using T = decltype(value);
     cpu::atrous_depthwise_conv2d_backward<T>(shape, in<T>(grad), in<T>(x), in<T>(weight),
                                              out_or_null<T>(grad_x, need_grad_x),
-                                             out_or_null<T>(grad_weight, need_grad_weight), torch_pool());
+                                             out_or_null<T>(grad_weight, need_grad_weight), torch_threads());
   });
   return {as_dtype(grad_x, x_any.scalar_type()), as_dtype(grad_weight, x_any.scalar_type())};
 }
@@ -134,7 +126,7 @@ Tensor bn_act_inference(const Tensor& x_any, const Tensor& weight_any, const Opt
     using A = cpu::acc_t<T>;
     cpu::atrous_depthwise_bn_act_inference<T>(shape, in<T>(x), in<T>(weight),
                                               norm_parameters<A>(gamma, beta, eps, activation), in<A>(mean), in<A>(var),
-                                              out<T>(result), torch_pool());
+                                              out<T>(result), torch_threads());
   });
   return as_dtype(result, x_any.scalar_type());
 }
@@ -157,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_training(const Tensor& x_any, 
     using A = cpu::acc_t<T>;
     cpu::atrous_depthwise_bn_act_training<T>(shape, in<T>(x), in<T>(weight),
                                              norm_parameters<A>(gamma, beta, eps, activation), out<T>(result),
-                                             out_or_null<T>(y, save_conv), out<A>(mean), out<A>(var), torch_pool());
+                                             out_or_null<T>(y, save_conv), out<A>(mean), out<A>(var), torch_threads());
   });
   return {as_dtype(result, x_any.scalar_type()), as_dtype(y, x_any.scalar_type()), mean, var};
 }
@@ -189,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(
                                              norm_parameters<A>(gamma, beta, eps, activation), in<A>(mean), in<A>(var),
                                              batch_statistics, out_or_null<T>(grad_x, need_grad_x),
                                              out_or_null<T>(grad_weight, need_grad_weight), out<A>(grad_gamma),
-                                             out<A>(grad_beta), torch_pool());
+                                             out<A>(grad_beta), torch_threads());
   });
   return {as_dtype(grad_x, x_any.scalar_type()), as_dtype(grad_weight, x_any.scalar_type()), grad_gamma, grad_beta};
 }

@@ -4,19 +4,10 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../core/gaussian_filter.h"
-#include "../cpu/parallel.h"
 #include "tensors.h"
+#include "threads.h"
 
 namespace deeplab_kernels {
-
-inline const cpu::Parallel& torch_threads() {
-  static const cpu::Parallel pool(
-      [](int64_t count, int64_t grain, cpu::Parallel::Body body, void* context) {
-        torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-      },
-      [] { return int64_t(torch::stable::get_num_threads()); });
-  return pool;
-}
 
 // The Python layer has validated user input and raised readable errors; these keep a direct call of the raw operator
 // from reading out of bounds. values (B, C, ...) and features (B, d, ...) with `axes` axes of points.
