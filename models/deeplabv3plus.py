@@ -13,9 +13,10 @@ from .backbones import Xception, xception41, xception65, xception71, xception_sm
 from .backbones.xception import check_output_stride
 from .heads import ASPP, Decoder
 from .layers import BN_MOMENTUM, positive_ints, resize_bilinear
+from .system import SegmentationModel, check_images
 
 
-class DeepLabV3Plus(nn.Module):
+class DeepLabV3Plus(SegmentationModel):
     """Backbone, ASPP, decoder (or none) and a 1x1 classifier. forward: (N, 3, H, W) -> logits (N, num_classes, H, W).
 
     Any H, W >= 1 works. Sizes k * output_stride + 1 (513, 769) keep every resize exactly aligned.
@@ -85,10 +86,7 @@ class DeepLabV3Plus(nn.Module):
         self.aspp.set_rates([max(1, rate * 16 // output_stride) for rate in self.atrous_rates])
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[1] != 3:
-            raise ValueError(f"x must have shape (N, 3, H, W), got {tuple(x.shape)}")
-        if x.shape[2] < 1 or x.shape[3] < 1:
-            raise ValueError(f"x must have a height and a width of at least 1, got {tuple(x.shape)}")
+        check_images(x)
         low_level, features = self.backbone(x)
         features = self.aspp(features)
         if self.decoder is not None:

@@ -9,11 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
-from .deeplabv3plus import BUILDERS
+from . import deeplabv3plus
+from .system import SegmentationModel
 
-_BUILDERS: dict[str, Callable[..., nn.Module]] = {**BUILDERS}
+# One file per system; each has its builders by name.
+_SYSTEMS = (deeplabv3plus,)
+_BUILDERS: dict[str, Callable[..., SegmentationModel]] = {
+    name: builder for system in _SYSTEMS for name, builder in system.BUILDERS.items()
+}
 
 
 def list_models() -> list[str]:
@@ -29,7 +33,7 @@ def build(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
-) -> nn.Module:
+) -> SegmentationModel:
     """A freshly initialised model in training mode. forward: (N, 3, H, W) -> logits (N, num_classes, H, W).
 
     Args:

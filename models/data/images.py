@@ -16,6 +16,8 @@ from torch import Tensor
 
 from deeplab_kernels.errors import UserError
 
+from ..system import SYMMETRIC, Normalization
+
 Result = TypeVar("Result")
 
 
@@ -112,8 +114,8 @@ def _eight_bits(array: NDArray[np.generic]) -> NDArray[np.uint8]:
     return np.round(values * np.float32(255 / top)).astype(np.uint8)
 
 
-def to_input(images: NDArray[np.uint8]) -> Tensor:
-    """(H, W, 3) or (N, H, W, 3) uint8 RGB -> (1 or N, 3, H, W) float32 in [-1, 1], as DeepLab's Xception takes it."""
+def to_input(images: NDArray[np.uint8], normalization: Normalization = SYMMETRIC) -> Tensor:
+    """(H, W, 3) or (N, H, W, 3) uint8 RGB -> (1 or N, 3, H, W) float32, by default in [-1, 1]."""
     tensor = torch.from_numpy(np.require(images, requirements=["C", "W"]))
     tensor = tensor[None] if tensor.ndim == 3 else tensor
-    return tensor.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+    return normalization.apply(tensor.permute(0, 3, 1, 2).float())
