@@ -1,13 +1,10 @@
-"""Segmentation of any image with trained weights, and the file that holds such weights."""
+"""Segmentation of any image with trained weights."""
 
 from __future__ import annotations
 
 import itertools
 import os
-import pickle
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,95 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from deeplab_kernels.errors import UserError
-
 from .data import read_image, to_input, to_rgb
 from .refinement import CRFParameters, check_memory, energy_of_scores, most_probable, refine
-from .registry import build
+from .weights import build_from_file
 
-_FORMAT = "deeplab_kernels weights"
-_FORMAT_VERSION = 1
 _SMALLEST_SIDE = 33  # smaller images are continued by their border: below that the deepest feature map is one pixel
-
-
-def save_weights(
-    path: str | os.PathLike[str],
-    model: nn.Module,
-    *,
-    name: str,
-    class_names: Sequence[str],
-    palette: Sequence[Sequence[int]],
-    options: dict[str, Any] | None = None,
-    notes: dict[str, Any] | None = None,
-) -> None:
-    """Writes what :meth:`Segmenter.from_file` needs: tensors and plain values, nothing that runs code when loaded.
-
-    Args:
-        name, options: ``build(name, num_classes=len(class_names), **options)`` made the model.
-        palette: (red, green, blue) in 0..255 for each class.
-        notes: plain values that are kept with the weights, such as how they were trained.
-    """
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    content = {
-        "format": _FORMAT,
-        "version": _FORMAT_VERSION,
-        "model": name,
-        "options": dict(options or {}),
-        "class_names": list(class_names),
-        "palette": [[int(value) for value in colour] for colour in palette],
-        "notes": dict(notes or {}),
-        "state_dict": state,
-    }
-    target = Path(path)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.part")  # never leave half a file under the final name
-    try:
-        torch.save(content, partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def load_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of a weights file, checked; tensors on the CPU. Code inside a file is never run.
-
-    Raises:
-        UserError: the file is damaged, holds something else, or holds code.
-        OSError: there is no such file, or it may not be read.
-    """
-    where = os.fspath(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's guesses at what is wrong with the file; the error says enough
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{where}: not a weights file, or one with code in it, which is never run") from None
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise UserError(f"{where}: the weights file is damaged ({_first_line(error)})") from None
-    except Exception as error:  # torch and pickle raise nearly anything on damaged files
-        raise UserError(f"{where}: not a weights file, or a damaged one ({_first_line(error)})") from None
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise UserError(f"{where}: not a weights file of this package (one is written by 'deeplab_kernels demo')")
-    if content.get("version") != _FORMAT_VERSION:
-        version = content.get("version")
-        raise UserError(f"{where}: weights of format version {version}; this package reads {_FORMAT_VERSION}")
-    kinds = {"model": str, "options": dict, "class_names": list, "palette": list, "state_dict": dict}
-    names: Any = content.get("class_names")
-    palette: Any = content.get("palette")
-    sound = (
-        all(isinstance(content.get(key), kind) for key, kind in kinds.items())
-        and 0 < len(names) == len(palette) <= 256
-        and all(isinstance(name, str) for name in names)
-        and all(isinstance(c, list) and len(c) == 3 and all(v in range(256) for v in c) for c in palette)
-    )
-    if not sound:
-        raise UserError(f"{where}: the weights file lacks its model, classes or palette")
-    return content
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:160]
 
 
 class Segmenter:
@@ -149,17 +62,10 @@ class Segmenter:
         """Builds the model that the weights file names and loads the weights. ``options``: ``tile``, ``margin``.
 
         Raises:
-            UserError: see :func:`load_weights`; or the weights do not fit the model.
+            UserError: see :func:`deeplab_kernels.models.weights.build_from_file`.
         """
-        content = load_weights(path)
-        names = content["class_names"]
-        try:
-            model = build(content["model"], num_classes=len(names), **content["options"])
-            model.load_state_dict(content["state_dict"])
-        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{os.fspath(path)}: the weights do not fit {content['model']} ({reason[:200]})") from None
-        return cls(model.to(device), names, content["palette"], **options)
+        model, content = build_from_file(path, device)
+        return cls(model, content["class_names"], content["palette"], **options)
 
     @torch.inference_mode()
     def __call__(

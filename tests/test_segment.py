@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import pickle
 import subprocess
 import sys
 import warnings
-import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,12 +15,12 @@ import torch
 from deeplab_kernels.models import build
 from deeplab_kernels.models.data import CLASS_NAMES, PALETTE, SceneDataset
 from deeplab_kernels.models.refinement import CRFParameters, energy_of_scores, refine
-from deeplab_kernels.models.segmenter import Segmenter, _tiles, colourise, load_weights, overlay, save_weights
+from deeplab_kernels.models.segmenter import Segmenter, _tiles, colourise, overlay
+from deeplab_kernels.models.weights import save_weights_file
 from PIL import Image
 from torch import nn
 
 from deeplab_kernels import cli
-from deeplab_kernels.errors import UserError
 
 NAME = "deeplabv3plus_small"
 
@@ -35,7 +32,7 @@ def weights(tmp_path_factory) -> str:
     with torch.no_grad():
         model.classifier.weight.normal_()  # so that more than one class comes out
     path = tmp_path_factory.mktemp("weights") / "weights.pt"
-    save_weights(path, model, name=NAME, class_names=CLASS_NAMES, palette=PALETTE, notes={"steps": 0})
+    save_weights_file(path, model, name=NAME, class_names=CLASS_NAMES, palette=PALETTE, notes={"steps": 0})
     return str(path)
 
 
@@ -115,7 +112,6 @@ def test_from_file_gives_the_same_labels_as_the_model(weights):
     assert np.array_equal(segmenter(image), expected)
     assert np.array_equal(segmenter(Image.fromarray(image)), expected)
     assert segmenter.class_names == CLASS_NAMES
-    assert load_weights(weights)["notes"] == {"steps": 0}
     shares = segmenter.shares(expected.astype(np.uint8))
     assert sum(shares.values()) == pytest.approx(1)
     assert shares["disc"] == (expected == 1).mean()
@@ -176,84 +172,6 @@ def test_crf_refines_the_scores_at_full_resolution(max_side):
     assert steps == [(1, 3), (2, 3), (3, 3)]
     assert (labels == np.repeat([[0] * 20 + [2] * 20], 30, 0)).all()
     assert (segmenter(noisy) != labels).any()
-
-
-# Weights files
-
-
-class _Evil:
-    def __reduce__(self):
-        return (print, ("code in a weights file was run",))
-
-
-def _bad_weights(kind: str, good: str, path) -> None:
-    if kind == "code":
-        torch.save({"format": "deeplab_kernels weights", "x": _Evil()}, path)
-    elif kind == "bare pickle with code":
-        path.write_bytes(pickle.dumps(_Evil()))
-    elif kind == "text":
-        path.write_text("hello")
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "truncated":
-        data = Path(good).read_bytes()
-        path.write_bytes(data[: len(data) // 2])
-    elif kind == "other zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("a.txt", "a")
-    elif kind == "plain state_dict":
-        torch.save(build(NAME, num_classes=7, device="meta").state_dict(), path)
-    elif kind == "a tensor":
-        torch.save(torch.zeros(3), path)
-    else:
-        content = torch.load(good, weights_only=True)
-        changes = {
-            "unknown model": {"model": "deeplabv9"},
-            "other classes": {"class_names": ["a", "b"], "palette": [[0, 0, 0], [1, 1, 1]]},
-            "bad palette": {"palette": [[0, 0, 300]] * 7},
-            "newer": {"version": 99},
-            "bad option": {"options": {"wings": 2}},
-        }
-        torch.save({**content, **changes[kind]}, path)
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("code", "never run"),
-        ("bare pickle with code", "not a weights file"),
-        ("text", "not a weights file"),
-        ("empty", "not a weights file"),
-        ("truncated", "not a weights file|damaged"),
-        ("other zip", "not a weights file|damaged"),
-        ("plain state_dict", "not a weights file of this package"),
-        ("a tensor", "not a weights file of this package"),
-        ("unknown model", "do not fit deeplabv9"),
-        ("other classes", "do not fit"),
-        ("bad palette", "palette"),
-        ("newer", "version 99"),
-        ("bad option", "no option 'wings'"),
-    ],
-)
-def test_bad_weights_files(kind, message, weights, tmp_path, capsys):
-    path = tmp_path / "w.pt"
-    _bad_weights(kind, weights, path)
-    warnings.simplefilter("error")  # nothing but the error is to be seen; pytest puts the filters back
-    with pytest.raises(UserError, match=message) as caught:
-        Segmenter.from_file(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert "was run" not in capsys.readouterr().out
-
-
-def test_saving_fails_without_leaving_half_a_file(weights, tmp_path, monkeypatch):
-    target = tmp_path / "w.pt"
-    target.write_bytes(b"old")
-    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space"):
-        save_weights(target, PixelNet(), name=NAME, class_names=["a"], palette=[(0, 0, 0)])
-    assert [p.name for p in tmp_path.iterdir()] == ["w.pt"]
-    assert target.read_bytes() == b"old"
 
 
 # The command

@@ -20,8 +20,9 @@ from ..errors import UserError
 from ..models import build, madds, paper_table
 from ..models.data import Scene, SceneDataset, read_image
 from ..models.evaluation import ConfusionMatrix, evaluate
-from ..models.segmenter import Segmenter, save_weights
+from ..models.segmenter import Segmenter
 from ..models.training import TrainingConfig, start_near_identity, train
+from ..models.weights import save_weights_file
 from . import crf, speed
 from .photographs import Photograph, bundled
 from .pictures import mistakes, side_by_side
@@ -135,7 +136,7 @@ def run(
     results.mean_iou, results.pixel_accuracy = matrix.mean_iou(), matrix.pixel_accuracy()
     results.background_only = _background_only(matrix)
     notes = {"mean_iou": results.mean_iou, "seed": seed, "steps": len(results.losses)}
-    save_weights(
+    save_weights_file(
         output / "weights.pt",
         model,
         name=MODEL,
