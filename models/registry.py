@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from . import deeplabv3plus
+from . import deeplabv1, deeplabv2, deeplabv3plus
 from .system import SegmentationModel
 
 # One file per system; each has its builders by name.
-_SYSTEMS = (deeplabv3plus,)
+_SYSTEMS = (deeplabv1, deeplabv2, deeplabv3plus)
 _BUILDERS: dict[str, Callable[..., SegmentationModel]] = {
     name: builder for system in _SYSTEMS for name, builder in system.BUILDERS.items()
 }
@@ -28,7 +28,7 @@ def list_models() -> list[str]:
 def build(
     name: str,
     num_classes: int = 21,
-    output_stride: int = 16,
+    output_stride: int | None = None,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -39,7 +39,8 @@ def build(
     Args:
         name: one of :func:`list_models`.
         num_classes: channels of the logits.
-        output_stride: 8, 16 or 32; ``model.set_output_stride`` changes it later.
+        output_stride: 8, 16 or 32, where the model has it; ``model.set_output_stride`` changes it later. None is the
+            model's own: 16 for v3 and v3+, the papers' 8 for v1 and v2.
         device: where the parameters are created; "meta" takes no memory.
         dtype: floating point dtype of the parameters and buffers.
         options: keyword arguments of the model's own builder, e.g.
@@ -65,5 +66,7 @@ def build(
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating point dtype, got {dtype}")
     with torch.device(device) if device is not None else contextlib.nullcontext():
-        model = builder(num_classes, output_stride, **options)
+        if output_stride is not None:
+            options["output_stride"] = output_stride
+        model = builder(num_classes, **options)
     return model.to(dtype) if dtype is not None else model

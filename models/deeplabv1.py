@@ -1,0 +1,124 @@
+"""DeepLab v1, LargeFOV (Chen et al., Semantic Image Segmentation with Deep Convolutional Nets and Fully Connected CRFs,
+arXiv:1412.7062)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from deeplab_kernels.nn import DenseCRF
+
+from .backbones.vgg import vgg16, vgg16_bn, vgg_small
+from .crf_stage import with_crf
+from .heads import AtrousScores
+from .layers import positive_ints, resize_bilinear
+from .multi_scale import check_scales, max_over_scales
+from .system import SegmentationModel, check_images
+
+
+class AtrousScoring(SegmentationModel):
+    """DeepLab v1 and v2: a backbone, the summed scores of atrous branches, and their bilinear resize to the image.
+
+    forward: (N, 3, H, W) -> logits (N, num_classes, H, W), any H, W >= 1. Sizes ``output_stride * k + 1`` (321) keep
+    the resize exactly aligned.
+
+    Args:
+        backbone: with ``out_channels``, ``output_stride`` and ``set_output_stride``.
+        rates: of the branches at output stride 8, the papers'. At 16 they are halved, at 32 quartered (at least 1),
+            which keeps the field of view in image pixels.
+        scales: of the image; several are fused by their maximum at the score map
+            (:func:`deeplab_kernels.models.multi_scale.max_over_scales`). May be changed at any time: the weights are
+            the same.
+        hidden, norm, dropout, momentum: as of :class:`deeplab_kernels.models.heads.AtrousScores`.
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        num_classes: int,
+        rates: Sequence[int],
+        *,
+        hidden: int | None = 1024,
+        norm: bool = False,
+        dropout: float = 0.5,
+        momentum: float = 0.1,
+        scales: Sequence[float] = (1.0,),
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.atrous_rates = positive_ints(rates, "rates")
+        self.scales = check_scales(scales)
+        self.backbone = backbone
+        self.head = AtrousScores(
+            backbone.out_channels, num_classes, rates, hidden, norm=norm, dropout=dropout, momentum=momentum
+        )
+        self.set_output_stride(backbone.output_stride)
+
+    @property
+    def output_stride(self) -> int:
+        """Input pixels per pixel of the score map: 8, 16 or 32."""
+        return self.backbone.output_stride
+
+    def set_output_stride(self, output_stride: int) -> None:
+        """Changes strides and rates in place; the state_dict stays the same.
+
+        Raises:
+            ValueError: ``output_stride`` is not 8, 16 or 32.
+        """
+        self.backbone.set_output_stride(output_stride)
+        self.head.set_rates([max(1, rate * 8 // output_stride) for rate in self.atrous_rates])
+
+    def scores(self, x: Tensor) -> Tensor:
+        """The score map of one scale: (N, num_classes, ceil(H / output_stride), ceil(W / output_stride))."""
+        return self.head(self.backbone(x).output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x)
+        return resize_bilinear(max_over_scales(self.scores, x, self.scales), x.shape[2:])
+
+
+def atrous_scoring(
+    backbone: Callable[..., nn.Module],
+    num_classes: int = 21,
+    output_stride: int = 8,
+    *,
+    rates: Sequence[int] = (12,),
+    hidden: int | None = 1024,
+    norm: bool = False,
+    dropout: float = 0.5,
+    momentum: float = 0.1,
+    scales: Sequence[float] = (1.0,),
+    crf: DenseCRF | bool | Mapping[str, Any] = False,
+) -> SegmentationModel:
+    """Builds DeepLab v1 or v2 on ``backbone``, e.g. :func:`deeplab_kernels.models.backbones.vgg16`.
+
+    ``crf`` adds the dense CRF as the last stage: True for the papers' parameters, a mapping of the options of
+    :class:`deeplab_kernels.nn.DenseCRF`, or the layer (:func:`deeplab_kernels.models.crf_stage.with_crf`). The networks
+    are trained without it, in the papers, so that it may as well be added to the trained one. For the other arguments
+    see :class:`AtrousScoring`.
+    """
+    model = AtrousScoring(
+        backbone(output_stride=output_stride),
+        num_classes,
+        rates,
+        hidden=hidden,
+        norm=norm,
+        dropout=dropout,
+        momentum=momentum,
+        scales=scales,
+    )
+    return with_crf(model, crf)
+
+
+# For images of about 128 x 128, whose maps of 17 x 17 are 0.4 of the papers' 41 x 41: so are the rates of the small
+# models, here and in v2.
+SMALL: dict[str, Any] = {"hidden": 64, "norm": True, "dropout": 0.0}
+
+BUILDERS: dict[str, Callable[..., SegmentationModel]] = {
+    "deeplabv1_vgg16": partial(atrous_scoring, vgg16),
+    "deeplabv1_vgg16_bn": partial(atrous_scoring, vgg16_bn, norm=True),
+    "deeplabv1_small": partial(atrous_scoring, vgg_small, rates=(5,), **SMALL),
+}
