@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..ops import _validation, atrous_depthwise_bn_act, atrous_depthwise_conv2d
-from ..ops.atrous_depthwise import _transforms_active
+from ..ops import _validation
+from ._halves import activate, conv_act, conv_norm_act, convolve, fusable, norm_in_place
 from ._separable_blocks import check_convolutions, check_norm, only_zeros, renamed, sort_modules, untouched
 from .init import truncated_normal_
 
@@ -101,65 +100,7 @@ class AtrousDepthwiseConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H', W')."""
         self.check_input(x)
-        if self.bias is not None:
-            return _conv_bias_act(self, x, None)
-        return atrous_depthwise_conv2d(x, self.weight, self.stride, self.padding, self.dilation)
-
-
-def _conv_bias_act(conv: AtrousDepthwiseConv2d, x: Tensor, activation: str | None) -> Tensor:
-    # Statistics of mean 0 and variance 1 with eps 0 make the normalisation exactly the identity.
-    channels, dtype = conv.out_channels, torch.float64 if x.dtype == torch.float64 else torch.float32
-    return atrous_depthwise_bn_act(
-        x,
-        conv.weight,
-        None,
-        conv.bias,
-        x.new_zeros(channels, dtype=dtype),
-        x.new_ones(channels, dtype=dtype),
-        training=False,
-        eps=0.0,
-        activation=activation,
-        stride=conv.stride,
-        padding=conv.padding,
-        dilation=conv.dilation,
-    )
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _norm_in_place(norm: nn.Module, out: Tensor) -> Tensor:
-    """``norm(out)``; inference overwrites ``out``, which is as exact as F.batch_norm and needs no second tensor.
-
-    (Folding the norm into the convolution's weights would double the rounding error.)
-    """
-    if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) or norm.training:
-        return norm(out)
-    mean, var = norm.running_mean, norm.running_var
-    if (
-        mean is None
-        or var is None
-        or out.dtype not in (torch.float32, torch.float64)
-        or not out.dtype == mean.dtype == var.dtype
-        or _needs_grad(out, norm.weight, norm.bias)
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or _transforms_active()
-    ):
-        return norm(out)
-    scale = torch.rsqrt(var + norm.eps)
-    scale = scale if norm.weight is None else scale * norm.weight
-    shift = -mean * scale if norm.bias is None else norm.bias - mean * scale
-    return out.mul_(scale.view(1, -1, 1, 1)).add_(shift.view(1, -1, 1, 1))
-
-
-def _activate(x: Tensor, activation: str | None, inplace: bool = False) -> Tensor:
-    if activation == "relu":
-        return F.relu(x, inplace=inplace)
-    if activation == "relu6":
-        return F.relu6(x, inplace=inplace)
-    return x
+        return convolve(self, x, self.padding)
 
 
 def _activation(value: str | None, name: str) -> str | None:
@@ -328,7 +269,7 @@ class AtrousSeparableConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H', W')."""
         observed = _has_any_global_hook()
-        x = _activate(x, self.pre_activation)
+        x = activate(x, self.pre_activation)
         return self._pointwise_half(self._depthwise_half(x, observed), observed)
 
     def _depthwise_half(self, x: Tensor, observed: bool) -> Tensor:
@@ -336,56 +277,11 @@ class AtrousSeparableConv2d(nn.Module):
         if not observed and untouched(conv, AtrousDepthwiseConv2d):
             if untouched(norm, nn.Identity) and (activation is not None or conv.bias is not None):
                 conv.check_input(x)
-                return _conv_bias_act(conv, x, activation)
-            if self._fusable(norm, x):
-                return self._conv_norm_act(x)
-        return _activate(norm(conv(x)), activation)
-
-    def _fusable(self, norm: nn.Module, x: Tensor) -> bool:
-        if not untouched(norm, nn.BatchNorm2d, nn.SyncBatchNorm):
-            return False
-        assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
-        if (norm.running_mean is None) != (norm.running_var is None):
-            return False
-        batch_statistics = norm.training or norm.running_mean is None
-        if type(norm) is nn.SyncBatchNorm and batch_statistics:
-            return False
-        # A bias before the norm moves the running mean; only inference makes it part of the mean.
-        return self.depthwise.bias is None or not (
-            batch_statistics or _needs_grad(x, self.depthwise.weight, self.depthwise.bias, norm.weight, norm.bias)
-        )
-
-    def _conv_norm_act(self, x: Tensor) -> Tensor:
-        conv, norm = self.depthwise, self.depthwise_norm
-        assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
-        conv.check_input(x)
-        mean, var = norm.running_mean, norm.running_var
-        momentum = 0.0 if norm.momentum is None else norm.momentum
-        counted = norm.training and norm.track_running_stats and norm.num_batches_tracked is not None
-        if norm.training and not norm.track_running_stats:
-            mean = var = None
-        elif counted and norm.momentum is None:
-            momentum = 1.0 / float(norm.num_batches_tracked + 1)  # type: ignore[operator]
-        if conv.bias is not None and mean is not None:
-            mean = mean - conv.bias
-        out = atrous_depthwise_bn_act(
-            x,
-            conv.weight,
-            norm.weight,
-            norm.bias,
-            mean,
-            var,
-            training=norm.training or mean is None,
-            momentum=momentum,
-            eps=norm.eps,
-            activation=self.depthwise_activation,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-        )
-        if counted:
-            norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-        return out
+                return conv_act(conv, activation, x, conv.padding)
+            if untouched(norm, nn.BatchNorm2d, nn.SyncBatchNorm) and fusable(norm, conv, x):
+                conv.check_input(x)
+                return conv_norm_act(conv, norm, activation, x, conv.padding)
+        return activate(norm(conv(x)), activation)
 
     def _pointwise_half(self, y: Tensor, observed: bool) -> Tensor:
         conv, norm = self.pointwise, self.pointwise_norm
@@ -395,8 +291,8 @@ class AtrousSeparableConv2d(nn.Module):
             and untouched(conv, nn.Conv2d)
             and untouched(norm, nn.Identity, nn.BatchNorm2d, nn.SyncBatchNorm)
         )
-        out = _norm_in_place(norm, conv(y)) if plain else norm(conv(y))
-        return _activate(out, self.pointwise_activation, inplace=plain)
+        out = norm_in_place(norm, conv(y)) if plain else norm(conv(y))
+        return activate(out, self.pointwise_activation, inplace=plain)
 
     @classmethod
     def from_modules(
