@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from deeplab_kernels.nn.init import truncated_normal_
 
 from .backbones import Xception, xception41, xception65, xception71, xception_small
-from .backbones.xception import check_output_stride
+from .backbones.features import check_output_stride
 from .heads import ASPP, Decoder
 from .layers import BN_MOMENTUM, positive_ints, resize_bilinear
 from .system import SegmentationModel, check_images

@@ -160,15 +160,28 @@ def test_strides_and_rates(name: str, output_stride: int) -> None:
             assert block.shortcut.conv.stride == block.convs[2].stride
 
 
-@pytest.mark.parametrize(("name", "low_level_index"), [("xception41", 1), ("xception65", 1), ("xception71", 2)])
-def test_low_level_feature_comes_from_the_block_that_leaves_stride_4(name: str, low_level_index: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "leaving"),
+    [("xception41", (0, 1, 2, 11)), ("xception65", (0, 1, 2, 19)), ("xception71", (0, 2, 4, 21))],
+)
+def test_features_come_from_the_blocks_that_leave_their_stride(name: str, leaving: tuple[int, ...]) -> None:
     with torch.device("meta"):
         model = BUILDERS[name]()
-        low_level, output = model(torch.empty(1, 3, 129, 65))
-    assert model.low_level_index == low_level_index
+        seconds: list[Tensor] = []
+        for index in leaving:
+            model.blocks[index].convs[1].register_forward_hook(lambda _m, _i, out: seconds.append(out))
+        x = torch.empty(1, 3, 129, 65)
+        *pyramid, output = model.pyramid(x)
+        assert [id(f) for f in pyramid] == [id(f) for f in seconds]
+        low_level, same = model(x)
+    assert output.shape == same.shape == (1, 2048, 9, 5)
     assert low_level.shape == (1, 256, 33, 17)
-    assert model.low_level_channels == 256
-    assert output.shape == (1, model.out_channels, 9, 5)
+    assert model.channels == {2: 128, 4: 256, 8: 728, 16: 1024, 32: 2048}
+    assert [tuple(f.shape) for f in pyramid] == [(1, 128, 65, 33), (1, 256, 33, 17), (1, 728, 17, 9), (1, 1024, 9, 5)]
+    assert (model.low_level_channels, model.out_channels) == (256, 2048)
+    assert [tuple(f.shape) for f in model.pyramid(x.to("meta"), (8,))] == [(1, 728, 17, 9)]
+    with pytest.raises(ValueError, match=r"strides must be among 2, 4, 8, 16, 32, got \(3,\)"):
+        model.pyramid(x, (3,))
 
 
 @pytest.mark.parametrize(("name", "layers"), [("xception41", 41), ("xception65", 65), ("xception71", 71)])

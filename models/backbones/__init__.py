@@ -1,11 +1,21 @@
-"""Feature extractors: image -> (low-level feature at stride 4, feature at the output stride)."""
+"""Feature extractors: image -> feature maps of ascending stride, the last one at the output stride."""
 
+from .features import Backbone, Features
+from .resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet_small
 from .vgg import VGG, vgg16, vgg16_bn, vgg_small
 from .xception import Xception, xception41, xception65, xception71, xception_small
 
 __all__ = [
     "VGG",
+    "Backbone",
+    "Features",
+    "ResNet",
     "Xception",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet_small",
     "vgg16",
     "vgg16_bn",
     "vgg_small",

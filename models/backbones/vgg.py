@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deeplab_kernels.nn.init import he_uniform_
 
 from ..layers import positive_ints
-from .xception import Features, check_output_stride
+from .features import Features, check_output_stride
 
 WIDTHS = (64, 128, 256, 512, 512)
 CONVOLUTIONS = (2, 2, 3, 3, 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -13,19 +13,9 @@ from deeplab_kernels.nn import AtrousSeparableConv2d
 from deeplab_kernels.nn.init import truncated_normal_
 
 from ..layers import BACKBONE_BN_EPS, BN_MOMENTUM, ConvNormAct, positive_ints
+from .features import LAST_STRIDE, STEM_STRIDE, Backbone, check_output_stride
 
-OUTPUT_STRIDES = (8, 16, 32)
-LOW_LEVEL_STRIDE = 4
 WEIGHT_STD = 0.09  # of the truncated normal distribution that the official code draws every weight from
-
-
-class Features(NamedTuple):
-    """What a backbone returns."""
-
-    low_level: Tensor
-    """(N, low_level_channels, ceil(H / 4), ceil(W / 4)), after batch normalisation, before any activation."""
-    output: Tensor
-    """(N, out_channels, ceil(H / output_stride), ceil(W / output_stride))."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +78,7 @@ class XceptionBlock(nn.Module):
         return y, second
 
 
-class Xception(nn.Module):
+class Xception(Backbone):
     """Modified aligned Xception as a feature extractor. forward: (N, 3, H, W) -> :class:`Features`.
 
     Args:
@@ -118,36 +108,30 @@ class Xception(nn.Module):
             ConvNormAct(3, stem_channels[0], 3, stride=2, eps=eps, momentum=momentum),
             ConvNormAct(stem_channels[0], stem_channels[1], 3, eps=eps, momentum=momentum),
         )
-        channels = stem_channels[1]
+        channels, stride = stem_channels[1], STEM_STRIDE
         self.blocks = nn.ModuleList()
-        stride = 2
-        self.low_level_index = -1
+        self.channels: dict[int, int] = {}
+        # The last feature map of a stride lies inside the block that leaves it (for stride 4 entry_flow/block2 of
+        # Xception-41 and -65, block3 of -71; separable_conv2_pointwise in the official code).
+        self._leaving: dict[int, int] = {}
         for index, config in enumerate(blocks):
-            if stride == LOW_LEVEL_STRIDE and config.stride > 1:
-                # The last feature map of stride 4: inside the block that leaves it. (entry_flow/block2 of Xception-41
-                # and -65, entry_flow/block3 of -71; separable_conv2_pointwise in the official code)
-                self.low_level_index = index
-                self.low_level_channels = config.channels[1]
+            if config.stride > 1:
+                self._leaving[index] = stride
+                self.channels[stride] = config.channels[1]
             self.blocks.append(XceptionBlock(channels, config, eps=eps, momentum=momentum))
             channels = config.channels[-1]
             stride *= config.stride
-        self.out_channels = channels
+        self.channels[LAST_STRIDE] = channels
         for module in self.modules():
             if isinstance(module, ConvNormAct):
                 truncated_normal_(module.conv.weight, WEIGHT_STD)
         self.set_output_stride(output_stride)
 
     def set_output_stride(self, output_stride: int) -> None:
-        """Changes strides and rates in place so that the output has 1 / ``output_stride`` of the image's resolution.
-
-        A block reached at the target stride keeps it, and the blocks after it take its stride into their rate. The
-        weights and the state_dict do not change.
-
-        Raises:
-            ValueError: ``output_stride`` is not 8, 16 or 32.
-        """
+        """See :class:`Backbone`. A block reached at the target stride keeps it, and the blocks after it take its stride
+        into their rate."""
         check_output_stride(output_stride)
-        stride, rate = 2, 1
+        stride, rate = STEM_STRIDE, 1
         for block in self.blocks:
             assert isinstance(block, XceptionBlock)
             grid = self.multi_grid if block is self.blocks[-1] else (1, 1, 1)
@@ -160,19 +144,17 @@ class Xception(nn.Module):
                 stride *= block.config.stride
         self.output_stride = output_stride
 
-    def forward(self, x: Tensor) -> Features:
+    def pyramid(self, x: Tensor, strides: Sequence[int] | None = None) -> list[Tensor]:
+        """See :class:`Backbone`. All maps but the last are taken after a batch normalisation, before any activation."""
+        wanted = self.wanted_strides(strides)
+        features = []
         x = self.stem(x)
-        low_level = x
         for index, block in enumerate(self.blocks):
             x, second = block(x)
-            if index == self.low_level_index:
-                low_level = second
-        return Features(low_level, x)
-
-
-def check_output_stride(output_stride: int) -> None:
-    if output_stride not in OUTPUT_STRIDES or isinstance(output_stride, bool):
-        raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride!r}")
+            if self._leaving.get(index) in wanted:
+                features.append(second)
+            del second  # not to be kept while the next block runs
+        return [*features, x] if LAST_STRIDE in wanted else features
 
 
 def _flows(
