@@ -9,6 +9,7 @@ from .images import read_image, to_input, to_rgb
 from .opening import Dataset, open_dataset
 from .pairs import PairedDataset
 from .scenes import CLASS_NAMES, IGNORE, PALETTE, Scene, SceneDataset, draw_scene
+from .transforms import Augmentation
 from .voc import PascalVOC
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "IGNORE",
     "PALETTE",
     "VOID",
+    "Augmentation",
     "Cityscapes",
     "Dataset",
     "FolderDataset",

@@ -1,0 +1,111 @@
+"""Which scene, cut and mirrored how, is which part of which step: it depends on the seed and its number alone."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Generator, Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from deeplab_kernels.errors import UserError
+
+from ..data import Scene
+from .config import TrainingConfig
+
+_ORDER, _AUGMENTATION = 1, 2  # streams of random numbers that must not coincide
+
+
+class Samples(Dataset[Scene | UserError]):
+    """Augmented scenes by their number in the run, from 0 without end: every scene once, in random order, then every
+    scene again in another order. A number's sample is the same in every process, worker and continued run.
+
+    A UserError (a damaged file, a label out of range) is returned, not raised: a worker process would wrap it.
+    """
+
+    def __init__(self, scenes: Sequence[Scene], config: TrainingConfig) -> None:
+        self.scenes, self.seed, self.augmentation = scenes, config.seed, config.augmentation()
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def __getitem__(self, number: int) -> Scene | UserError:
+        epoch, position = divmod(number, len(self.scenes))
+        if epoch != self._epoch:
+            order = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(self.scenes))
+            self._epoch, self._order = epoch, order
+        try:
+            scene = self.scenes[int(self._order[position])]
+        except UserError as error:
+            return error
+        return self.augmentation(scene, np.random.default_rng([self.seed, _AUGMENTATION, number]))
+
+
+def numbers(config: TrainingConfig, step: int, rank: int, processes: int) -> Iterator[list[int]]:
+    """The samples of each pass of this process, from ``step`` on. Together the processes take what one process with
+    their number times the batch size would."""
+    for batch in range(step * config.accumulation, 2**62):
+        first = (batch * processes + rank) * config.batch_size
+        yield list(range(first, first + config.batch_size))
+
+
+def batches(
+    scenes: Sequence[Scene],
+    config: TrainingConfig,
+    *,
+    step: int = 0,
+    rank: int = 0,
+    processes: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Generator[tuple[Tensor, Tensor]]:
+    """Images (N, crop, crop, 3) and labels (N, crop, crop), both uint8, of one pass after another, without end.
+
+    Args:
+        workers: processes that read and augment ahead; the batches are the same for any number.
+
+    Raises:
+        UserError: of the dataset.
+    """
+    loader = DataLoader(
+        Samples(scenes, config),
+        batch_sampler=_Numbers(config, step, rank, processes),
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_parent,
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+class _Numbers:
+    """:func:`numbers` as DataLoader takes it, and sends it to workers."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.arguments = arguments
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return numbers(*self.arguments)  # type: ignore[arg-type]
+
+
+def _collate(samples: list[Scene | UserError]) -> tuple[Tensor, Tensor] | UserError:
+    good: list[Scene] = []
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+        good.append(sample)
+    return _stacked([s.image for s in good]), _stacked([s.labels for s in good])
+
+
+def _stacked(arrays: list[NDArray[np.uint8]]) -> Tensor:
+    return torch.from_numpy(np.stack(arrays))
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    # A terminal's Ctrl-C reaches the workers, too; the parent finishes its step and then ends them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
