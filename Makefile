@@ -59,6 +59,7 @@ $(STAMPS)/%: requirements/%.txt requirements/base.txt | $(RUN)
 	@touch $@
 
 $(STAMPS)/test $(STAMPS)/bench: requirements/demo.txt
+$(STAMPS)/test: requirements/train.txt
 
 $(STAMPS)/peers: requirements/peers.txt | $(RUN)
 	@mkdir -p $(@D)

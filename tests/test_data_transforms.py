@@ -57,7 +57,7 @@ def test_a_resized_window_is_a_window_of_the_resized_scene(size):
     rows, columns = (np.linspace(0, old - 1, new) for old, new in zip((60, 47), size, strict=True))
     nearest = source.labels[np.round(rows).astype(int)[:, None], np.round(columns).astype(int)]
     clear = np.logical_and.outer(*(np.abs(at % 1 - 0.5) > 1e-3 for at in (rows, columns)))  # halves may go either way
-    assert clear.mean() > 0.4
+    assert clear.mean() > 0.2
     assert np.array_equal(whole.labels[clear], nearest[clear])
     assert set(np.unique(whole.labels)) <= set(np.unique(source.labels))
     top, left = size[0] // 3, size[1] // 4
