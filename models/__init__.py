@@ -4,11 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 from .madds import LayerMadds, madds, paper_table
 from .registry import build, list_models
+from .weights import known_weights, load_weights
 
 if TYPE_CHECKING:
     from .segmenter import Segmenter
 
-__all__ = ["LayerMadds", "Segmenter", "build", "list_models", "madds", "paper_table"]
+__all__ = ["LayerMadds", "Segmenter", "build", "known_weights", "list_models", "load_weights", "madds", "paper_table"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from deeplab_kernels.errors import UserError
 
@@ -33,7 +34,8 @@ def save_weights_file(
 ) -> None:
     """Writes what :func:`build_from_file` needs: tensors and plain values, nothing that runs code when loaded.
 
-    ``model.normalization`` is stored, too.
+    ``model.normalization`` and the epsilons of the batch normalisations are stored, too: they differ by the origin of
+    the weights.
 
     Args:
         name, options: ``build(name, num_classes=len(class_names), **options)`` made the model.
@@ -52,6 +54,7 @@ def save_weights_file(
         "class_names": list(class_names),
         "palette": [[int(value) for value in colour] for colour in palette],
         "normalization": {"mean": list(normalization.mean), "std": list(normalization.std)},
+        "norm_eps": norm_eps(model),
         "notes": dict(notes or {}),
         "state_dict": {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()},
     }
@@ -87,15 +90,19 @@ def write_whole(path: str | os.PathLike[str], content: Any) -> None:
 def read_weights_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of a weights file, checked; tensors on the CPU. Code inside a file is never run.
 
-    Keys: model, options, class_names, palette, notes and state_dict as :func:`save_weights_file` got them, and
-    normalization as :class:`deeplab_kernels.models.system.Normalization` (SYMMETRIC for files without it).
+    Keys: model, options, class_names, palette, notes and state_dict as :func:`save_weights_file` got them,
+    normalization as :class:`deeplab_kernels.models.system.Normalization` (SYMMETRIC for files without it), norm_eps as
+    :func:`norm_eps` gives it.
 
     Raises:
         UserError: the file is damaged, holds something else, or holds code.
         OSError: there is no such file, or it may not be read.
     """
-    where = os.fspath(path)
-    content = read_pickle(path)
+    return check_weights_file(read_pickle(path), os.fspath(path))
+
+
+def check_weights_file(content: Any, where: str) -> dict[str, Any]:
+    """:func:`read_weights_file` for what was already read from the file ``where``."""
     if not is_weights_file(content):
         raise UserError(f"{where}: not a weights file of this package (one is written by 'deeplab_kernels demo')")
     if content.get("version") != _FORMAT_VERSION:
@@ -112,6 +119,9 @@ def read_weights_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     )
     if not sound:
         raise UserError(f"{where}: the weights file lacks its model, classes or palette")
+    eps: Any = content.setdefault("norm_eps", {})
+    if not isinstance(eps, dict) or not all(isinstance(v, float) and v > 0 for v in eps.values()):
+        raise UserError(f"{where}: the weights file's epsilons are wrong")
     try:
         content["normalization"] = Normalization(**content.get("normalization", {}))
     except (TypeError, ValueError) as error:
@@ -131,11 +141,31 @@ def build_from_file(
     try:
         model = build(content["model"], num_classes=len(content["class_names"]), **content["options"])
         model.load_state_dict(content["state_dict"])
+        set_norm_eps(model, content["norm_eps"])
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{os.fspath(path)}: the weights do not fit {content['model']} ({reason[:200]})") from None
     model.normalization = content["normalization"]
     return model.to(device), content
+
+
+def norm_eps(model: nn.Module) -> dict[str, float]:
+    """The epsilon of every batch normalisation by the module's name."""
+    return {name: float(module.eps) for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+
+
+def set_norm_eps(model: nn.Module, eps: Mapping[str, float]) -> None:
+    """Sets epsilons as :func:`norm_eps` gives them; a batch normalisation that is not named keeps its own.
+
+    Raises:
+        AttributeError: a name that is no batch normalisation of ``model``.
+    """
+    modules = dict(model.named_modules())
+    for name, value in eps.items():
+        module = modules.get(name)
+        if not isinstance(module, _BatchNorm):
+            raise AttributeError(f"no batch normalisation {name}")
+        module.eps = value
 
 
 def is_weights_file(content: object) -> bool:
