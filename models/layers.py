@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ def positive_ints(value: object, name: str, count: int | None = None) -> tuple[i
 
 
 class ConvNormAct(nn.Module):
-    """Convolution with fixed padding, batch normalisation, and ReLU unless ``activation`` is False.
+    """Convolution with fixed padding, batch normalisation, and ``activation``: "relu", "relu6" or None.
 
     (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)); ``kernel_size`` must be odd.
     """
@@ -41,7 +42,7 @@ class ConvNormAct(nn.Module):
         stride: int = 1,
         dilation: int = 1,
         *,
-        activation: bool = True,
+        activation: Literal["relu", "relu6"] | None = "relu",
         eps: float,
         momentum: float,
     ) -> None:
@@ -63,7 +64,9 @@ class ConvNormAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.conv(x))
-        return F.relu(x, inplace=True) if self.activation else x
+        if self.activation is None:
+            return x
+        return F.relu6(x, inplace=True) if self.activation == "relu6" else F.relu(x, inplace=True)
 
 
 def resize_bilinear(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:

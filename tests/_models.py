@@ -34,3 +34,12 @@ def copy_parameters(source: nn.Module, target: nn.Module) -> None:
     for old, new in pairs:
         assert old.shape == new.shape
         new.copy_(old)
+
+
+def assert_same_gradients(actual: nn.Module, expected: nn.Module, tolerance: float) -> None:
+    """Of every parameter, relative to its largest value. The betas between two normalisations have the gradient 0, of
+    which only round-off is left: hence the floor."""
+    largest = max(p.grad.abs().max() for p in expected.parameters())
+    for (name, ours), theirs in zip(actual.named_parameters(), expected.parameters(), strict=True):
+        scale = theirs.grad.abs().max().clamp(min=1e-3 * largest)
+        assert (ours.grad - theirs.grad).abs().max() < tolerance * scale, name

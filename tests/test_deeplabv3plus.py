@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from _models import copy_parameters, randomise, relative_error
+from _models import assert_same_gradients, copy_parameters, randomise, relative_error
 from _peers import peer
 from deeplab_kernels.models.backbones import xception65
 from deeplab_kernels.models.heads import ASPP, Decoder
@@ -272,15 +272,6 @@ def test_training_learns_and_reaches_every_parameter() -> None:
         assert parameter.grad.isfinite().all(), name
     unchanged = [k for k, v in model.state_dict().items() if torch.equal(v, before[k])]
     assert not unchanged
-
-
-def assert_same_gradients(actual: nn.Module, expected: nn.Module, tolerance: float) -> None:
-    """Of every parameter, relative to its largest value. The betas between two normalisations have the gradient 0, of
-    which only round-off is left: hence the floor."""
-    largest = max(p.grad.abs().max() for p in expected.parameters())
-    for (name, ours), theirs in zip(actual.named_parameters(), expected.parameters(), strict=True):
-        scale = theirs.grad.abs().max().clamp(min=1e-3 * largest)
-        assert (ours.grad - theirs.grad).abs().max() < tolerance * scale, name
 
 
 def test_gradients_equal_those_of_torchs_own_modules() -> None:

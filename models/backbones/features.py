@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -79,3 +79,29 @@ class Backbone(nn.Module):
 def check_output_stride(output_stride: int) -> None:
     if output_stride not in OUTPUT_STRIDES or isinstance(output_stride, bool):
         raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride!r}")
+
+
+def strides_and_rates(natural: Iterable[int], stride: int, output_stride: int) -> list[tuple[int, int, int]]:
+    """Where atrous convolution takes the place of stride: (stride, rate before, rate after) of consecutive units.
+
+    A unit reached at ``output_stride`` runs with stride 1 and hands the stride it lost on as a factor of the rate: the
+    units after it then compute what they would after the stride, only more densely. Whether the unit itself runs at the
+    rate before or after depends on where in the unit its stride is.
+
+    Args:
+        natural: strides of the units at output stride 32.
+        stride: reached before the first of them.
+
+    Raises:
+        ValueError: ``output_stride`` is not 8, 16 or 32.
+    """
+    check_output_stride(output_stride)
+    geometry, rate = [], 1
+    for unit_stride in natural:
+        before = rate
+        if stride == output_stride:
+            rate *= unit_stride
+            unit_stride = 1
+        stride *= unit_stride
+        geometry.append((unit_stride, before, rate))
+    return geometry

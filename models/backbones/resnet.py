@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers import positive_ints
-from .features import LAST_STRIDE, LOW_LEVEL_STRIDE, STEM_STRIDE, Backbone, check_output_stride
+from .features import LAST_STRIDE, LOW_LEVEL_STRIDE, STEM_STRIDE, Backbone, strides_and_rates
 
 BN_EPS = 1e-5
 BN_MOMENTUM = 0.1
@@ -216,21 +217,13 @@ class ResNet(Backbone):
 
     def set_output_stride(self, output_stride: int) -> None:
         """See :class:`Backbone` and the class's ``dilate_first_unit``."""
-        check_output_stride(output_stride)
         units = self._units()
-        stride, rate = LOW_LEVEL_STRIDE, 1
-        for i, (unit, nominal, _, grid) in enumerate(units):
-            if self.strided_unit == "first":
-                natural = 2 if i and nominal != units[i - 1][1] else 1
-            else:
-                natural = 2 if i + 1 < len(units) and nominal != units[i + 1][1] else 1
-            before = rate
-            if stride == output_stride:
-                rate *= natural
-                natural = 1
-            stride *= natural
-            first_rate = rate if self.dilate_first_unit else before
-            unit.set_geometry(natural, rate * grid, first_rate * grid)
+        nominal = [stride for _, stride, _, _ in units]
+        natural = [2 if a != b else 1 for a, b in pairwise(nominal)]  # where the stage changes
+        natural = [1, *natural] if self.strided_unit == "first" else [*natural, 1]
+        geometry = strides_and_rates(natural, LOW_LEVEL_STRIDE, output_stride)
+        for (unit, _, _, grid), (stride, before, after) in zip(units, geometry, strict=True):
+            unit.set_geometry(stride, after * grid, (after if self.dilate_first_unit else before) * grid)
         self.output_stride = output_stride
 
     def pyramid(self, x: Tensor, strides: Sequence[int] | None = None) -> list[Tensor]:

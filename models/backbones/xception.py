@@ -13,7 +13,7 @@ from deeplab_kernels.nn import AtrousSeparableConv2d
 from deeplab_kernels.nn.init import truncated_normal_
 
 from ..layers import BACKBONE_BN_EPS, BN_MOMENTUM, ConvNormAct, positive_ints
-from .features import LAST_STRIDE, STEM_STRIDE, Backbone, check_output_stride
+from .features import LAST_STRIDE, STEM_STRIDE, Backbone, strides_and_rates
 
 WEIGHT_STD = 0.09  # of the truncated normal distribution that the official code draws every weight from
 
@@ -55,7 +55,7 @@ class XceptionBlock(nn.Module):
         )
         self.shortcut: nn.Module | None = None
         if config.shortcut == "conv":
-            self.shortcut = ConvNormAct(in_channels, channels[-1], activation=False, eps=eps, momentum=momentum)
+            self.shortcut = ConvNormAct(in_channels, channels[-1], activation=None, eps=eps, momentum=momentum)
         elif config.shortcut == "identity":
             self.shortcut = nn.Identity()
         self.config = config
@@ -130,18 +130,12 @@ class Xception(Backbone):
     def set_output_stride(self, output_stride: int) -> None:
         """See :class:`Backbone`. A block reached at the target stride keeps it, and the blocks after it take its stride
         into their rate."""
-        check_output_stride(output_stride)
-        stride, rate = STEM_STRIDE, 1
-        for block in self.blocks:
+        natural = [block.config.stride for block in self.blocks]  # type: ignore[union-attr]
+        geometry = strides_and_rates(natural, STEM_STRIDE, output_stride)  # type: ignore[arg-type]
+        for block, (stride, rate, _) in zip(self.blocks, geometry, strict=True):
             assert isinstance(block, XceptionBlock)
             grid = self.multi_grid if block is self.blocks[-1] else (1, 1, 1)
-            rates = [rate * g for g in grid]
-            if stride == output_stride:
-                block.set_geometry(1, rates)
-                rate *= block.config.stride
-            else:
-                block.set_geometry(block.config.stride, rates)
-                stride *= block.config.stride
+            block.set_geometry(stride, [rate * g for g in grid])
         self.output_stride = output_stride
 
     def pyramid(self, x: Tensor, strides: Sequence[int] | None = None) -> list[Tensor]:
