@@ -97,13 +97,14 @@ def _count(model: nn.Module, input_size: int | Sequence[int], channels: int = 3)
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
     x = torch.empty((1, channels, *size), dtype=dtype, device="meta")
     counter = _Counter(meta)
-    with torch.no_grad(), _evaluating(model), counter:
+    with torch.no_grad(), evaluation_mode(model), counter:
         functional_call(model, meta, (x,))
     return counter.counts
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode; afterwards those that were in training mode are again."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

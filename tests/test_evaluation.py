@@ -8,8 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from _peers import peer
 from deeplab_kernels.models.data import IGNORE, Scene, SceneDataset
-from deeplab_kernels.models.evaluation import ConfusionMatrix, boundary_distance, evaluate, trimap_miou
+from deeplab_kernels.models.evaluation import ConfusionMatrix, TrimapCurve, boundary_distance, evaluate, trimap_miou
+from deeplab_kernels.models.inference import Inference
+from deeplab_kernels.models.refinement import CRFParameters
 from torch import nn
 
 
@@ -99,21 +102,128 @@ class _Oracle(nn.Module):
         return torch.stack([-x[:, 0], x[:, 0]], 1)
 
 
-def test_evaluate():
+def _two_class_scenes(*sizes: tuple[int, int]) -> list[Scene]:
     rng = np.random.default_rng(0)
-    labels = rng.integers(2, size=(5, 9, 9)).astype(np.uint8)
-    scenes = [Scene(np.repeat(one[..., None] * np.uint8(255), 3, 2), one) for one in labels]
-    model, done = _Oracle().train(), []
-    matrix, predictions = evaluate(model, scenes, 2, batch_size=2, on_batch=done.append)
-    assert matrix.mean_iou() == 1
-    assert np.array_equal(np.stack(predictions), labels)
+    labels = [rng.integers(2, size=size).astype(np.uint8) for size in sizes]
+    return [Scene(np.repeat(one[..., None] * np.uint8(255), 3, 2), one) for one in labels]
+
+
+def test_evaluate():
+    scenes = _two_class_scenes(*[(9, 9)] * 5)
+    model, done, predictions = _Oracle().train(), [], []
+    result = evaluate(
+        model,
+        scenes,
+        2,
+        Inference(batch_size=2),
+        on_batch=done.append,
+        on_image=lambda index, scene, labels: predictions.append((index, labels.final)),
+    )
+    assert result.matrix.mean_iou() == 1
+    assert result.images == 5
+    assert [index for index, _ in predictions] == [0, 1, 2, 3, 4]
+    assert all(np.array_equal(labels, scenes[index].labels) for index, labels in predictions)
     assert done == [2, 2, 1]
     assert model.training  # as it was
+    assert model.calls == 3
 
 
 def test_evaluate_takes_a_dataset():
-    matrix, _ = evaluate(_Oracle(), SceneDataset(3, 17), 7)
-    assert matrix.counts.sum() == 3 * 17 * 17
+    assert evaluate(_Oracle(), SceneDataset(3, 17), 7).matrix.counts.sum() == 3 * 17 * 17
+
+
+def test_batches_are_of_one_size():
+    scenes = _two_class_scenes((9, 9), (9, 9), (9, 9), (8, 9), (9, 9))
+    model, done = _Oracle(), []
+    result = evaluate(model, scenes, 2, Inference(batch_size=2), trimap_widths=(1, 3), on_batch=done.append)
+    assert done == [2, 1, 1, 1]
+    assert result.matrix.mean_iou() == 1
+    assert result.matrix.counts.sum() == 4 * 81 + 72
+    assert result.trimap.mean_iou() == [1, 1]
+
+
+class _CountedScene(Scene):
+    alive = most = 0
+
+    def __init__(self, image, labels) -> None:
+        super().__init__(image, labels)
+        type(self).alive += 1
+        type(self).most = max(self.most, self.alive)
+
+    def __del__(self) -> None:
+        type(self).alive -= 1
+
+
+class _CountedScenes:
+    """Scenes of their own, made when asked for."""
+
+    def __len__(self) -> int:
+        return 23
+
+    def __getitem__(self, index: int) -> Scene:
+        labels = np.zeros((9, 9 + index % 2 * (index > 11)), np.uint8)
+        return _CountedScene(np.zeros((*labels.shape, 3), np.uint8), labels)
+
+
+def test_memory_does_not_grow_with_the_dataset():
+    evaluate(_Oracle(), _CountedScenes(), 2, Inference(batch_size=3, crf=CRFParameters(iterations=1)))
+    assert _CountedScene.alive == 0
+    assert 3 <= _CountedScene.most <= 4
+
+
+def test_before_and_after_a_crf():
+    scenes = _two_class_scenes((20, 20))
+    scenes[0].labels[:], scenes[0].image[:] = 0, 100
+    scenes[0].image[5, 5] = 130, 100, 100  # a speck that the network calls 1
+    result = evaluate(_Oracle(), scenes, 2, Inference(crf=CRFParameters(iterations=3)))
+    assert list(result.stages()) == ["network", "crf"]
+    assert result.stages()["network"].matrix.counts.tolist() == [[399, 1], [0, 0]]
+    assert result.matrix.counts.tolist() == [[400, 0], [0, 0]]
+    assert list(evaluate(_Oracle(), scenes, 2).stages()) == ["network"]
+
+
+def test_a_label_out_of_range_names_its_image():
+    scenes = _two_class_scenes((4, 4), (4, 4))
+    scenes[1].labels[0, 0] = 7
+    with pytest.raises(ValueError, match="image 1: target has labels from 0 to 7; allowed are 0 to 1"):
+        evaluate(_Oracle(), scenes, 2)
+    with pytest.raises(ValueError, match="scenes must not be empty"):
+        evaluate(_Oracle(), [], 2)
+
+
+@pytest.mark.parametrize("classes", [2, 7, 21])
+def test_measures_against_torchmetrics(classes):
+    torchmetrics = peer("torchmetrics.classification")
+    rng = np.random.default_rng(classes)
+    options = {"num_classes": classes, "ignore_index": IGNORE}
+    reference = {
+        "confusion": torchmetrics.MulticlassConfusionMatrix(**options),
+        "iou": torchmetrics.MulticlassJaccardIndex(average=None, **options),
+        "mean": torchmetrics.MulticlassJaccardIndex(average="macro", **options),
+        "weighted": torchmetrics.MulticlassJaccardIndex(average="weighted", **options),
+        "accuracy": torchmetrics.MulticlassAccuracy(average="micro", **options),
+    }
+    ours = ConfusionMatrix(classes)
+    for _ in range(3):
+        target = rng.integers(classes, size=(2, 33, 40)).astype(np.uint8)
+        prediction = np.where(rng.random(target.shape) < 0.6, target, rng.integers(classes, size=target.shape))
+        target[rng.random(target.shape) < 0.1] = IGNORE
+        ours.update(prediction, target)
+        for metric in reference.values():
+            metric.update(torch.from_numpy(prediction), torch.from_numpy(target).long())
+    assert np.array_equal(ours.counts, reference["confusion"].compute().numpy())
+    assert np.allclose(ours.iou(), reference["iou"].compute().numpy(), atol=1e-7)
+    assert ours.mean_iou() == pytest.approx(reference["mean"].compute().item(), abs=1e-6)
+    assert ours.frequency_weighted_iou() == pytest.approx(reference["weighted"].compute().item(), abs=1e-6)
+    assert ours.pixel_accuracy() == pytest.approx(reference["accuracy"].compute().item(), abs=1e-6)
+
+
+def test_frequency_weighted_iou_by_hand():
+    matrix = ConfusionMatrix(3)
+    matrix.update(np.array([0, 0, 1, 1, 2]), np.array([0, 0, 0, 1, 1]))
+    # class 0: 2 of 3, class 1: 1 of 3 (one missed, one too many), class 2 is predicted but never true
+    assert matrix.frequency_weighted_iou() == pytest.approx((3 * 2 / 3 + 2 * 1 / 3) / 5)
+    assert math.isnan(ConfusionMatrix(3).frequency_weighted_iou())
 
 
 # Trimap
@@ -182,3 +292,17 @@ def test_trimap_sums_over_images_and_lacks_pixels_without_a_boundary():
 def test_trimap_with_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         trimap_miou(*arguments)
+
+
+def test_trimap_streams():
+    rng = np.random.default_rng(3)
+    targets = [np.kron(rng.integers(4, size=(3, 4)), np.ones((5, 5), int)) for _ in range(3)]
+    predictions = [np.where(rng.random(t.shape) < 0.3, 0, t) for t in targets]
+    widths = [4, 1, 2, 2]  # in any order
+    curve = TrimapCurve(4, widths)
+    for prediction, target in zip(predictions, targets, strict=True):
+        curve.update(prediction, target)
+    assert curve.mean_iou() == trimap_miou(predictions, targets, widths, 4)
+    for width, matrix in zip(widths, curve.matrices(), strict=True):
+        near = sum((plain_boundary_distance(target, 5) <= width).sum() for target in targets)
+        assert matrix.counts.sum() == near

@@ -131,7 +131,14 @@ def run(
         _timed(seconds, "segmenting unseen scenes"),
         _bar(len(test_scenes), "segmenting unseen scenes", "scene") as bar,
     ):
-        matrix, predictions = evaluate(model, test_scenes, len(class_names), on_batch=bar.update)
+        predictions: list[Any] = []
+        matrix = evaluate(
+            model,
+            test_scenes,
+            len(class_names),
+            on_batch=bar.update,
+            on_image=lambda index, scene, labels: predictions.append(labels.final),
+        ).matrix
     results.iou = [float(value) for value in matrix.iou()]
     results.mean_iou, results.pixel_accuracy = matrix.mean_iou(), matrix.pixel_accuracy()
     results.background_only = _background_only(matrix)

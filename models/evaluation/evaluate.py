@@ -1,0 +1,150 @@
+"""Evaluation of a model on a dataset, one batch after the other: memory does not grow with the dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from torch import nn
+
+from ..data import Scene
+from ..inference import Inference, Labels, predict_labels
+from .metrics import ConfusionMatrix
+from .trimap import TrimapCurve
+
+
+class Scenes(Protocol):
+    """What is evaluated: any sequence of scenes, which are asked for one at a time."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Scene: ...
+
+
+@dataclass(frozen=True)
+class Quality:
+    """matrix: over every counted pixel. trimap: over those near boundaries."""
+
+    matrix: ConfusionMatrix
+    trimap: TrimapCurve
+
+    @classmethod
+    def empty(cls, num_classes: int, widths: Sequence[int] = ()) -> Quality:
+        return cls(ConfusionMatrix(num_classes), TrimapCurve(num_classes, widths))
+
+    def update(self, prediction: Any, target: Any) -> None:
+        self.matrix.update(prediction, target)
+        if self.trimap.widths:
+            self.trimap.update(prediction, target)
+
+    def summary(self, class_names: Sequence[str]) -> dict[str, Any]:
+        """Plain values for JSON; None instead of NaN, where there is nothing to divide by."""
+        matrix = self.matrix
+        return {
+            "mean_iou": _plain(matrix.mean_iou()),
+            "pixel_accuracy": _plain(matrix.pixel_accuracy()),
+            "frequency_weighted_iou": _plain(matrix.frequency_weighted_iou()),
+            "iou": {name: _plain(value) for name, value in zip(class_names, matrix.iou(), strict=True)},
+            "trimap": {
+                "widths": list(self.trimap.widths),
+                "mean_iou": [_plain(value) for value in self.trimap.mean_iou()],
+            },
+            "confusion": matrix.counts.tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """final: what was predicted in the end. network: the same before the CRF, None where there was no CRF."""
+
+    images: int
+    final: Quality
+    network: Quality | None = None
+
+    @property
+    def matrix(self) -> ConfusionMatrix:
+        return self.final.matrix
+
+    @property
+    def trimap(self) -> TrimapCurve:
+        return self.final.trimap
+
+    def stages(self) -> dict[str, Quality]:
+        """By name, in the order of prediction: "network" and "crf", or "network" alone."""
+        return {"network": self.final} if self.network is None else {"network": self.network, "crf": self.final}
+
+
+def evaluate(
+    model: nn.Module,
+    scenes: Scenes,
+    num_classes: int,
+    inference: Inference | None = None,
+    *,
+    trimap_widths: Sequence[int] = (),
+    on_batch: Callable[[int], object] = lambda images: None,
+    on_image: Callable[[int, Scene, Labels], object] = lambda index, scene, labels: None,
+) -> Evaluation:
+    """Segments every scene and compares it with its labels, at the scene's own size.
+
+    No more than ``inference.batch_size`` scenes and the next one are in memory at once. Consecutive scenes of one size
+    go through the network together; where sizes differ, each goes alone, not padded (the papers' code pads all images
+    of PASCAL VOC to 513 x 513, which the image pooling of the ASPP notices).
+
+    Args:
+        model: as for :func:`deeplab_kernels.models.inference.predict_scores`.
+        trimap_widths: of :class:`TrimapCurve`.
+        on_batch: called with the number of images just done.
+        on_image: called with (index, scene, its label maps (H, W)), to keep or to draw what is wanted.
+
+    Raises:
+        ValueError: no scenes; a label outside 0 .. num_classes - 1 that is not 255 (the message names the image).
+    """
+    inference = inference or Inference(batch_size=4)
+    if len(scenes) == 0:
+        raise ValueError("scenes must not be empty")
+    final = Quality.empty(num_classes, trimap_widths)
+    network = Quality.empty(num_classes, trimap_widths) if inference.crf is not None else None
+    for indices, batch in _batches(scenes, inference.batch_size):
+        predicted = predict_labels(model, np.stack([scene.image for scene in batch]), inference)
+        for n, (index, scene) in enumerate(zip(indices, batch, strict=True)):
+            try:
+                final.update(predicted.final[n], scene.labels)
+                if network is not None:
+                    network.update(predicted.network[n], scene.labels)
+            except ValueError as error:
+                raise ValueError(f"image {name_of(scenes, index)}: {error}") from None
+            on_image(index, scene, Labels(predicted.final[n], predicted.network[n]))
+        del scene, predicted
+        done = len(batch)
+        batch.clear()  # before the next one is read
+        on_batch(done)
+    return Evaluation(len(scenes), final, network)
+
+
+def name_of(scenes: Any, index: int) -> str:
+    """The dataset's name of an item, or its number."""
+    names = getattr(scenes, "names", None)
+    return str(names[index]) if names is not None else str(index)
+
+
+def _batches(scenes: Scenes, size: int) -> Iterator[tuple[list[int], list[Scene]]]:
+    """(indices, scenes) of at most ``size`` consecutive scenes of one shape."""
+    batch: list[Scene] = []
+    for index in range(len(scenes)):
+        scene = scenes[index]
+        if batch and batch[0].image.shape != scene.image.shape:
+            yield list(range(index - len(batch), index)), batch
+            batch = []
+        batch.append(scene)
+        del scene
+        if len(batch) == size:
+            yield list(range(index + 1 - size, index + 1)), batch
+            batch = []
+    if batch:
+        yield list(range(len(scenes) - len(batch), len(scenes))), batch
+
+
+def _plain(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
