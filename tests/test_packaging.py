@@ -112,7 +112,14 @@ def test_requirements_are_pinned_and_agree():
     assert pins["torch"] == "2.13.0"
     for dependency in PROJECT["project"]["dependencies"] + PROJECT["build-system"]["requires"]:
         assert re.match(r"[\w-]+", dependency).group() in pins
-    assert set(requirements("peers.txt")) == {"torchvision", "timm", "segmentation_models_pytorch", "transformers"}
+    assert set(requirements("peers.txt")) == {
+        "torchvision",
+        "timm",
+        "segmentation_models_pytorch",
+        "transformers",
+        "torchmetrics",
+        "lightning-utilities",
+    }
 
 
 def test_source_distribution_has_what_a_build_needs():
