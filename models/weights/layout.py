@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..system import SYMMETRIC, Normalization
 
@@ -29,6 +29,9 @@ class Layout:
         normalization: of the input that the weights were trained with.
         norm_eps: prefix of our module names -> epsilon of the batch normalisations there; the longest prefix counts.
         prefix: what of our model the weights are for: "backbone." or, with "", all of it.
+        optional: regular expression of our names that a model may lack.
+        classifier: our name of the last layer.
+        fit: (our model, state_dict) -> our name -> (theirs, tensor), for what depends on the model's sizes.
         select: state_dict -> the part of it that is a network: drops what the optimiser kept, for instance.
         convert: (our name, tensor as stored) -> tensor as it is here.
         model: state_dict -> the name of the model here that computes the same function, and its options.
@@ -41,6 +44,9 @@ class Layout:
     normalization: Normalization = SYMMETRIC
     norm_eps: Mapping[str, float] = field(default_factory=dict)
     prefix: str = ""
+    optional: str = ""
+    classifier: str = "classifier"
+    fit: Callable[[nn.Module, State], dict[str, tuple[str, Tensor]]] = lambda model, state: {}
     select: Callable[[State], State] = lambda state: state
     convert: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
     model: Callable[[State], tuple[str, dict[str, Any]]] | None = None
@@ -49,7 +55,7 @@ class Layout:
         names = list(names)
         return all(any(re.fullmatch(mark, name) for name in names) for mark in self.marks)
 
-    def translate(self, state: State) -> Translation:
+    def translate(self, model: nn.Module, state: State) -> Translation:
         result = Translation()
         patterns = [(re.compile(pattern), target) for pattern, target in self.rules]
         for name, tensor in self.select(state).items():
@@ -66,6 +72,10 @@ class Layout:
                 break
             else:
                 result.unknown.append(name)
+        for ours, (theirs, tensor) in self.fit(model, state).items():
+            result.theirs[ours], result.tensors[ours] = theirs, tensor
+            if theirs in result.ignored:
+                result.ignored.remove(theirs)
         return result
 
     def eps_of(self, module_name: str) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,15 +13,16 @@ from torch import Tensor, nn
 from deeplab_kernels.errors import UserError
 
 from ..system import Normalization, SegmentationModel
-from . import tensorflow, timm
+from . import huggingface, tensorflow, timm, torchvision
 from .file import norm_eps, set_norm_eps
 from .layout import Layout, State, Translation, find
 from .sources import Loaded, read_source
 
 OWN = "deeplab_kernels"
-LAYOUTS: tuple[Layout, ...] = (*tensorflow.LAYOUTS, *timm.LAYOUTS)
+LAYOUTS: tuple[Layout, ...] = tuple(
+    layout for library in (tensorflow, huggingface, timm, torchvision) for layout in library.LAYOUTS
+)
 _SHOWN = 20  # names in an error message
-_CLASSIFIER = ("classifier.weight", "classifier.bias")
 _COUNTER = "num_batches_tracked"  # torch counts batches for momentum=None only; other libraries do not
 
 
@@ -118,25 +120,29 @@ def load_state(
     if layout is None:
         translation = Translation(loaded.state, {name: name for name in loaded.state})
     else:
-        translation = layout.translate(loaded.state)
+        translation = layout.translate(model, loaded.state)
     report = LoadReport(
         loaded.where, layout.origin if layout else OWN, layout.network if layout else "weights", normalization=None
     )
+    last = layout.classifier if layout else "classifier"
+    classifier = (f"{last}.weight", f"{last}.bias")
     tensors = {name: tensor for name, tensor in translation.tensors.items() if name in expected}
     if skip_classifier:
-        report.ignored += [translation.theirs[name] for name in _CLASSIFIER if tensors.pop(name, None) is not None]
+        report.ignored += [translation.theirs[name] for name in classifier if tensors.pop(name, None) is not None]
     report.ignored += translation.ignored
-    report.surplus = translation.unknown + [
-        theirs for ours, theirs in translation.theirs.items() if ours not in expected and not ours.endswith(_COUNTER)
-    ]
+    report.surplus = translation.unknown
+    for ours, theirs in translation.theirs.items():
+        if ours not in expected and not ours.endswith(_COUNTER):
+            optional = layout is not None and re.fullmatch(layout.optional, ours)
+            (report.ignored if optional else report.surplus).append(theirs)
     report.missing = [name for name in expected if name not in tensors and not name.endswith(_COUNTER)]
     prefix = layout.prefix if layout else ""
     lacking = [
-        name for name in report.missing if name.startswith(prefix) and not (skip_classifier and name in _CLASSIFIER)
+        name for name in report.missing if name.startswith(prefix) and not (skip_classifier and name in classifier)
     ]
     if strict:
         _refuse(loaded.where, report, lacking, model)
-    _check_shapes(loaded.where, tensors, expected, translation.theirs)
+    _check_shapes(loaded.where, tensors, expected, translation.theirs, classifier)
     if not tensors:
         raise UserError(f"{loaded.where}: none of its {len(loaded.state)} tensors belongs to {type(model).__name__}")
     for name in tensors:
@@ -182,11 +188,17 @@ def _refuse(where: str, report: LoadReport, lacking: list[str], model: nn.Module
         )
 
 
-def _check_shapes(where: str, tensors: State, expected: Mapping[str, Tensor], theirs: Mapping[str, str]) -> None:
+def _check_shapes(
+    where: str,
+    tensors: State,
+    expected: Mapping[str, Tensor],
+    theirs: Mapping[str, str],
+    classifier: tuple[str, str],
+) -> None:
     wrong = {name: tensor for name, tensor in tensors.items() if tensor.shape != expected[name].shape}
     if not wrong:
         return
-    if set(wrong) <= set(_CLASSIFIER):
+    if set(wrong) <= set(classifier):
         given, wanted = (int(values[next(iter(wrong))].shape[0]) for values in (wrong, expected))
         if given != wanted:
             raise UserError(

@@ -8,10 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ..system import Normalization
 from .layout import Layout, Rule, State
 
 # What optimisers and moving averages keep beside a variable, and what belongs to no network.
 _SLOT = re.compile(r".*/(Momentum|RMSProp(_1)?|Adam(_1)?|ExponentialMovingAverage)|global_step|.*biased|.*local_step")
+# The ResNets see 0..255 less ImageNet's mean, undivided.
+_SUBTRACTED_MEAN = Normalization((123.15 / 255, 115.90 / 255, 103.06 / 255), (1 / 255, 1 / 255, 1 / 255))
 _AVERAGE = "/ExponentialMovingAverage"
 _LEAVES = {
     "weights": "weight",
@@ -119,8 +122,82 @@ def _xception(depth: int, entry: int, middle: int, *, classification: bool) -> L
     )
 
 
-LAYOUTS = tuple(
-    _xception(*variant, classification=classification)
-    for classification in (False, True)
-    for variant in ((41, 3, 8), (65, 3, 16), (71, 5, 16))
+def _mobilenetv2_rules() -> tuple[Rule, ...]:
+    def block(match: re.Match[str]) -> str:
+        return f"backbone.blocks.{match['block'] or 0}"
+
+    scope = "MobilenetV2/"
+    unit = scope + r"expanded_conv(?:_(?P<block>\d+))?/"
+    return (
+        *_layer(scope + "Conv", _named("backbone.stem")),
+        *_layer(scope + "Conv_1", _named("backbone.last")),
+        *_layer(unit + "expand", lambda match: f"{block(match)}.expand"),
+        *_layer(unit + "depthwise", lambda match: f"{block(match)}.separable", _HALVES[0]),
+        *_layer(unit + "project", lambda match: f"{block(match)}.separable", _HALVES[1]),
+        (scope + r"Logits/.*", None),
+    )
+
+
+def _mobilenetv2(*, classification: bool) -> Layout:
+    def model(state: State) -> tuple[str, dict[str, Any]]:
+        return "deeplabv3plus_mobilenetv2" if classification else "deeplabv3_mobilenetv2", {"tf_padding": True}
+
+    return Layout(
+        origin="tensorflow",
+        network="MobileNetV2 (classification)" if classification else "DeepLab v3 with MobileNetV2",
+        marks=("MobilenetV2/Conv/weights", "logits/semantic/weights")[: 1 if classification else 2],
+        rules=(*_mobilenetv2_rules(), *(() if classification else _HEADS)),
+        norm_eps={"backbone.": 1e-3} if classification else {"": 1e-5, "backbone.": 1e-3},
+        prefix="backbone." if classification else "",
+        optional=r"backbone\.last\..+",
+        select=_select,
+        convert=_convert,
+        model=model,
+    )
+
+
+def _resnet_rules() -> tuple[Rule, ...]:
+    """The "beta" variant: three 3x3 convolutions as the root."""
+
+    def unit(match: re.Match[str]) -> str:
+        return f"backbone.layer{match['block']}.{int(match['unit']) - 1}"
+
+    scope = r"resnet_v1_\d+/"
+    bottleneck = scope + r"block(?P<block>\d)/unit_(?P<unit>\d+)/bottleneck_v1/"
+    return (
+        *_layer(scope + "conv1_1", _named("backbone.conv1"), ("0", "1")),
+        *_layer(scope + "conv1_2", _named("backbone.conv1"), ("3", "4")),
+        *_layer(scope + "conv1_3", _named("backbone"), ("conv1.6", "bn1")),
+        *(rule for i in (1, 2, 3) for rule in _layer(f"{bottleneck}conv{i}", unit, (f"conv{i}", f"bn{i}"))),
+        *_layer(bottleneck + "shortcut", lambda match: f"{unit(match)}.downsample", ("0", "1")),
+        (scope + r"logits/.*", None),
+    )
+
+
+def _resnet(depth: int) -> Layout:
+    options = {"stem": "3x3", "strided_unit": "last"}
+    return Layout(
+        origin="tensorflow",
+        network=f"ResNet-{depth}, beta (classification)",
+        marks=(rf"resnet_v1_{depth}/conv1_3/weights",),
+        rules=_resnet_rules(),
+        normalization=_SUBTRACTED_MEAN,
+        norm_eps={"backbone.": 1e-5},
+        prefix="backbone.",
+        select=_select,
+        convert=_convert,
+        model=lambda state: (f"deeplabv3plus_resnet{depth}", options),
+    )
+
+
+LAYOUTS = (
+    *(
+        _xception(*variant, classification=classification)
+        for classification in (False, True)
+        for variant in ((41, 3, 8), (65, 3, 16), (71, 5, 16))
+    ),
+    _mobilenetv2(classification=False),
+    _mobilenetv2(classification=True),
+    _resnet(50),
+    _resnet(101),
 )

@@ -32,7 +32,42 @@ def xception_name(state: State, prefix: str = "", dot: str = r"\.") -> str:
     return {13: "xception41", 21: "xception65", 23: "xception71"}.get(blocks, f"an Xception of {blocks} blocks")
 
 
+_STAGES = (0, 1, 3, 6, 10, 13, 16)  # index of the first block of each stage of MobileNetV2
+_EXPAND = {"conv_pw": "expand.conv", "bn1": "expand.norm"}
+_AFTER_EXPAND = {"conv_dw": "depthwise", "bn2": "depthwise_norm", "conv_pwl": "pointwise", "bn3": "pointwise_norm"}
+_FIRST = {"conv_dw": "depthwise", "bn1": "depthwise_norm", "conv_pw": "pointwise", "bn2": "pointwise_norm"}
+
+
+def _inverted_residual(match: re.Match[str]) -> str:
+    stage, block, part, leaf = int(match[1]), int(match[2]), match[3], match[4]
+    if stage > 0 and part in _EXPAND:
+        name = _EXPAND[part]
+    else:
+        name = f"separable.{(_AFTER_EXPAND if stage > 0 else _FIRST)[part]}"
+    return f"backbone.blocks.{_STAGES[stage] + block}.{name}.{leaf}"
+
+
+# timm's ResNets have torchvision's names: see there.
 LAYOUTS = (
+    Layout(
+        origin="timm",
+        network="MobileNetV2 (classification)",
+        marks=(r"conv_stem\.weight", r"blocks\.1\.0\.conv_pwl\.weight", r"blocks\.6\.0\.bn3\.weight"),
+        rules=(
+            (r"conv_stem\.(\w+)", r"backbone.stem.conv.\1"),
+            (r"bn1\.(\w+)", r"backbone.stem.norm.\1"),
+            (r"blocks\.(0)\.(0)\.(conv_dw|bn1|conv_pw|bn2)\.(\w+)", _inverted_residual),
+            (r"blocks\.([1-6])\.(\d)\.(conv_pw|bn1|conv_dw|bn2|conv_pwl|bn3)\.(\w+)", _inverted_residual),
+            (r"conv_head\.(\w+)", r"backbone.last.conv.\1"),
+            (r"bn2\.(\w+)", r"backbone.last.norm.\1"),
+            (r"classifier\.\w+", None),
+        ),
+        normalization=IMAGENET,
+        norm_eps={"backbone.": 1e-5},
+        prefix="backbone.",
+        optional=r"backbone\.last\..+",
+        model=lambda state: ("deeplabv3plus_mobilenetv2", {}),
+    ),
     Layout(
         origin="timm",
         network="Xception (classification)",
@@ -44,4 +79,3 @@ LAYOUTS = (
         model=lambda state: (f"deeplabv3plus_{xception_name(state)}", {"multi_grid": (1, 1, 1)}),
     ),
 )
-__all__ = ["IMAGENET", "LAYOUTS", "xception_name", "xception_rules"]
