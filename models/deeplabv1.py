@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from deeplab_kernels.nn import DenseCRF
 
-from .backbones.vgg import vgg16, vgg16_bn, vgg_small
+from .backbones import Backbone, resnet101, vgg16, vgg16_bn, vgg_small
+from .backbones.features import LAST_STRIDE
 from .crf_stage import with_crf
 from .heads import AtrousScores
 from .layers import positive_ints, resize_bilinear
@@ -26,7 +27,6 @@ class AtrousScoring(SegmentationModel):
     the resize exactly aligned.
 
     Args:
-        backbone: with ``out_channels``, ``output_stride`` and ``set_output_stride``.
         rates: of the branches at output stride 8, the papers'. At 16 they are halved, at 32 quartered (at least 1),
             which keeps the field of view in image pixels.
         scales: of the image; several are fused by their maximum at the score map
@@ -37,7 +37,7 @@ class AtrousScoring(SegmentationModel):
 
     def __init__(
         self,
-        backbone: Any,
+        backbone: Backbone,
         num_classes: int,
         rates: Sequence[int],
         *,
@@ -73,7 +73,8 @@ class AtrousScoring(SegmentationModel):
 
     def scores(self, x: Tensor) -> Tensor:
         """The score map of one scale: (N, num_classes, ceil(H / output_stride), ceil(W / output_stride))."""
-        return self.head(self.backbone(x).output)
+        (features,) = self.backbone.pyramid(x, (LAST_STRIDE,))
+        return self.head(features)
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x)
@@ -81,7 +82,7 @@ class AtrousScoring(SegmentationModel):
 
 
 def atrous_scoring(
-    backbone: Callable[..., nn.Module],
+    backbone: Callable[..., Backbone],
     num_classes: int = 21,
     output_stride: int = 8,
     *,
@@ -117,8 +118,35 @@ def atrous_scoring(
 # models, here and in v2.
 SMALL: dict[str, Any] = {"hidden": 64, "norm": True, "dropout": 0.0}
 
+
+def resnet_scoring(
+    num_classes: int = 21,
+    output_stride: int = 8,
+    *,
+    rates: Sequence[int] = (12,),
+    strided_conv: int = 1,
+    scales: Sequence[float] = (1.0,),
+    crf: DenseCRF | bool | Mapping[str, Any] = False,
+) -> SegmentationModel:
+    """Builds DeepLab v1 or v2 on ResNet-101: :func:`atrous_scoring` with branches of one 3x3 convolution.
+
+    strided_conv: 1 for the Caffe models of the papers, 2 for weights of torchvision's and timm's
+    (:class:`deeplab_kernels.models.backbones.ResNet`).
+    """
+    return atrous_scoring(
+        partial(resnet101, strided_conv=strided_conv),
+        num_classes,
+        output_stride,
+        rates=rates,
+        hidden=None,
+        scales=scales,
+        crf=crf,
+    )
+
+
 BUILDERS: dict[str, Callable[..., SegmentationModel]] = {
     "deeplabv1_vgg16": partial(atrous_scoring, vgg16),
     "deeplabv1_vgg16_bn": partial(atrous_scoring, vgg16_bn, norm=True),
+    "deeplabv1_resnet101": resnet_scoring,
     "deeplabv1_small": partial(atrous_scoring, vgg_small, rates=(5,), **SMALL),
 }

@@ -69,6 +69,17 @@ class ConvNormAct(nn.Module):
         return F.relu6(x, inplace=True) if self.activation == "relu6" else F.relu(x, inplace=True)
 
 
+def check_batch_statistics(norm: nn.Module, x: Tensor, what: str) -> None:
+    """Raises ValueError where ``norm`` would have one value per channel to take its statistics of: ``x`` (N, ...) is
+    reduced to one value per image, and N is 1."""
+    # SyncBatchNorm counts the images of every process, and says itself when they are too few.
+    if norm.training and x.shape[0] < 2 and type(norm) is nn.BatchNorm2d:
+        raise ValueError(
+            f"training needs at least 2 images in a batch, got {x.shape[0]}: {what} has one value per image to "
+            "normalise (call .eval() on the model, or on its batch normalisations to train with theirs)"
+        )
+
+
 def resize_bilinear(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """Bilinear resize of (N, C, H, W) to ``size``, the corner pixels of both grids aligned.
 

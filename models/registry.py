@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from . import deeplabv1, deeplabv2, deeplabv3plus
+from . import deeplabv1, deeplabv2, deeplabv3plus, fcn, hypercolumn, pspnet, unet
 from .system import SegmentationModel
 
 # One file per system; each has its builders by name.
-_SYSTEMS = (deeplabv1, deeplabv2, deeplabv3plus)
+_SYSTEMS = (deeplabv1, deeplabv2, deeplabv3plus, fcn, hypercolumn, pspnet, unet)
 _BUILDERS: dict[str, Callable[..., SegmentationModel]] = {
     name: builder for system in _SYSTEMS for name, builder in system.BUILDERS.items()
 }
@@ -40,7 +40,7 @@ def build(
         name: one of :func:`list_models`.
         num_classes: channels of the logits.
         output_stride: 8, 16 or 32, where the model has it; ``model.set_output_stride`` changes it later. None is the
-            model's own: 16 for v3 and v3+, the papers' 8 for v1 and v2.
+            model's own: 16 for v3 and v3+, else the papers'.
         device: where the parameters are created; "meta" takes no memory.
         dtype: floating point dtype of the parameters and buffers.
         options: keyword arguments of the model's own builder, e.g.

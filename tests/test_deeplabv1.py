@@ -7,12 +7,11 @@ import copy
 import pytest
 import torch
 from _models import randomise, relative_error
+from _systems import check_any_size, check_output_stride, check_training
 from torch import nn
 from torch.nn import functional as F
 
 from deeplab_kernels import models
-
-SIZES = [(1, 1), (1, 7), (5, 33), (64, 50), (97, 65)]
 
 
 def small(name: str = "deeplabv1_small", **options: object) -> nn.Module:
@@ -70,54 +69,36 @@ def test_output_stride(output_stride: int, rate: int) -> None:
     assert model.scores(torch.empty(1, 3, 321, 321, device="meta")).shape[2] == 320 // output_stride + 1
 
 
-def test_switching_the_output_stride_equals_building_at_it() -> None:
-    built = small(output_stride=16).eval()
-    switched = copy.deepcopy(built)
-    x = torch.randn(1, 3, 65, 49)
-    with torch.no_grad():
-        switched.set_output_stride(8)
-        assert not torch.allclose(switched(x), built(x))
-        switched.set_output_stride(16)
-        assert torch.equal(switched(x), built(x))
-    with pytest.raises(ValueError, match="output_stride must be 8, 16 or 32, got 4"):
-        switched.set_output_stride(4)
+def test_any_size_strides_and_training() -> None:
+    check_any_size(small())
+    check_training(models.build("deeplabv1_small", 3))
+    check_output_stride(small())
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_any_size(size: tuple[int, int]) -> None:
-    model = small().eval()
-    with torch.no_grad():
-        logits = model(torch.randn(1, 3, *size))
-    assert logits.shape == (1, 5, *size)
-    assert logits.isfinite().all()
-    with pytest.raises(ValueError, match=r"x must have shape \(N, 3, H, W\)"):
-        model(torch.randn(1, 4, *size))
+def test_on_resnet101() -> None:
+    model = models.build("deeplabv1_resnet101", device="meta")
+    (branch,) = model.head.branches
+    assert branch.weight.shape == (21, 2048, 3, 3)  # no fc6 and fc7 on residual networks
+    assert branch.dilation == branch.padding == (12, 12)
+    unit = model.backbone.layer4[0]
+    assert (unit.conv1.stride, unit.conv2.dilation) == ((1, 1), (4, 4))
+    model.set_output_stride(32)
+    assert branch.dilation == (3, 3)
+    assert (unit.conv1.stride, unit.conv2.stride) == ((2, 2), (1, 1))  # the Caffe models' place
+    assert models.build("deeplabv1_resnet101", output_stride=32, strided_conv=2, device="meta").backbone.layer4[
+        0
+    ].conv2.stride == (2, 2)
+    assert model.eval()(torch.empty(1, 3, 65, 33, device="meta")).shape == (1, 21, 65, 33)
 
 
-def test_training_learns_and_reaches_every_parameter() -> None:
-    model = models.build("deeplabv1_small", num_classes=3)
-    labels = (torch.arange(33) // 11).expand(4, 33, 33)  # vertical stripes, told apart by colour
-    x = F.one_hot(labels, 3).permute(0, 3, 1, 2) + 0.2 * torch.randn(4, 3, 33, 33)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    losses = []
-    for _ in range(15):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), labels)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.6 * losses[0]
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_compile() -> None:
-    model = small().train()
-    reference = copy.deepcopy(model)
-    x = torch.randn(2, 3, 33, 49)
-    actual, expected = torch.compile(model, backend="aot_eager", fullgraph=True)(x), reference(x)
-    assert relative_error(actual, expected) < 1e-4
-    actual.sum().backward()
-    expected.sum().backward()
-    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
-        assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-3 * q.grad.abs().max().item() + 1e-4), name
+def test_takes_torchvisions_classifier() -> None:
+    model = models.build("deeplabv1_vgg16")
+    state = {
+        f"classifier.{i}.{kind}": torch.randn(shape)
+        for i, kind, shape in ((0, "bias", 4096), (3, "bias", 4096), (3, "weight", (4096, 4096)))
+    }
+    state["classifier.0.weight"] = torch.arange(512.0 * 49).expand(4096, -1)
+    model.head.branches[0].load_classifier(state)
+    fc6 = model.head.branches[0].fc6.weight
+    assert torch.equal(fc6[5], torch.arange(512.0 * 49).view(512, 7, 7)[:, ::3, ::3])
+    assert torch.equal(model.head.branches[0].fc7.bias, state["classifier.3.bias"][::4])

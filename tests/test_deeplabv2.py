@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from _models import randomise, relative_error
+from _systems import check_any_size, check_compile, check_training
 from deeplab_kernels.models.deeplabv2 import ASPP_L, ASPP_S
 from deeplab_kernels.models.layers import resize_bilinear
 from deeplab_kernels.models.multi_scale import max_over_scales, scaled_size
@@ -84,12 +85,20 @@ def test_bad_scales_are_named(scales: object) -> None:
         models.build("deeplabv2_aspp_s_small", scales=scales, device="meta")
 
 
-@pytest.mark.parametrize("size", [(1, 1), (5, 33), (64, 50)])
-def test_any_size(size: tuple[int, int]) -> None:
-    with torch.no_grad():
-        logits = small(scales=(0.5, 0.75, 1.0))(torch.randn(1, 3, *size))
-    assert logits.shape == (1, 5, *size)
-    assert logits.isfinite().all()
+def test_any_size_training_and_compilation() -> None:
+    check_any_size(small(scales=(0.5, 0.75, 1.0)))
+    check_training(models.build("deeplabv2_aspp_l_small", 3))
+    check_compile(small(scales=(0.5, 1.0)), (17, 21))
+
+
+def test_on_resnet101() -> None:
+    model = models.build("deeplabv2_aspp_l_resnet101", device="meta")
+    assert [b.dilation[0] for b in model.head.branches] == list(ASPP_L)
+    assert {b.weight.shape for b in model.head.branches} == {(21, 2048, 3, 3)}
+    assert [p.dilation[0] for p in models.build("deeplabv2_aspp_s_resnet101", device="meta").head.branches] == list(
+        ASPP_S
+    )
+    assert model.scores(torch.empty(1, 3, 321, 321, device="meta")).shape == (1, 21, 41, 41)
 
 
 def test_crf_is_the_last_stage() -> None:

@@ -26,9 +26,17 @@ def test_equals_torchvisions_features(norm: bool) -> None:
     with torch.no_grad():
         low_level, output = ours(x)
         assert relative_error(output, theirs(x)) < 1e-5
-        last = [i for i, layer in enumerate(theirs) if isinstance(layer, nn.MaxPool2d)][1]
-        assert relative_error(low_level, theirs[: last + 1](x)) < 1e-5
-    assert (low_level.shape[1], output.shape[1]) == (ours.low_level_channels, ours.out_channels) == (128, 512)
+        maps, y = [], x
+        for layer in theirs:
+            if isinstance(layer, nn.MaxPool2d):
+                maps.append(y)
+            y = layer(y)
+        for stride, ours_, theirs_ in zip(ours.channels, ours.pyramid(x), [*maps, y], strict=True):
+            assert relative_error(ours_, theirs_) < 1e-5
+            assert ours_.shape == (1, ours.channels[stride], 64 // stride, 96 // stride)
+        assert torch.equal(low_level, ours.pyramid(x, (4,))[0])
+    assert list(ours.channels) == [1, 2, 4, 8, 16, 32]
+    assert (low_level.shape[1], output.shape[1]) == (ours.low_level_channels, ours.out_channels) == (256, 512)
 
 
 def test_strides_and_rates_of_deeplab() -> None:
@@ -42,7 +50,7 @@ def test_strides_and_rates_of_deeplab() -> None:
         assert {pool.kernel_size for pool in pools} == {3}
         assert [conv.dilation[0] for conv in convs] == [1] * 10 + [rate] * 3
         for size in (1, 2, 33, 64, 321):
-            maps = backbone.stages(torch.empty(1, 3, size, size, device="meta"))
+            maps = backbone.pools(torch.empty(1, 3, size, size, device="meta"))
             expected = [-(-size // min(2**i, output_stride)) for i in range(1, 6)]
             assert [m.shape[2] for m in maps] == [m.shape[3] for m in maps] == expected
 

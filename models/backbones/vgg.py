@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from deeplab_kernels.nn.init import he_uniform_
 
 from ..layers import positive_ints
-from .features import Features, check_output_stride
+from .features import LAST_STRIDE, Backbone, check_output_stride
 
 WIDTHS = (64, 128, 256, 512, 512)
 CONVOLUTIONS = (2, 2, 3, 3, 3)
 FC6_KERNEL, FC_CHANNELS = 7, 4096  # of the classification network
 
 
-class VGG(nn.Module):
-    """The convolutions of VGG-16. forward: (N, 3, H, W) -> :class:`Features`, the maps after pool2 and pool5.
+class VGG(Backbone):
+    """The convolutions of VGG-16. forward: (N, 3, H, W) -> :class:`Features`, the maps of conv3_3 and of pool5.
 
-    ``features`` has the order and the parameter names of torchvision's ``vgg16().features`` (``vgg16_bn`` with
-    ``norm``), whose weights load by name.
+    The feature of a nominal stride is the last convolution before the next pooling: conv1_2 of 1 to conv5_3 of 16, and
+    pool5 of 32. ``features`` has the order and the parameter names of torchvision's ``vgg16().features`` (``vgg16_bn``
+    with ``norm``), whose weights load by name.
 
     Args:
         widths, convolutions: channels, and how many 3x3 convolutions, of each of the five stages.
@@ -58,16 +59,12 @@ class VGG(nn.Module):
                 layers.append(nn.ReLU(inplace=True))
             layers.append(nn.MaxPool2d(3, 2, 1) if aligned else nn.MaxPool2d(2, 2, ceil_mode=True))
         self.features = nn.Sequential(*layers)
-        self.out_channels, self.low_level_channels = self.widths[-1], self.widths[1]
+        self.channels = {1 << i: width for i, width in enumerate((*self.widths, self.widths[-1]))}
         self.set_output_stride(output_stride)
 
     def set_output_stride(self, output_stride: int) -> None:
-        """Changes strides and rates in place. At 8 pool4 and pool5 have stride 1 and conv5 rate 2, as in DeepLab v1 and
-        v2; at 16 pool5 alone has stride 1. Weights and state_dict do not change.
-
-        Raises:
-            ValueError: ``output_stride`` is not 8, 16 or 32, or not 32 and the poolings are 2x2.
-        """
+        """See :class:`Backbone`. At 8 pool4 and pool5 have stride 1 and conv5 rate 2, as in DeepLab v1 and v2; at 16
+        pool5 alone has stride 1. With 2x2 poolings there is 32 alone."""
         check_output_stride(output_stride)
         if not self.aligned and output_stride != 32:
             raise ValueError(f"output_stride must be 32 with 2x2 poolings, got {output_stride}")
@@ -84,7 +81,7 @@ class VGG(nn.Module):
                     rate *= 2
         self.output_stride = output_stride
 
-    def stages(self, x: Tensor) -> list[Tensor]:
+    def pools(self, x: Tensor) -> list[Tensor]:
         """The maps after the five poolings, (N, widths[i], ceil(H / s), ceil(W / s)) with s = 2, 4, 8, then up to the
         output stride."""
         maps = []
@@ -94,9 +91,18 @@ class VGG(nn.Module):
                 maps.append(x)
         return maps
 
-    def forward(self, x: Tensor) -> Features:
-        maps = self.stages(x)
-        return Features(maps[1], maps[-1])
+    def pyramid(self, x: Tensor, strides: Sequence[int] | None = None) -> list[Tensor]:
+        """See :class:`Backbone`. All maps are taken after ReLU."""
+        wanted = self.wanted_strides(strides)
+        maps = []
+        nominal = 1
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):
+                if nominal in wanted:
+                    maps.append(x)
+                nominal *= 2
+            x = layer(x)
+        return [*maps, x] if LAST_STRIDE in wanted else maps
 
 
 def classifier_convolutions(
@@ -134,7 +140,7 @@ def classifier_convolutions(
 
 
 # Builders: keyword arguments of VGG -> VGG.
-vgg16 = VGG
+vgg16 = partial(VGG)
 vgg16_bn = partial(VGG, norm=True)
 # The same depth at a width that trains on a CPU.
 vgg_small = partial(VGG, (16, 32, 48, 64, 64), norm=True)

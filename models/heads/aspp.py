@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deeplab_kernels.nn import AtrousSeparableConv2d
 
-from ..layers import BN_MOMENTUM, HEAD_BN_EPS, ConvNormAct, positive_ints
+from ..layers import BN_MOMENTUM, HEAD_BN_EPS, ConvNormAct, check_batch_statistics, positive_ints
 
 
 class ASPP(nn.Module):
@@ -62,13 +62,7 @@ class ASPP(nn.Module):
                 branch.dilation = (rate, rate)
 
     def _image_feature(self, x: Tensor) -> Tensor:
-        norm = self.pooling.norm
-        # SyncBatchNorm counts the images of every process, and says itself when they are too few.
-        if norm.training and x.shape[0] < 2 and type(norm) is nn.BatchNorm2d:
-            raise ValueError(
-                "training needs at least 2 images in a batch, got 1: the image pooling of the ASPP has one value per "
-                "image to normalise (call .eval() on the model, or on its batch normalisations to train with theirs)"
-            )
+        check_batch_statistics(self.pooling.norm, x, "the image pooling of the ASPP")
         # Resizing one pixel to H x W with aligned corners repeats it.
         return self.pooling(x.mean((2, 3), keepdim=True)).expand(-1, -1, x.shape[2], x.shape[3])
 
