@@ -4,6 +4,7 @@
 #   make test      the test suite
 #   make lint      formatting, ruff, mypy
 #   make bench     the operators against PyTorch
+#   make study     the papers' findings in miniature: 30 short trainings, half an hour on 4 cores, resumable
 #   make install   the package in .venv, editable; `make clean` removes .venv and every build product
 #
 # PYTHON=python3.12 chooses the Python that .venv is made from; WORKERS=4 the number of test processes. The variables of
@@ -17,7 +18,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 STAMPS := $(VENV)/stamps
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: demo test lint bench abi install clean
+.PHONY: demo test lint bench study abi install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/install $(STAMPS)/demo
@@ -37,6 +38,9 @@ lint: $(STAMPS)/lint
 bench: $(STAMPS)/install $(STAMPS)/bench
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 \
 	  $(RUN) -m pytest benchmarks --benchmark-only $(BENCH_ARGS)
+
+study: $(STAMPS)/install $(STAMPS)/plots
+	$(RUN) -m benchmarks.study $(STUDY_ARGS)
 
 # The torch libraries keep to PyTorch's stable ABI.
 abi: $(STAMPS)/install $(STAMPS)/test
@@ -59,7 +63,7 @@ $(STAMPS)/%: requirements/%.txt requirements/base.txt | $(RUN)
 	@touch $@
 
 $(STAMPS)/test $(STAMPS)/bench: requirements/demo.txt
-$(STAMPS)/test: requirements/train.txt
+$(STAMPS)/test: requirements/train.txt requirements/plots.txt
 
 $(STAMPS)/peers: requirements/peers.txt | $(RUN)
 	@mkdir -p $(@D)

@@ -29,6 +29,7 @@ class DeepLabV3Plus(SegmentationModel):
         atrous_rates: of the ASPP at output stride 16. They are doubled at 8 and halved at 32, which keeps the field of
             view in image pixels.
         head_channels, low_level_channels: 256 and 48 in the paper.
+        decoder_convs: 3x3 convolutions of the decoder; 2 in the paper.
         dropout: after the ASPP's projection, in training.
         momentum: of the heads' batch normalisations.
     """
@@ -43,6 +44,7 @@ class DeepLabV3Plus(SegmentationModel):
         atrous_rates: Sequence[int] = (6, 12, 18),
         head_channels: int = 256,
         low_level_channels: int = 48,
+        decoder_convs: int = 2,
         dropout: float = 0.1,
         momentum: float = BN_MOMENTUM,
     ) -> None:
@@ -61,6 +63,7 @@ class DeepLabV3Plus(SegmentationModel):
                 backbone.low_level_channels,
                 head_channels,
                 low_level_channels,
+                decoder_convs,
                 separable=separable,
                 momentum=momentum,
             )
@@ -105,6 +108,7 @@ def deeplabv3plus(
     atrous_rates: Sequence[int] = (6, 12, 18),
     head_channels: int = 256,
     low_level_channels: int = 48,
+    decoder_convs: int = 2,
     dropout: float = 0.1,
     momentum: float = BN_MOMENTUM,
 ) -> DeepLabV3Plus:
@@ -121,6 +125,7 @@ def deeplabv3plus(
         atrous_rates=atrous_rates,
         head_channels=head_channels,
         low_level_channels=low_level_channels,
+        decoder_convs=decoder_convs,
         dropout=dropout,
         momentum=momentum,
     )

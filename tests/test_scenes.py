@@ -30,6 +30,20 @@ def test_a_scene_depends_on_seed_and_index_alone():
     assert not np.array_equal(first[1].image, SceneDataset(5, 65, seed=4)[1].image)
 
 
+def test_clutter_means_more_boundaries():
+    def boundaries(clutter):
+        maps = [SceneDataset(12, 129, seed=2, clutter=clutter)[i].labels for i in range(12)]
+        return sum(int((a[:, 1:] != a[:, :-1]).sum()) for a in maps), np.mean([(a > 0).mean() for a in maps])
+
+    (few, share), (many, same) = boundaries(1.0), boundaries(4.0)
+    assert 1.6 * few < many < 2.4 * few
+    assert same == pytest.approx(share, abs=0.1)
+    plain, default = SceneDataset(1, 65, seed=3, clutter=1.0)[0], SceneDataset(1, 65, seed=3)[0]
+    assert np.array_equal(plain.image, default.image)
+    with pytest.raises(ValueError, match="clutter must be positive"):
+        SceneDataset(1, 65, clutter=0)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (33, 7), (127, 65)])
 def test_any_size(size):
     scene = SceneDataset(1, size, seed=0)[0]

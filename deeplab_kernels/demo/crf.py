@@ -90,16 +90,28 @@ def compare(
     before = _mean_iou([energy.argmin(0) for energy in energies], validation, classes)
     result.rows.append(_row("network alone", None, plain, scenes, classes, 0, before))
     for name, tried in candidates.items():
-        scores = []
-        for parameters in tried:
-            refined = [_labels(scene, energy, parameters) for scene, energy in zip(validation, energies, strict=True)]
-            scores.append(_mean_iou(refined, validation, classes))
-            on_refined(len(validation))
-        best = int(np.argmax(scores))
-        labels = [_labels(scene, energy, tried[best]) for scene, energy in zip(scenes, test_energies, strict=True)]
+        parameters, best = choose(tried, validation, energies, classes, on_refined)
+        labels = [_labels(scene, energy, parameters) for scene, energy in zip(scenes, test_energies, strict=True)]
         on_refined(len(scenes))
-        result.rows.append(_row(name, tried[best], labels, scenes, classes, len(tried), scores[best]))
+        result.rows.append(_row(name, parameters, labels, scenes, classes, len(tried), best))
     return result
+
+
+def choose(
+    tried: Sequence[CRFParameters],
+    scenes: Sequence[Scene],
+    energies: Sequence[NDArray[np.float32]],
+    classes: int,
+    on_refined: Callable[[int], object] = lambda images: None,
+) -> tuple[CRFParameters, float]:
+    """The parameters with the best mean IoU on ``scenes``, whose unary energies (L, H, W) are given; that mean IoU."""
+    scores = []
+    for parameters in tried:
+        refined = [_labels(scene, energy, parameters) for scene, energy in zip(scenes, energies, strict=True)]
+        scores.append(_mean_iou(refined, scenes, classes))
+        on_refined(len(scenes))
+    best = int(np.argmax(scores))
+    return tried[best], scores[best]
 
 
 def refinements(candidates: Candidates, scenes: int, validation: int) -> int:
