@@ -140,7 +140,7 @@ def predict_labels(
     if settings.crf is None:
         labels = np.empty(images.shape[:3], np.uint8)
         with _prepared(model, settings):
-            for n, window, part in _parts(model, images, settings, on_window):
+            for n, window, part in _parts(model, images, settings, on_window, order_only=True):
                 labels[n, window.rows, window.columns] = part.argmax(0).to(torch.uint8).cpu().numpy()
         return Labels(labels, labels)
     scores = _network_scores(model, images, settings, on_window)
@@ -209,34 +209,39 @@ def _network_scores(
 
 
 def _parts(
-    model: nn.Module, images: NDArray[np.uint8], settings: Inference, on_window: Progress
+    model: nn.Module, images: NDArray[np.uint8], settings: Inference, on_window: Progress, *, order_only: bool = False
 ) -> Iterator[tuple[int, Window, Tensor]]:
-    """(image, window, probabilities (K, rows, columns) of what is kept of it) that cover every image once."""
+    """(image, window, probabilities (K, rows, columns) of what is kept of it) that cover every image once.
+
+    order_only: anything that orders the classes alike will do, so that logits of which there is no mean stay logits.
+    """
     grid = windows(images.shape[1], images.shape[2], settings.window, settings.seen_margin)
     jobs = [(n, window) for n in range(len(images)) for window in grid]
     for start in range(0, len(jobs), settings.batch_size):
         batch = jobs[start : start + settings.batch_size]
         seen = np.stack([images[n, window.seen_rows, window.seen_columns] for n, window in batch])
-        for (n, window), scores in zip(batch, _averaged(model, seen, settings), strict=True):
+        for (n, window), scores in zip(batch, _averaged(model, seen, settings, order_only), strict=True):
             yield n, window, scores[(slice(None), *window.kept)]
         on_window(start + len(batch), len(jobs))
 
 
-def _averaged(model: nn.Module, images: NDArray[np.uint8], settings: Inference) -> Tensor:
-    """(B, K, H, W) float32: the mean of the softmax over scales and mirror images."""
+def _averaged(model: nn.Module, images: NDArray[np.uint8], settings: Inference, order_only: bool) -> Tensor:
+    """(B, K, H, W) float32: the mean of the softmax over scales and mirror images; see :func:`_parts`."""
     device, size = device_of(model), images.shape[1:3]
     x = to_input(images, getattr(model, "normalization", SYMMETRIC)).to(device)
+    count = len(settings.scales) * (1 + settings.flip)
     total: Tensor | None = None
     for scale in settings.scales:
         scaled = _resized(x, _scaled_size(size, scale))
         for mirrored in (False, True) if settings.flip else (False,):
             logits = _logits(model, scaled.flip(-1) if mirrored else scaled)
-            probabilities = _resized(logits.flip(-1) if mirrored else logits, size).softmax(1)
-            total = probabilities if total is None else total.add_(probabilities)
+            logits = _resized(logits.flip(-1) if mirrored else logits, size)
+            scores = logits if order_only and count == 1 else logits.softmax(1)
+            total = scores if total is None else total.add_(scores)
     assert total is not None
     if not total.isfinite().all():
         raise ValueError("the network's scores are not finite: its weights are unfit, or its dtype overflows")
-    return total.div_(len(settings.scales) * (1 + settings.flip))
+    return total.div_(count) if count > 1 else total
 
 
 def _scaled_size(size: tuple[int, ...], scale: float) -> tuple[int, int]:

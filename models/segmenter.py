@@ -1,23 +1,27 @@
-"""Segmentation of any image with trained weights."""
+"""Segmentation of any image or video with trained weights."""
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
-from .data import read_image, to_input, to_rgb
-from .refinement import CRFParameters, check_memory, energy_of_scores, most_probable, refine
-from .weights import build_from_file
+from .data import read_image, to_rgb
+from .data.classes import named_classes
+from .data.video import read_video
+from .inference import Inference, device_of, inferred_scores, predict_labels, refined
+from .refinement import CRFParameters, check_memory, most_probable
+from .registry import build
+from .weights import build_from_file, load_weights
 
-_SMALLEST_SIDE = 33  # smaller images are continued by their border: below that the deepest feature map is one pixel
+ImageLike = str | os.PathLike[str] | Image.Image | NDArray[np.generic]
+Progress = Callable[[int, int], object]
 
 
 class Segmenter:
@@ -31,10 +35,11 @@ class Segmenter:
     not grow with the image; the network's context (the image pooling of the ASPP, too) then ends at that margin.
 
     Args:
-        model: (1, 3, H, W) in [-1, 1] -> logits (1, K, H, W).
+        model: (N, 3, H, W), normalised as ``model.normalization`` says, -> logits (N, K, H, W).
         class_names: K names, K at most 256.
         palette: K colours (red, green, blue) in 0..255.
-        tile: largest side, in pixels, of what the network sees at once, ``2 * margin`` included.
+        tile: side, in pixels, of what the network sees at once, ``2 * margin`` included.
+        scales, flip, output_stride, batch_size: see :class:`deeplab_kernels.models.inference.Inference`.
     """
 
     def __init__(
@@ -45,21 +50,26 @@ class Segmenter:
         *,
         tile: int = 769,
         margin: int = 96,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+        output_stride: int | None = None,
+        batch_size: int = 1,
     ) -> None:
         if not 0 < len(class_names) <= 256 or len(class_names) != len(palette):
             raise ValueError(
                 f"class_names and palette must have one length from 1 to 256, got {len(class_names)} and {len(palette)}"
             )
-        if margin < 0 or tile <= 2 * margin:
-            raise ValueError(f"tile must exceed twice the margin, got {tile=}, {margin=}")
+        classes = getattr(model, "num_classes", len(class_names))
+        if classes != len(class_names):
+            raise ValueError(f"class_names must be the {classes} classes of the model, got {len(class_names)} names")
         self.model = model.eval()
         self.class_names = tuple(class_names)
         self.palette = np.array(palette, np.uint8).reshape(-1, 3)
-        self.tile, self.margin = tile, margin
+        self.inference = Inference(tuple(scales), flip, tile, margin, output_stride, batch_size=batch_size)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu", **options: Any) -> Segmenter:
-        """Builds the model that the weights file names and loads the weights. ``options``: ``tile``, ``margin``.
+        """Builds the model that the weights file names and loads the weights. ``options``: those of the class.
 
         Raises:
             UserError: see :func:`deeplab_kernels.models.weights.build_from_file`.
@@ -67,15 +77,44 @@ class Segmenter:
         model, content = build_from_file(path, device)
         return cls(model, content["class_names"], content["palette"], **options)
 
-    @torch.inference_mode()
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        model: str,
+        *,
+        classes: str | os.PathLike[str] | Sequence[str] = "voc",
+        model_options: Mapping[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+        **options: Any,
+    ) -> Segmenter:
+        """Builds ``model`` and loads weights of another library into it::
+
+            Segmenter.from_pretrained("torchvision/deeplabv3_resnet101", "deeplabv3_resnet101")
+
+        Args:
+            source: what :func:`deeplab_kernels.models.load_weights` takes: a name, a file or a URL.
+            model: its name, see :func:`deeplab_kernels.models.list_models`.
+            classes: "voc", "cityscapes", a text file with one name a line, or the names.
+            model_options: of the model's builder.
+            options: those of the class.
+
+        Raises:
+            UserError: the weights do not fit the model, or its number of classes; see ``load_weights``.
+        """
+        names, palette = named_classes(classes)
+        network = build(model, num_classes=len(names), **(model_options or {}))
+        load_weights(network, source)
+        return cls(network.to(device), names, palette, **options)
+
     def __call__(
         self,
-        image: str | os.PathLike[str] | Image.Image | NDArray[np.generic],
+        image: ImageLike,
         *,
         max_side: int | None = None,
         crf: CRFParameters | None = None,
-        on_tile: Callable[[int, int], object] = lambda done, total: None,
-        on_iteration: Callable[[int, int], object] = lambda done, total: None,
+        on_tile: Progress = lambda done, total: None,
+        on_iteration: Progress = lambda done, total: None,
     ) -> NDArray[np.uint8]:
         """The label map (H, W) uint8 of ``image``: a file, a Pillow image, or an array as in ``data.to_rgb``.
 
@@ -90,63 +129,80 @@ class Segmenter:
         Raises:
             UserError: what is given is no image; too little memory for ``crf``.
         """
-        rgb = to_rgb(image) if isinstance(image, (Image.Image, np.ndarray)) else read_image(image)
-        if crf is not None:
-            check_memory(len(self.class_names), rgb.shape[0], rgb.shape[1], crf)
-            energy = energy_of_scores(self._scores(rgb, max_side, on_tile), rgb.shape[:2], "logits")
-            device = next(self.model.parameters()).device
-            return most_probable(refine(rgb, energy, crf, device=device, on_iteration=on_iteration)).astype(np.uint8)
-        labels = np.empty(shrunk(rgb, max_side).shape[:2], np.uint8)
-        for rows, columns, logits in self._parts(shrunk(rgb, max_side), on_tile):
-            labels[rows, columns] = logits.argmax(0).to(torch.uint8).cpu().numpy()
-        if labels.shape == rgb.shape[:2]:
-            return labels
-        return np.asarray(Image.fromarray(labels).resize(rgb.shape[1::-1], Image.Resampling.NEAREST))
+        return self._batch(as_rgb(image)[None], max_side, crf, on_tile, on_iteration)[0]
 
-    @torch.inference_mode()
+    def stream(
+        self, images: Iterable[ImageLike], *, max_side: int | None = None, crf: CRFParameters | None = None
+    ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+        """(image (H, W, 3), label map (H, W)) of each of ``images``, in their order. Up to ``batch_size`` consecutive
+        ones of one size go through the network together; no more than these are in memory."""
+        batch: list[NDArray[np.uint8]] = []
+        for image in images:
+            rgb = as_rgb(image)
+            if batch and rgb.shape != batch[0].shape:
+                yield from self._segmented(batch, max_side, crf)
+            batch.append(rgb)
+            if len(batch) == self.inference.batch_size:
+                yield from self._segmented(batch, max_side, crf)
+        if batch:
+            yield from self._segmented(batch, max_side, crf)
+
+    def video(
+        self, path: str | os.PathLike[str], *, max_side: int | None = None, crf: CRFParameters | None = None
+    ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+        """(frame, label map) of every frame of a video; each frame is segmented by itself.
+
+        Raises:
+            UserError: no video, or one without frames.
+            ImportError: PyAV is not installed.
+        """
+        with read_video(path) as frames:
+            yield from self.stream((frame.image for frame in frames), max_side=max_side, crf=crf)
+
+    def _segmented(
+        self, batch: list[NDArray[np.uint8]], max_side: int | None, crf: CRFParameters | None
+    ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+        """Empties ``batch``."""
+        images = np.stack(batch)
+        batch.clear()
+        yield from zip(images, self._batch(images, max_side, crf), strict=True)
+
+    def _batch(
+        self,
+        images: NDArray[np.uint8],
+        max_side: int | None,
+        crf: CRFParameters | None,
+        on_tile: Progress = lambda done, total: None,
+        on_iteration: Progress = lambda done, total: None,
+    ) -> NDArray[np.uint8]:
+        """Label maps (N, H, W) of images (N, H, W, 3)."""
+        height, width = images.shape[1:3]
+        small = np.stack([shrunk(image, max_side) for image in images])
+        if crf is None:
+            labels = predict_labels(self.model, small, self.inference, on_tile).final
+            if labels.shape == images.shape[:3]:
+                return labels
+            nearest = Image.Resampling.NEAREST
+            return np.stack([np.asarray(Image.fromarray(one).resize((width, height), nearest)) for one in labels])
+        check_memory(len(self.class_names), height, width, crf)
+        scores = inferred_scores(self.model, small, self.inference, on_tile)
+        device = device_of(self.model)
+        maps = [
+            most_probable(refined(image, score, crf, device, on_iteration))
+            for image, score in zip(images, scores, strict=True)
+        ]
+        return np.stack(maps).astype(np.uint8)
+
     def scores(
         self,
-        image: str | os.PathLike[str] | Image.Image | NDArray[np.generic],
+        image: ImageLike,
         *,
         max_side: int | None = None,
-        on_tile: Callable[[int, int], object] = lambda done, total: None,
+        on_tile: Progress = lambda done, total: None,
     ) -> NDArray[np.float32]:
-        """The logits (K, H, W) of ``image``, all of them in memory; K, h, w where ``max_side`` shrinks it."""
-        rgb = to_rgb(image) if isinstance(image, (Image.Image, np.ndarray)) else read_image(image)
-        return self._scores(rgb, max_side, on_tile)
-
-    def _scores(
-        self, rgb: NDArray[np.uint8], max_side: int | None, on_tile: Callable[[int, int], object]
-    ) -> NDArray[np.float32]:
-        rgb = shrunk(rgb, max_side)
-        scores = np.empty((len(self.class_names), *rgb.shape[:2]), np.float32)
-        for rows, columns, logits in self._parts(rgb, on_tile):
-            scores[:, rows, columns] = logits.float().cpu().numpy()
-        return scores
-
-    def _parts(
-        self, rgb: NDArray[np.uint8], on_tile: Callable[[int, int], object]
-    ) -> Iterator[tuple[slice, slice, Tensor]]:
-        """(rows, columns, logits (K, rows, columns)) that together cover the image once."""
-        height, width = rgb.shape[:2]
-        rows, columns = _tiles(height, self.tile, self.margin), _tiles(width, self.tile, self.margin)
-        done = 0
-        for top, bottom, outer_top, outer_bottom in rows:
-            for left, right, outer_left, outer_right in columns:
-                part = self._logits(rgb[outer_top:outer_bottom, outer_left:outer_right])
-                inner = part[:, top - outer_top : bottom - outer_top, left - outer_left : right - outer_left]
-                yield slice(top, bottom), slice(left, right), inner
-                done += 1
-                on_tile(done, len(rows) * len(columns))
-
-    def _logits(self, rgb: NDArray[np.uint8]) -> Tensor:
-        height, width = rgb.shape[:2]
-        missing = max(0, _SMALLEST_SIDE - height), max(0, _SMALLEST_SIDE - width)
-        if any(missing):
-            rgb = np.pad(rgb, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
-        parameter = next(self.model.parameters())
-        logits: Tensor = self.model(to_input(rgb).to(parameter.device, parameter.dtype))
-        return logits[0, :, :height, :width]
+        """The class probabilities (K, H, W) of ``image``, all of them in memory; K, h, w where ``max_side`` shrinks
+        it."""
+        return inferred_scores(self.model, shrunk(as_rgb(image), max_side), self.inference, on_tile)[0]
 
     def shares(self, labels: NDArray[np.uint8]) -> dict[str, float]:
         """Class name -> share of the pixels, 0..1."""
@@ -157,12 +213,18 @@ class Segmenter:
         """The label map as a palette image: pixel values are class indices, shown in the classes' colours."""
         return colourise(labels, self.palette)
 
-    def overlay(
-        self, image: str | os.PathLike[str] | Image.Image | NDArray[np.generic], labels: NDArray[np.uint8]
-    ) -> Image.Image:
+    def overlay(self, image: ImageLike, labels: NDArray[np.uint8]) -> Image.Image:
         """The image with each class but the first tinted in its colour."""
-        rgb = to_rgb(image) if isinstance(image, (Image.Image, np.ndarray)) else read_image(image)
-        return overlay(rgb, labels, self.palette)
+        return overlay(as_rgb(image), labels, self.palette)
+
+
+def as_rgb(image: ImageLike) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 of a file, a Pillow image or an array.
+
+    Raises:
+        UserError: it is no image.
+    """
+    return to_rgb(image) if isinstance(image, (Image.Image, np.ndarray)) else read_image(image)
 
 
 def colourise(labels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> Image.Image:
@@ -195,14 +257,3 @@ def shrunk(rgb: NDArray[np.uint8], max_side: int | None) -> NDArray[np.uint8]:
     scale = max_side / max(height, width)
     small = max(1, round(width * scale)), max(1, round(height * scale))
     return np.asarray(Image.fromarray(rgb).resize(small, Image.Resampling.BOX))
-
-
-def _tiles(length: int, tile: int, margin: int) -> list[tuple[int, int, int, int]]:
-    """(start, end, outer start, outer end) along one axis: the first two partition 0 .. length, the outer ones add up
-    to ``margin`` on both sides and are at most ``tile`` long."""
-    if length <= tile:
-        return [(0, length, 0, length)]
-    step = tile - 2 * margin
-    count = -(-length // step)
-    edges = [round(i * length / count) for i in range(count + 1)]
-    return [(a, b, max(0, a - margin), min(length, b + margin)) for a, b in itertools.pairwise(edges)]

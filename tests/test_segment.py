@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import torch
 from deeplab_kernels.models import build
 from deeplab_kernels.models.data import CLASS_NAMES, PALETTE, SceneDataset
 from deeplab_kernels.models.refinement import CRFParameters, energy_of_scores, refine
-from deeplab_kernels.models.segmenter import Segmenter, _tiles, colourise, overlay
+from deeplab_kernels.models.segmenter import Segmenter, colourise, overlay
 from deeplab_kernels.models.weights import save_weights_file
 from PIL import Image
 from torch import nn
@@ -67,20 +66,6 @@ def test_tiles_cover_every_pixel_once(size):
     assert seen == [(i + 1, len(seen)) for i in range(len(seen))]
 
 
-@pytest.mark.parametrize("length", [1, 99, 100, 101, 169, 1000, 20000])
-def test_tile_geometry(length):
-    tiles = _tiles(length, 100, 16)
-    assert tiles[0][0] == 0
-    assert tiles[-1][1] == length
-    for (_, end, *_), (start, *_) in itertools.pairwise(tiles):
-        assert end == start
-    for start, end, outer_start, outer_end in tiles:
-        assert 0 <= outer_start <= start < end <= outer_end <= length
-        assert outer_end - outer_start <= 100
-        assert start - outer_start == (16 if start else 0) or length <= 100
-        assert outer_end - end in ((16,) if end < length - 16 else range(17))
-
-
 def test_small_images_are_continued_by_their_border():
     segmenter = pixel_segmenter()
     assert segmenter(np.array([[[0, 9, 3]]], np.uint8)).tolist() == [[1]]
@@ -92,7 +77,7 @@ def test_max_side_shrinks_and_enlarges():
     image[:, :200, 2], image[:, 200:, 1] = 255, 255
     segmenter = pixel_segmenter()
     labels = segmenter(image, max_side=100)
-    assert segmenter.model.sizes == [(33, 100)]
+    assert segmenter.model.sizes == [(33, 100)]  # the lower side continued to 33
     assert (labels[:, :200] == 2).all()
     assert (labels[:, 200:] == 1).all()
     assert np.array_equal(segmenter(image, max_side=1000), labels)  # not enlarged
@@ -143,16 +128,17 @@ def test_colourise_and_overlay():
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="one length"):
         Segmenter(PixelNet(), ["a"], [])
-    with pytest.raises(ValueError, match="twice the margin"):
+    with pytest.raises(ValueError, match="twice its margin"):
         pixel_segmenter(tile=10, margin=5)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 300), (127, 65)])
-def test_scores_are_the_logits_of_every_tile(size):
+def test_scores_are_the_probabilities_of_every_tile(size):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
     scores = pixel_segmenter(tile=100, margin=16).scores(image)
     assert scores.dtype == np.float32
-    assert np.allclose(scores, image.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
+    odds = np.exp(image.transpose(2, 0, 1) / 127.5 - 1)
+    assert np.allclose(scores, odds / odds.sum(0), atol=1e-6)
     small = pixel_segmenter().scores(image, max_side=50)
     assert max(small.shape[1:]) == min(50, max(size))
     assert len(small) == 3
@@ -166,7 +152,7 @@ def test_crf_refines_the_scores_at_full_resolution(max_side):
     crf = CRFParameters(iterations=3, color_sigma=20)
     noisy = image + np.random.default_rng(0).integers(0, 40, image.shape).astype(np.uint8)
     labels = segmenter(noisy, max_side=max_side, crf=crf, on_iteration=lambda *step: steps.append(step))
-    energy = energy_of_scores(segmenter.scores(noisy, max_side=max_side), (30, 40), "logits")
+    energy = energy_of_scores(segmenter.scores(noisy, max_side=max_side), (30, 40), "probabilities")
     assert np.array_equal(labels, refine(noisy, energy, crf).argmax(0))
     assert labels.dtype == np.uint8
     assert steps == [(1, 3), (2, 3), (3, 3)]

@@ -120,7 +120,7 @@ def refinements(candidates: Candidates, scenes: int, validation: int) -> int:
 
 
 def _energy(segmenter: Segmenter, scene: Scene) -> NDArray[np.float32]:
-    return energy_of_scores(segmenter.scores(scene.image), kind="logits")
+    return energy_of_scores(segmenter.scores(scene.image), kind="probabilities")
 
 
 def _labels(scene: Scene, energy: NDArray[np.float32], parameters: CRFParameters) -> Labels:

@@ -43,6 +43,8 @@ _CLASSES = (
     _Class(32, "motorcycle", (0, 0, 230)),
     _Class(33, "bicycle", (119, 11, 32)),
 )
+CLASS_NAMES = tuple(c.name for c in _CLASSES)
+PALETTE = tuple(c.colour for c in _CLASSES)
 _LABEL_IDS = 34  # 0 to 33
 SPLITS = ("train", "val")  # the labels of the test images are not public
 IMAGES, LABELS = Path("leftImg8bit"), Path("gtFine")
@@ -75,8 +77,7 @@ class Cityscapes(PairedDataset):
             for image, name in zip(images, names, strict=True)
         ]
         check_complete((label for _, label in pairs), "label maps are", Path(root) / LABELS / split)
-        palette = np.array([c.colour for c in _CLASSES], np.uint8)
-        super().__init__(names, pairs, [c.name for c in _CLASSES], palette)
+        super().__init__(names, pairs, CLASS_NAMES, np.array(PALETTE, np.uint8))
 
     def _to_classes(self, stored: NDArray[np.integer[Any]], path: Path) -> NDArray[np.uint8]:
         wrong = stored[(stored >= _LABEL_IDS) & (stored != IGNORE)]
