@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -119,6 +119,13 @@ class Trainer:
             for name, value in self.average.values.items():
                 value.copy_(state["average"][name])
         self.step, self.lengths = state["step"], list(state["lengths"])
+
+    @contextlib.contextmanager
+    def evaluated(self) -> Iterator[nn.Module]:
+        """The model as it would be kept now: in evaluation mode, with the averaged weights if there are any."""
+        with self.average.applied_to(self.model) if self.average is not None else contextlib.nullcontext():
+            self.model.eval()
+            yield self.model
 
     def run(self, on_step: Callable[[int, int, float], object] = lambda step, steps, loss: None) -> TrainingResult:
         """Trains up to the last step and leaves the model in evaluation mode.
