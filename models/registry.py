@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import deeplabv1, deeplabv2, deeplabv3plus, fcn, hypercolumn, pspnet, unet
+from .crf_stage import with_crf
 from .system import SegmentationModel
 
 # One file per system; each has its builders by name.
@@ -44,7 +45,8 @@ def build(
         device: where the parameters are created; "meta" takes no memory.
         dtype: floating point dtype of the parameters and buffers.
         options: keyword arguments of the model's own builder, e.g.
-            :func:`deeplab_kernels.models.deeplabv3plus.deeplabv3plus`.
+            :func:`deeplab_kernels.models.deeplabv3plus.deeplabv3plus`; and, for every model, ``crf``, the last stage:
+            see :func:`deeplab_kernels.models.crf_stage.with_crf`.
 
     Raises:
         ValueError: unknown name (the message gives close ones), or a value that is not allowed.
@@ -60,6 +62,7 @@ def build(
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     allowed = list(inspect.signature(builder).parameters)
+    crf = False if "crf" in allowed else options.pop("crf", False)
     for option in options:
         if option not in allowed:
             raise TypeError(f"{name} has no option {option!r}; it has {', '.join(allowed)}")
@@ -68,5 +71,5 @@ def build(
     with torch.device(device) if device is not None else contextlib.nullcontext():
         if output_stride is not None:
             options["output_stride"] = output_stride
-        model = builder(num_classes, **options)
+        model = with_crf(builder(num_classes, **options), crf)
     return model.to(dtype) if dtype is not None else model

@@ -58,7 +58,7 @@ SETTINGS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("device", "str", "auto (default: cuda if there is one), cpu, cuda, cuda:1 ..."),
         ("workers", "int", "processes that prepare samples; the result is the same for any number (default: 2)"),
         ("threads", "int", "CPU threads (default: PyTorch's choice)"),
-        ("channels-last", "bool", "channels_last memory format"),
+        ("channels-last", "bool", "channels_last memory format (default: yes, which is faster)"),
         ("compile", "bool", "run the model through torch.compile"),
         ("validate-every", "int", "steps between validations; 0 only at the end (default)"),
         ("checkpoint-every", "int", "steps between checkpoints (default: 500)"),

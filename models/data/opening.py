@@ -13,24 +13,20 @@ from . import cityscapes, folder
 from .cityscapes import Cityscapes
 from .folder import open_folder
 from .generated import generated_dataset
-from .scenes import Scene
+from .scenes import Scenes
 from .voc import PascalVOC, find_voc
 
 FORMS = "generated, voc:PATH, cityscapes:PATH, folder:PATH, or the path of a folder with one of these layouts"
 
 
-class Dataset(Protocol):
-    """What training and evaluation take: a sequence of scenes that knows its classes."""
+class Dataset(Scenes, Protocol):
+    """Scenes that know their classes."""
 
     @property
     def class_names(self) -> tuple[str, ...]: ...
 
     @property
     def palette(self) -> Sequence[tuple[int, int, int]]: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Scene: ...
 
 
 _READERS: dict[str, Callable[[str, str], Dataset]] = {"voc": PascalVOC, "cityscapes": Cityscapes, "folder": open_folder}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,14 @@ class Scene:
 
     image: NDArray[np.uint8]
     labels: NDArray[np.uint8]
+
+
+class Scenes(Protocol):
+    """What is trained on and evaluated: any sequence of scenes, which are asked for one at a time."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Scene: ...
 
 
 class SceneDataset:

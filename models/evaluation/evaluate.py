@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from ..data import Scene
+from ..data import Scene, Scenes
 from ..inference import Inference, Labels, predict_labels
 from .metrics import ConfusionMatrix
 from .trimap import TrimapCurve
-
-
-class Scenes(Protocol):
-    """What is evaluated: any sequence of scenes, which are asked for one at a time."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Scene: ...
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def _check_types(config: Any) -> None:
         else:
             sound = is_a(value, word)
         if not sound:
-            raise TypeError(f"{item.name} must be a {word}, got {value!r}")
+            raise TypeError(f"{item.name} must be {'an' if word == 'int' else 'a'} {word}, got {value!r}")
 
 
 def is_a(value: object, word: str) -> bool:

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from deeplab_kernels.errors import UserError
 
-from ..data import Dataset, Scene, open_dataset, to_input
-from ..evaluation import ConfusionMatrix
+from ..data import Scene, Scenes, open_dataset
+from ..evaluation import ConfusionMatrix, evaluate
 from ..registry import build
-from ..system import SYMMETRIC, SegmentationModel
+from ..system import SegmentationModel
 from ..weights import save_weights_file
 from .checkpoint import read_checkpoint, restore, write_checkpoint
 from .distributed import process_group, rank_and_size, summed
@@ -119,9 +119,9 @@ class _Run:
             if config.near_identity:
                 start_near_identity(model)
             if config.init:
-                from ..weights import load_weights
+                from .. import weights as sources
 
-                load_weights(model, config.init, skip_classifier=True)
+                sources.load_weights(model, config.init, skip_classifier=True)  # type: ignore[attr-defined]
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         return model.to(self.device, memory_format=memory_format)  # type: ignore[call-overload,no-any-return]
 
@@ -235,20 +235,28 @@ class _Run:
 _TRAINED_CRF = {"trainable": ["appearance_weight", "smoothness_weight", "compatibility"]}
 
 
-def validate(model: nn.Module, scenes: Dataset | Sequence[Scene], num_classes: int) -> ConfusionMatrix:
-    """Segments the scenes one at a time at their own size, divided among the processes; the matrix is that of all."""
-    rank, processes = rank_and_size()
-    parameter = next(model.parameters())
-    normalization = getattr(model, "normalization", SYMMETRIC)
-    matrix = ConfusionMatrix(num_classes)
-    with torch.inference_mode():
-        for index in range(rank, len(scenes), processes):
-            scene = scenes[index]
-            logits = model(to_input(scene.image, normalization).to(parameter.device, parameter.dtype))
-            matrix.update(logits.argmax(1)[0].to(torch.uint8), scene.labels)
-    counts = summed(torch.from_numpy(matrix.counts).to(parameter.device))
-    matrix.counts = counts.cpu().numpy()
+def validate(model: nn.Module, scenes: Scenes, num_classes: int) -> ConfusionMatrix:
+    """Segments the scenes at their own size, divided among the processes; the matrix is that of all."""
+    part = _Part(scenes, *rank_and_size())
+    matrix = evaluate(model, part, num_classes).matrix if len(part) else ConfusionMatrix(num_classes)
+    device = next(model.parameters()).device
+    matrix.counts = summed(torch.from_numpy(matrix.counts).to(device)).cpu().numpy()
     return matrix
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Every ``processes``-th scene, from ``rank`` on."""
+
+    scenes: Scenes
+    rank: int
+    processes: int
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.scenes), self.processes))
+
+    def __getitem__(self, index: int, /) -> Scene:
+        return self.scenes[self.rank + index * self.processes]
 
 
 class _Signals:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from deeplab_kernels.errors import UserError
 
-from ..data import Scene
+from ..data import Scene, Scenes
 from .config import TrainingConfig
 
 _ORDER, _AUGMENTATION = 1, 2  # streams of random numbers that must not coincide
@@ -26,7 +26,7 @@ class Samples(Dataset[Scene | UserError]):
     A UserError (a damaged file, a label out of range) is returned, not raised: a worker process would wrap it.
     """
 
-    def __init__(self, scenes: Sequence[Scene], config: TrainingConfig) -> None:
+    def __init__(self, scenes: Scenes, config: TrainingConfig) -> None:
         self.scenes, self.seed, self.augmentation = scenes, config.seed, config.augmentation()
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
@@ -51,7 +51,7 @@ def numbers(config: TrainingConfig, step: int, rank: int, processes: int) -> Ite
 
 
 def batches(
-    scenes: Sequence[Scene],
+    scenes: Scenes,
     config: TrainingConfig,
     *,
     step: int = 0,

@@ -61,7 +61,7 @@ class RunConfig:
     device: str = "auto"
     workers: int = 2
     threads: int = 0
-    channels_last: bool = False
+    channels_last: bool = True
     compile: bool = False
     tensorboard: bool = False
     training: TrainingConfig = PAPER
@@ -70,7 +70,7 @@ class RunConfig:
         for item in fields(self):
             value = getattr(self, item.name)
             if str(item.type) in ("str", "int", "bool") and not is_a(value, str(item.type)):
-                raise TypeError(f"{item.name} must be a {item.type}, got {value!r}")
+                raise TypeError(f"{item.name} must be {'an' if item.type == 'int' else 'a'} {item.type}, got {value!r}")
         if not isinstance(self.options, dict):
             raise TypeError(f"options must be a table, got {self.options!r}")
         for name in ("validate_every", "checkpoint_every", "workers", "threads"):

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data import Scene
+from ..data import Scenes
 from ..system import SYMMETRIC
 from .config import TrainingConfig, poly_learning_rate, stage_at
 from .distributed import rank_and_size, summed, synchronised_batch_norm
@@ -65,7 +65,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        scenes: Sequence[Scene],
+        scenes: Scenes,
         config: TrainingConfig,
         *,
         workers: int = 0,
@@ -240,7 +240,7 @@ class Trainer:
 
 def train(
     model: nn.Module,
-    scenes: Sequence[Scene],
+    scenes: Scenes,
     config: TrainingConfig,
     *,
     on_step: Callable[[int, int, float], object] = lambda step, steps, loss: None,
@@ -268,7 +268,7 @@ def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-def _check(model: nn.Module, scenes: Sequence[Scene], config: TrainingConfig) -> None:
+def _check(model: nn.Module, scenes: Scenes, config: TrainingConfig) -> None:
     if len(scenes) == 0:
         raise ValueError("scenes must not be empty")
     config.augmentation().check_installed()
