@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -173,36 +172,6 @@ def test_a_finished_job_is_not_repeated(folder: Path, monkeypatch: pytest.Monkey
     again = worker.run(job, folder)
     del again["evaluation_cpu_seconds"], record["evaluation_cpu_seconds"]
     assert json.loads(json.dumps(again)) == record
-
-
-def test_quality_is_that_of_the_metrics() -> None:
-    from deeplab_kernels.models.evaluation import ConfusionMatrix, boundary_distance, trimap_miou
-
-    scenes = worker._scenes(TINY, 1)
-    rng = np.random.default_rng(0)
-    labels = [np.where(rng.random(s.labels.shape) < 0.3, 0, s.labels) for s in scenes]
-    found = worker.quality(labels, scenes, [boundary_distance(s.labels, 40) for s in scenes])
-    matrix = ConfusionMatrix(7)
-    for prediction, scene in zip(labels, scenes, strict=True):
-        matrix.update(prediction, scene.labels)
-    assert found["mean_iou"] == pytest.approx(matrix.mean_iou())
-    expected = trimap_miou(labels, [s.labels for s in scenes], [1, 5, 40], 7)
-    assert [found["trimap"][b - 1] for b in (1, 5, 40)] == pytest.approx(expected)
-
-
-def test_average_over_scales_and_mirror_images() -> None:
-    """Of a network whose logits are the image's channels the mirrored average is symmetric."""
-    from deeplab_kernels.models.data import Scene
-
-    model = worker.build("v3plus").eval()
-    scene = worker._scenes(TINY, 1)[0]
-    mirrored = Scene(scene.image[:, ::-1].copy(), scene.labels[:, ::-1].copy())
-    variant = experiments.Variant(8, (0.5, 1.0), flip=True)
-    before = model.output_stride
-    scores = worker.scores(model, scene, variant)
-    np.testing.assert_allclose(scores, worker.scores(model, mirrored, variant)[:, :, ::-1], atol=1e-4)
-    np.testing.assert_allclose(np.exp(scores).sum(0), 4, rtol=1e-4)  # two scales, mirrored and not
-    assert model.output_stride == before
 
 
 # Reports.

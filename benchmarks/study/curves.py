@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from deeplab_kernels.models.evaluation import PAPER_WIDTHS
 
 from .experiments import NETWORKS
-from .worker import WIDTHS
 
 _SHOWN = (
     ("v3", "plain"),
@@ -43,8 +43,8 @@ def draw(content: Mapping[str, Any], path: Path) -> bool:
         percent = 100 * np.array(curves)
         mean, spread = percent.mean(0), percent.std(0)
         label = NETWORKS[network].title + ("" if variant == "plain" else f", {variant}")
-        (line,) = axes.plot(WIDTHS, mean, label=label)
-        axes.fill_between(WIDTHS, mean - spread, mean + spread, alpha=0.15, color=line.get_color())
+        (line,) = axes.plot(PAPER_WIDTHS, mean, label=label)
+        axes.fill_between(PAPER_WIDTHS, mean - spread, mean + spread, alpha=0.15, color=line.get_color())
     axes.set_xlabel("b: distance to a boundary, pixels")
     axes.set_ylabel("mean IoU within b, percent")
     axes.grid(alpha=0.3)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+from deeplab_kernels.models.inference import PAPER_SCALES
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Variant:
 
 PLAIN = {"plain": Variant()}
 # Rows of the v3+ paper's table 5.
-_FLIPPED = {"MS + flip": Variant(scales=SCALES, flip=True), "OS 8": Variant(8)}
-INFERENCE = {**PLAIN, "MS": Variant(scales=SCALES), **_FLIPPED}
-INFERENCE_SC = {**PLAIN, **_FLIPPED, "OS 8, MS + flip": Variant(8, SCALES, flip=True)}
+_FLIPPED = {"MS + flip": Variant(scales=PAPER_SCALES, flip=True), "OS 8": Variant(8)}
+INFERENCE = {**PLAIN, "MS": Variant(scales=PAPER_SCALES), **_FLIPPED}
+INFERENCE_SC = {**PLAIN, **_FLIPPED, "OS 8, MS + flip": Variant(8, PAPER_SCALES, flip=True)}
 CRF_KINDS = {
     "CRF": "fully connected CRF",
     "short-range CRF": "short-range CRF, positions and colours",

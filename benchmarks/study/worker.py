@@ -5,29 +5,27 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from deeplab_kernels.models.data import Scene, SceneDataset, to_input
-from deeplab_kernels.models.evaluation import ConfusionMatrix, boundary_distance
-from deeplab_kernels.models.layers import resize_bilinear
-from deeplab_kernels.models.refinement import energy_of_scores, refine
+from deeplab_kernels.models.data import Scene, SceneDataset
+from deeplab_kernels.models.evaluation import PAPER_WIDTHS, evaluate
+from deeplab_kernels.models.inference import Inference, predict_scores
+from deeplab_kernels.models.refinement import CRFParameters, energy_of_scores
 from deeplab_kernels.models.system import SegmentationModel
 from deeplab_kernels.models.training import TrainingConfig, start_near_identity, train
-from numpy.typing import NDArray
 
 from deeplab_kernels import models
 from deeplab_kernels.demo import crf
 from deeplab_kernels.demo.speed import keep_freed_memory
 
-from .experiments import NETWORKS, Job, Settings, Variant
+from .experiments import NETWORKS, Job, Settings
 
-WIDTHS = range(1, 41)  # of the trimap, pixels
 _TRAIN, _TEST, _VALIDATION = 0, 1, 2  # seeds of the scenes
 _CLASSES = len(SceneDataset.class_names)
 
@@ -106,76 +104,34 @@ def _scenes(settings: Settings, part: int) -> list[Scene]:
     return [datasets[i % len(datasets)][i] for i in range(count)]
 
 
-@lru_cache(maxsize=1)
-def _distances(settings: Settings) -> list[NDArray[np.int64]]:
-    return [boundary_distance(scene.labels, WIDTHS[-1]) for scene in _scenes(settings, _TEST)]
-
-
 def _evaluate(model: SegmentationModel, job: Job, progress: Progress) -> dict[str, Any]:
     settings, variants = job.settings, NETWORKS[job.network].variants
-    test, validation = _scenes(settings, _TEST), _scenes(settings, _VALIDATION)
     results: dict[str, Any] = {}
     for name, variant in variants.items():
-        extra: dict[str, Any] = {}
-        if variant.crf is None:
-            labels = [scores(model, scene, variant).argmax(0) for scene in test]
-        else:
-            energies = [
-                [energy_of_scores(scores(model, s, variant), kind="logits") for s in part]
-                for part in (validation, test)
-            ]
-            candidates = (crf.FULL if settings.all_candidates else crf.QUICK)[variant.crf]
-            parameters, best = crf.choose(candidates, validation, energies[0], _CLASSES)
-            labels = [refine(s.image, e, parameters).argmax(0) for s, e in zip(test, energies[1], strict=True)]
-            extra = {"crf": asdict(parameters), "candidates": len(candidates), "validation_mean_iou": best}
-        results[name] = quality(labels, test, _distances(settings)) | extra
+        inference = Inference(variant.scales, variant.flip, output_stride=variant.output_stride, batch_size=4)
+        chosen: dict[str, Any] = {}
+        if variant.crf is not None:
+            parameters, chosen = _choose(model, settings, variant.crf)
+            inference = replace(inference, crf=parameters)
+        found = evaluate(model, _scenes(settings, _TEST), _CLASSES, inference, trimap_widths=PAPER_WIDTHS)
+        results[name] = {
+            "mean_iou": found.matrix.mean_iou(),
+            "iou": found.matrix.iou().tolist(),
+            "pixel_accuracy": found.matrix.pixel_accuracy(),
+            "trimap": found.trimap.mean_iou(),
+            **chosen,
+        }
         progress(evaluation_cost(job) / len(variants))
     return results
 
 
-@torch.inference_mode()
-def scores(model: SegmentationModel, scene: Scene, variant: Variant) -> NDArray[np.float32]:
-    """(L, H, W): logits, or the logarithm of the mean probability over several scales and the mirrored image."""
-    trained_at = model.output_stride
-    model.set_output_stride(variant.output_stride or trained_at)
-    x = to_input(scene.image[None], model.normalization)
-    size = x.shape[2:]
-    try:
-        if variant.scales == (1.0,) and not variant.flip:
-            return model(x)[0].numpy()
-        total = torch.zeros(1, model.num_classes, *size)
-        for scale in variant.scales:
-            scaled = resize_bilinear(x, [round((n - 1) * scale) + 1 for n in size])
-            total += resize_bilinear(model(scaled), size).softmax(1)
-            if variant.flip:
-                total += resize_bilinear(model(scaled.flip(-1)).flip(-1), size).softmax(1)
-        return total.log()[0].numpy()
-    finally:
-        model.set_output_stride(trained_at)
-
-
-def quality(
-    labels: Sequence[NDArray[np.integer[Any]]], scenes: Sequence[Scene], distances: Sequence[NDArray[np.int64]]
-) -> dict[str, Any]:
-    """Mean IoU, IoU of each class, share of pixels that are right, and the trimap's mean IoU of each of WIDTHS."""
-    limit = WIDTHS[-1] + 1
-    counts = np.zeros((limit + 1, _CLASSES, _CLASSES), np.int64)
-    for prediction, scene, distance in zip(labels, scenes, distances, strict=True):
-        for d in range(1, limit + 1):
-            matrix = ConfusionMatrix(_CLASSES)
-            matrix.update(prediction[distance == d], scene.labels[distance == d])
-            counts[d] += matrix.counts
-    within = counts.cumsum(0)
-    matrices = []
-    for b in (*WIDTHS, limit):
-        matrices.append(ConfusionMatrix(_CLASSES))
-        matrices[-1].counts = within[b]
-    return {
-        "mean_iou": matrices[-1].mean_iou(),
-        "iou": matrices[-1].iou().tolist(),
-        "pixel_accuracy": matrices[-1].pixel_accuracy(),
-        "trimap": [matrix.mean_iou() for matrix in matrices[:-1]],
-    }
+def _choose(model: SegmentationModel, settings: Settings, kind: str) -> tuple[CRFParameters, dict[str, Any]]:
+    """The parameters of a CRF that are best on the validation scenes."""
+    scenes = _scenes(settings, _VALIDATION)
+    candidates = (crf.FULL if settings.all_candidates else crf.QUICK)[kind]
+    energies = [energy_of_scores(predict_scores(model, s.image)[0], kind="probabilities") for s in scenes]
+    parameters, best = crf.choose(candidates, scenes, energies, _CLASSES)
+    return parameters, {"crf": asdict(parameters), "candidates": len(candidates), "validation_mean_iou": best}
 
 
 def _write(path: Path, content: bytes) -> None:
