@@ -90,20 +90,6 @@ def test_scores_keep_their_place() -> None:
     assert (columns @ torch.arange(71.0).double() / columns.sum()).item() == pytest.approx(3 * 8 + 3.5)
 
 
-def test_takes_torchvisions_classifier() -> None:
-    model = small(kernel_size=3, hidden=64)
-    state = {
-        "classifier.0.weight": torch.randn(4096, 64 * 49),
-        "classifier.0.bias": torch.randn(4096),
-        "classifier.3.weight": torch.randn(4096, 4096),
-        "classifier.3.bias": torch.randn(4096),
-    }
-    model.head.load_classifier(state)
-    fc6 = state["classifier.0.weight"].view(4096, 64, 7, 7)
-    assert torch.equal(model.head.fc6.weight, fc6[::64, :, ::3, ::3])
-    assert torch.equal(model.head.fc7.bias, state["classifier.3.bias"][::64])
-
-
 @pytest.mark.parametrize("auxiliary", [False, True])
 def test_equals_torchvisions_on_resnet50(auxiliary: bool) -> None:
     torchvision = peer("torchvision")

@@ -233,6 +233,8 @@ class ResNet(Backbone):
         features = [x] if STEM_STRIDE in wanted else []
         x = self.maxpool(x)
         for unit, nominal, last, _ in self._units():
+            if nominal > max(wanted, default=0):
+                break
             if self.strided_unit == "last" and last and nominal in wanted and nominal < LAST_STRIDE:
                 features.append(unit.residual(x))
                 x = F.relu(features[-1] + unit.shortcut(x), inplace=True)
