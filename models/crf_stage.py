@@ -55,12 +55,9 @@ class DenseCRFStage(SegmentationModel):
     def set_output_stride(self, output_stride: int) -> None:
         self.model.set_output_stride(output_stride)
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> Tensor:
         logits = self.model(x)
-        image = self.normalization.invert(x)
-        if isinstance(logits, tuple):  # in training, with the logits of an auxiliary classifier
-            return self.crf(logits[0], image), *logits[1:]
-        return self.crf(logits, image)
+        return self.crf(logits, self.normalization.invert(x))
 
 
 def _adopt_state_of_the_model(stage: Any, state_dict: dict[str, Any], prefix: str, *_: object) -> None:

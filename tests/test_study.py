@@ -67,6 +67,12 @@ def test_same(differences: list[float], verdict: str) -> None:
     assert verdicts.same(verdicts.summarise(differences)) == verdict
 
 
+def test_lower() -> None:
+    assert verdicts.lower(1.0, 2.0, 0.5) == REPRODUCED
+    assert verdicts.lower(2.0, 1.0, 0.5) == NOT_HERE
+    assert verdicts.lower(1.8, 2.0, 0.5) == WITHIN
+
+
 def test_differences_are_paired_by_seed() -> None:
     difference = verdicts.paired({0: 0.5, 1: 0.7, 2: 0.9}, {2: 0.8, 0: 0.4, 5: 0.0})
     assert difference.count == 2
@@ -197,7 +203,9 @@ def content() -> dict[str, Any]:
                     "final_loss": 0.5,
                 }
             )
-    cost = {"network": "v3", "title": "v3", "madds": 1, "latency": {"median_ms": 1.0, "iqr_ms": 0.1}, "threads": 1}
+    cost = {"title": "v3+", "threads": 1, "full_size_madds": 1, "paper_madds": 1.0}
+    slow = {**cost, "network": "v3plus_dense", "madds": 4, "latency": {"median_ms": 2.0, "iqr_ms": 0.1}}
+    fast = {**cost, "network": "v3plus", "madds": 1, "latency": {"median_ms": 1.0, "iqr_ms": 0.1}}
     return {
         "machine": {"cpu": "a processor", "cores": 4, "torch": "2"},
         "commit": "abc",
@@ -207,7 +215,7 @@ def content() -> dict[str, Any]:
         "seeds": 3,
         "processes": 4,
         "failures": {},
-        "cost": [{**cost, "full_size_madds": 1, "paper_madds": 1.0}],
+        "cost": [slow, fast],
         "records": records,
     }
 
@@ -229,6 +237,8 @@ def test_report(content: dict[str, Any], tmp_path: Path) -> None:
     assert "| DeepLab v2, ASPP-L | plain | 63.00 ± 1.00 |" in text
     assert "68.96" in text
     assert "| ASPP-L > LargeFOV | +2.00 ± 0.00 | +3.20 | **reproduced** |" in text
+    assert "| SC takes fewer Multiply-Adds | 0.25 | 1.00 | **reproduced** |" in text
+    assert "| SC has the lower latency | 0.50 | yes | **reproduced** |" in text
     assert "nan" not in text
     assert json.loads((tmp_path / "study.json").read_text())["findings"][0]["key"] == "aspp"
 

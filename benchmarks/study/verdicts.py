@@ -75,3 +75,10 @@ def same(difference: Summary, limit: float = SAME) -> str:
         return REPRODUCED
     margin = t_quantile(difference.count) * difference.error
     return NOT_HERE if abs(difference.mean) > limit + margin else WITHIN
+
+
+def lower(new: float, old: float, spread: float) -> str:
+    """The verdict on "``new`` is lower", by more than ``spread``."""
+    if old - new > spread:
+        return REPRODUCED
+    return NOT_HERE if new - old > spread else WITHIN
