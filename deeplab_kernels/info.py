@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, _artefacts
+from ._text import table
 
 Report = dict[str, Any]
 
@@ -140,11 +141,6 @@ def collect() -> Report:
     }
 
 
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
 def _build_lines(build: Report) -> list[str]:
     if not build:
         return [f"  no record of the build: {_artefacts.no_record_hint()}"]
@@ -152,7 +148,7 @@ def _build_lines(build: Report) -> list[str]:
     gpu = f"none: {build['cuda_missing_because']}"
     if cuda:
         gpu = f"{', '.join(f'sm_{a}' for a in cuda['architectures'])} and PTX of the last one ({cuda['nvcc']})"
-    return _table(
+    return table(
         [
             ["built with", f"{build['compiler']}, torch {build['torch']}, python {build['python']}"],
             ["CPU", f"{build['machine']}: {', '.join(build['cpu_instruction_sets'])}"],
@@ -167,7 +163,7 @@ def _library_lines(libraries: list[Report]) -> list[str]:
         built = f"{library['bytes'] / 2**20:.1f} MiB" if library["file"] else "not built"
         reason = library["missing_because"]
         rows.append([library["name"], built, f"not loaded: {reason}" if reason else "loaded"])
-    return _table(rows)
+    return table(rows)
 
 
 def _device_lines(devices: list[Report]) -> list[str]:
@@ -178,7 +174,7 @@ def _device_lines(devices: list[Report]) -> list[str]:
             continue
         extra = ", ".join(f"{k} {v}" for k, v in device.items() if k not in ("device", "name"))
         rows.append([device["device"], f"{device['name']} ({extra})"])
-    return _table(rows)
+    return table(rows)
 
 
 def _operator_lines(operators: Report, has_cuda: bool) -> list[str]:
@@ -187,7 +183,7 @@ def _operator_lines(operators: Report, has_cuda: bool) -> list[str]:
     cuda = "cuda" if has_cuda else "cuda (no device here)"
     rows = [["", "cpu", cuda, "other devices"]]
     rows += [[name, s["cpu"], s["cuda"], s["other"]] for name, s in operators["serving"].items()]
-    return _table(rows) + [f"  {name} cannot serve: {reason}" for name, reason in operators["missing"].items()]
+    return table(rows) + [f"  {name} cannot serve: {reason}" for name, reason in operators["missing"].items()]
 
 
 def render(report: Report) -> str:

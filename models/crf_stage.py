@@ -55,9 +55,12 @@ class DenseCRFStage(SegmentationModel):
     def set_output_stride(self, output_stride: int) -> None:
         self.model.set_output_stride(output_stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         logits = self.model(x)
-        return self.crf(logits, self.normalization.invert(x))
+        image = self.normalization.invert(x)
+        if isinstance(logits, tuple):  # in training, with the logits of an auxiliary classifier
+            return self.crf(logits[0], image), *logits[1:]
+        return self.crf(logits, image)
 
 
 def _adopt_state_of_the_model(stage: Any, state_dict: dict[str, Any], prefix: str, *_: object) -> None:

@@ -8,8 +8,10 @@ from functools import partial
 from torch import Tensor, nn
 
 from .backbones import VGG, Backbone, resnet50, resnet101, vgg16, vgg_small
+from .backbones.features import LAST_STRIDE
 from .backbones.vgg import FC6_KERNEL, FC_CHANNELS
 from .heads import FCNHead, ScoreBranch
+from .heads.fcn import AUXILIARY_STRIDE
 from .system import SegmentationModel, check_images
 from .upsampling import BilinearDeconvolution, resize_centred
 
@@ -110,11 +112,12 @@ def fcn(
 class FCNOnBackbone(SegmentationModel):
     """torchvision's FCN: a head on the last features, logits resized to the image.
 
-    forward: (N, 3, H, W) -> logits (N, num_classes, H, W), any H, W >= 1.
+    forward: (N, 3, H, W) -> logits (N, num_classes, H, W), any H, W >= 1. With ``auxiliary`` and in training mode:
+    (logits, auxiliary logits), both of that shape.
 
     Args:
-        auxiliary: a second head on the features of nominal stride 16, for a loss in training
-            (:meth:`forward_with_auxiliary`); torchvision's trained weights have it.
+        auxiliary: a second head on the features of nominal stride 16, for a loss in training; torchvision's trained
+            weights have it.
     """
 
     def __init__(self, backbone: Backbone, num_classes: int, *, auxiliary: bool = False, dropout: float = 0.1) -> None:
@@ -124,7 +127,7 @@ class FCNOnBackbone(SegmentationModel):
         self.classifier = FCNHead(backbone.out_channels, num_classes, dropout=dropout)
         self.aux_classifier: FCNHead | None = None
         if auxiliary:
-            self.aux_classifier = FCNHead(backbone.channels[16], num_classes, dropout=dropout)
+            self.aux_classifier = FCNHead(backbone.channels[AUXILIARY_STRIDE], num_classes, dropout=dropout)
 
     @property
     def output_stride(self) -> int:
@@ -133,21 +136,17 @@ class FCNOnBackbone(SegmentationModel):
     def set_output_stride(self, output_stride: int) -> None:
         self.backbone.set_output_stride(output_stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         check_images(x)
-        (features,) = self.backbone.pyramid(x, (32,))
-        return resize_centred(self.classifier(features), x.shape[2:])
-
-    def forward_with_auxiliary(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits, and those of the auxiliary head, both (N, num_classes, H, W)."""
-        if self.aux_classifier is None:
-            raise ValueError("the model was built without auxiliary=True")
-        check_images(x)
-        middle, features = self.backbone.pyramid(x, (16, 32))
-        return (
-            resize_centred(self.classifier(features), x.shape[2:]),
-            resize_centred(self.aux_classifier(middle), x.shape[2:]),
-        )
+        size = x.shape[2:]
+        if self.training and self.aux_classifier is not None:
+            middle, features = self.backbone.pyramid(x, (AUXILIARY_STRIDE, LAST_STRIDE))
+            return (
+                resize_centred(self.classifier(features), size),
+                resize_centred(self.aux_classifier(middle), size),
+            )
+        (features,) = self.backbone.pyramid(x, (LAST_STRIDE,))
+        return resize_centred(self.classifier(features), size)
 
 
 def fcn_on_backbone(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,11 +15,13 @@ BACKBONE_BN_EPS = 1e-3
 HEAD_BN_EPS = 1e-5
 
 
-def positive_ints(value: object, name: str, count: int | None = None) -> tuple[int, ...]:
-    """``value`` as a tuple if it is a non-empty sequence of positive ints, ``count`` of them if that is given."""
-    items = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
+def positive_ints(value: object, name: str, count: int | None = None, *, empty: bool = False) -> tuple[int, ...]:
+    """``value`` as a tuple if it is a sequence of positive ints: ``count`` of them if that is given, and at least one
+    unless ``empty``."""
+    items = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
     if (
-        not items
+        items is None
+        or len(items) < (0 if empty else 1)
         or (count is not None and len(items) != count)
         or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in items)
     ):
@@ -80,10 +81,11 @@ def check_batch_statistics(norm: nn.Module, x: Tensor, what: str) -> None:
         )
 
 
-def resize_bilinear(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """Bilinear resize of (N, C, H, W) to ``size``, the corner pixels of both grids aligned.
+def resize_bilinear(x: Tensor, size: Sequence[int], *, align_corners: bool = True) -> Tensor:
+    """Bilinear resize of (N, C, H, W) to ``size``, the corner pixels of both grids aligned, or else their outer edges.
 
-    The official code resizes so everywhere: with sizes n = stride * k + 1 the pixels of a feature map then lie exactly
-    on every stride-th input pixel, which is where a convolution with fixed padding centres them.
+    The official code aligns corners everywhere: with sizes n = stride * k + 1 the pixels of a feature map then lie
+    exactly on every stride-th input pixel, which is where a convolution with fixed padding centres them. Most other
+    libraries align edges, which is right where outputs lie between pixels, as after 2x2 pooling.
     """
-    return F.interpolate(x, size=(size[0], size[1]), mode="bilinear", align_corners=True)
+    return F.interpolate(x, size=(size[0], size[1]), mode="bilinear", align_corners=align_corners)

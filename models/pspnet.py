@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .backbones import Backbone, resnet50, resnet101, resnet_small
 from .heads import FCNHead
+from .heads.fcn import AUXILIARY_STRIDE
 from .heads.pyramid_pooling import PyramidPooling
 from .layers import HEAD_BN_EPS, ConvNormAct, resize_bilinear
 from .system import SegmentationModel, check_images
@@ -18,8 +19,8 @@ from .system import SegmentationModel, check_images
 class PSPNet(SegmentationModel):
     """Backbone, pyramid pooling, a convolution and a classifier.
 
-    forward: (N, 3, H, W) -> logits (N, num_classes, H, W), any H, W >= 1. Sizes ``output_stride * k + 1`` keep
-    the resize exactly aligned.
+    forward: (N, 3, H, W) -> logits (N, num_classes, H, W), any H, W >= 1; with ``auxiliary`` and in training
+    mode (logits, auxiliary logits), both of that shape. Sizes ``output_stride * k + 1`` keep every resize aligned.
 
     Args:
         backbone: its features of nominal stride ``feature_stride`` are pooled.
@@ -28,8 +29,7 @@ class PSPNet(SegmentationModel):
         kernel_size, classifier_kernel_size: of that convolution, 3 in the paper, and of the classifier, 1.
         normalize_global: as of :class:`deeplab_kernels.models.heads.PyramidPooling`.
         dropout, drop_channels: share of the values, or of whole channels, dropped before the classifier in training.
-        auxiliary: a second classifier on the features of nominal stride 16, for a loss in training
-            (:meth:`forward_with_auxiliary`).
+        auxiliary: a second classifier on the features of nominal stride 16, for a loss in training.
         momentum: of the head's batch normalisations.
     """
 
@@ -67,7 +67,9 @@ class PSPNet(SegmentationModel):
         )
         self.dropout = (nn.Dropout2d if drop_channels else nn.Dropout)(dropout)
         self.classifier = nn.Conv2d(channels, num_classes, classifier_kernel_size, padding=classifier_kernel_size // 2)
-        self.aux_classifier = FCNHead(backbone.channels[16], num_classes, dropout=dropout) if auxiliary else None
+        self.aux_classifier = (
+            FCNHead(backbone.channels[AUXILIARY_STRIDE], num_classes, dropout=dropout) if auxiliary else None
+        )
 
     @property
     def output_stride(self) -> int:
@@ -81,18 +83,15 @@ class PSPNet(SegmentationModel):
         features = self.dropout(self.project(self.pyramid_pooling(features)))
         return resize_bilinear(self.classifier(features), (size[0], size[1]))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         check_images(x)
+        size = x.shape[2:]
+        if self.training and self.aux_classifier is not None:
+            maps = self.backbone.pyramid(x, (AUXILIARY_STRIDE, self.feature_stride))
+            deep, middle = (maps[-1], maps[0]) if self.feature_stride >= AUXILIARY_STRIDE else (maps[0], maps[-1])
+            return self._logits(deep, size), resize_bilinear(self.aux_classifier(middle), size)
         (features,) = self.backbone.pyramid(x, (self.feature_stride,))
-        return self._logits(features, x.shape[2:])
-
-    def forward_with_auxiliary(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits, and those of the auxiliary head, both (N, num_classes, H, W)."""
-        if self.aux_classifier is None:
-            raise ValueError("the model was built without auxiliary=True")
-        check_images(x)
-        middle, features = self.backbone.pyramid(x, (16, self.feature_stride))
-        return self._logits(features, x.shape[2:]), resize_bilinear(self.aux_classifier(middle), x.shape[2:])
+        return self._logits(features, size)
 
 
 def pspnet(

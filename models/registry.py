@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from . import deeplabv1, deeplabv2, deeplabv3plus, fcn, hypercolumn, pspnet, unet
+from . import deeplabv1, deeplabv2, deeplabv3, deeplabv3plus, fcn, hypercolumn, pspnet, unet
 from .crf_stage import with_crf
 from .system import SegmentationModel
 
 # One file per system; each has its builders by name.
-_SYSTEMS = (deeplabv1, deeplabv2, deeplabv3plus, fcn, hypercolumn, pspnet, unet)
+_SYSTEMS = (deeplabv1, deeplabv2, deeplabv3, deeplabv3plus, fcn, hypercolumn, pspnet, unet)
 _BUILDERS: dict[str, Callable[..., SegmentationModel]] = {
     name: builder for system in _SYSTEMS for name, builder in system.BUILDERS.items()
 }
@@ -44,8 +44,9 @@ def build(
             model's own: 16 for v3 and v3+, else the papers'.
         device: where the parameters are created; "meta" takes no memory.
         dtype: floating point dtype of the parameters and buffers.
-        options: keyword arguments of the model's own builder, e.g.
-            :func:`deeplab_kernels.models.deeplabv3plus.deeplabv3plus`; and, for every model, ``crf``, the last stage:
+        options: keyword arguments of the system and its backbone, e.g. of
+            :class:`deeplab_kernels.models.deeplabv3plus.DeepLabV3Plus` and
+            :class:`deeplab_kernels.models.backbones.Xception`; and, for every model, ``crf``, the last stage:
             see :func:`deeplab_kernels.models.crf_stage.with_crf`.
 
     Raises:

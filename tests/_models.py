@@ -43,3 +43,22 @@ def assert_same_gradients(actual: nn.Module, expected: nn.Module, tolerance: flo
     for (name, ours), theirs in zip(actual.named_parameters(), expected.parameters(), strict=True):
         scale = theirs.grad.abs().max().clamp(min=1e-3 * largest)
         assert (ours.grad - theirs.grad).abs().max() < tolerance * scale, name
+
+
+def copy_backbone(theirs: nn.Module, ours: nn.Module) -> None:
+    """A ResNet has everybody's names here, a MobileNetV2 everybody's order."""
+    if hasattr(theirs, "layer1"):
+        ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")})
+    else:
+        copy_parameters(theirs, ours)
+
+
+def copy_aspp(theirs: nn.Module, ours: nn.Module) -> None:
+    """The ASPP of torchvision and segmentation_models_pytorch: 1x1, the rates, pooling; project."""
+    first, *atrous, pooling = theirs.convs
+    for source, target in zip((first, *atrous, pooling), (ours.pointwise, *ours.atrous, ours.pooling), strict=True):
+        copy_parameters(source, target)
+    copy_parameters(theirs.project, ours.project)
+    # Theirs concatenates the pooled feature last, the official code and ours first.
+    weight = ours.project.conv.weight.data
+    weight.copy_(weight.roll(ours.pooling.norm.num_features, 1))

@@ -85,6 +85,13 @@ def test_trains_network_and_crf_together() -> None:
     assert stage.crf.appearance_weight.grad != 0
 
 
+def test_auxiliary_logits_pass_by_the_crf() -> None:
+    stage = with_crf(models.build("pspnet_small", 4, auxiliary=True), iterations=1).train()
+    refined, auxiliary = stage(image(33, 33))
+    assert refined.shape == auxiliary.shape == (2, 4, 33, 33)
+    assert stage.eval()(image(33, 33)).shape == refined.shape
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_compiles_and_takes_one_pixel() -> None:
     stage = with_crf(small(), iterations=2).eval()

@@ -89,16 +89,3 @@ def test_on_resnet101() -> None:
         0
     ].conv2.stride == (2, 2)
     assert model.eval()(torch.empty(1, 3, 65, 33, device="meta")).shape == (1, 21, 65, 33)
-
-
-def test_takes_torchvisions_classifier() -> None:
-    model = models.build("deeplabv1_vgg16")
-    state = {
-        f"classifier.{i}.{kind}": torch.randn(shape)
-        for i, kind, shape in ((0, "bias", 4096), (3, "bias", 4096), (3, "weight", (4096, 4096)))
-    }
-    state["classifier.0.weight"] = torch.arange(512.0 * 49).expand(4096, -1)
-    model.head.branches[0].load_classifier(state)
-    fc6 = model.head.branches[0].fc6.weight
-    assert torch.equal(fc6[5], torch.arange(512.0 * 49).view(512, 7, 7)[:, ::3, ::3])
-    assert torch.equal(model.head.branches[0].fc7.bias, state["classifier.3.bias"][::4])

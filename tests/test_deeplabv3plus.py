@@ -7,12 +7,11 @@ import re
 
 import pytest
 import torch
-from _models import assert_same_gradients, copy_parameters, randomise, relative_error
+from _models import assert_same_gradients, copy_aspp, copy_backbone, copy_parameters, randomise, relative_error
 from _peers import peer
-from deeplab_kernels.models.backbones import xception65
-from deeplab_kernels.models.heads import ASPP, Decoder
-from deeplab_kernels.models.layers import ConvNormAct, resize_bilinear
-from torch import Tensor, nn
+from deeplab_kernels.models.heads import ASPP
+from deeplab_kernels.models.layers import ConvNormAct
+from torch import nn
 from torch.export import Dim
 from torch.nn import functional as F
 
@@ -24,32 +23,6 @@ def small(num_classes: int = 5, **options: object) -> nn.Module:
     return randomise(models.build("deeplabv3plus_small", num_classes, **options))
 
 
-def adopt_smp_aspp(ours: ASPP, theirs: nn.Module) -> None:
-    """Weights of segmentation_models_pytorch's ASPP: 1x1, the rates, pooling; project."""
-    copy_parameters(theirs.convs[0], ours.pointwise)
-    for branch, their_branch in zip(ours.atrous, theirs.convs[1:4], strict=True):
-        if isinstance(branch, AtrousSeparableConv2d):
-            adopt_smp_separable(branch, their_branch)
-        else:
-            copy_parameters(their_branch, branch)
-    copy_parameters(theirs.convs[4], ours.pooling)
-    # Theirs concatenates the pooled feature last, the official code and ours first.
-    state = {k: v.clone() for k, v in theirs.project.state_dict().items()}
-    channels = ours.pooling.norm.num_features
-    state["0.weight"] = state["0.weight"].roll(channels, 1)
-    for new, old in zip(ours.project.state_dict().values(), state.values(), strict=True):
-        new.copy_(old)
-
-
-def adopt_smp_separable(ours: AtrousSeparableConv2d, theirs: nn.Sequential) -> None:
-    """Sequential(SeparableConv2d, BatchNorm2d, ReLU): neither normalisation nor activation between the halves."""
-    convs, norm = theirs[0], theirs[1]
-    copy_parameters(convs[0], ours.depthwise)
-    copy_parameters(convs[1], ours.pointwise)
-    copy_parameters(norm, ours.pointwise_norm)
-    ours.pointwise_norm.eps = norm.eps
-
-
 @pytest.mark.parametrize("separable", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_aspp_equals_segmentation_models_pytorchs(separable: bool, training: bool) -> None:
@@ -59,59 +32,115 @@ def test_aspp_equals_segmentation_models_pytorchs(separable: bool, training: boo
     theirs = randomise(TheirASPP(40, 24, (2, 5, 18), separable=separable, dropout=0.0)).double().train(training)
     ours = ASPP(40, 24, (2, 5, 18), separable=separable, normalize_depthwise=False, dropout=0.0, momentum=0.1)
     ours = ours.double().train(training)
-    adopt_smp_aspp(ours, theirs)
+    copy_aspp(theirs, ours)
     x = torch.randn(3, 40, 13, 9, dtype=torch.float64)
     assert relative_error(ours(x), theirs(x)) < 1e-12
     assert relative_error(ours.project.norm.running_var, theirs.project[1].running_var) < 1e-12
 
 
-class SmpLikeDeepLab(nn.Module):
-    """segmentation_models_pytorch's DeepLabV3Plus from our parts. It departs from the paper: a separable convolution
-    after the ASPP, one not two in the decoder, no normalisation between the halves, ReLU on the low-level feature.
-    """
-
-    def __init__(self, classes: int, output_stride: int, rates: tuple[int, int, int]) -> None:
-        super().__init__()
-        parts = {"normalize_depthwise": False}
-        self.backbone = xception65(output_stride=output_stride, multi_grid=(1, 1, 1))
-        self.aspp = ASPP(2048, 256, rates, dropout=0.0, **parts)
-        self.after = AtrousSeparableConv2d(256, 256, padding="same", pointwise_norm=True, pointwise_activation="relu")
-        self.decoder = Decoder(256, 256, 256, 48, num_convs=1, **parts)
-        self.classifier = nn.Conv2d(256, classes, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        low_level, features = self.backbone(x)
-        features = self.decoder(self.after(self.aspp(features)), low_level.relu())
-        return resize_bilinear(self.classifier(features), x.shape[2:])
+def copy_smp_heads(theirs: nn.Module, ours: nn.Module) -> None:
+    """All of segmentation_models_pytorch's DeepLabV3Plus behind its encoder."""
+    aspp, after, norm, _ = theirs.decoder.aspp
+    copy_aspp(aspp, ours.aspp)
+    copy_parameters(nn.Sequential(after, norm), ours.refine)
+    copy_parameters(theirs.decoder.block1, ours.decoder.reduce)
+    # Theirs concatenates the deep feature first, as ours does.
+    copy_parameters(theirs.decoder.block2, ours.decoder.convs[0])
+    copy_parameters(theirs.segmentation_head[0], ours.classifier)
 
 
-def test_whole_model_of_our_parts_equals_segmentation_models_pytorchs() -> None:
+SMP_ENCODERS = {"resnet50": "resnet50", "resnet101": "resnet101", "mobilenetv2": "mobilenet_v2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "output_stride"),
+    [("resnet50", 8), ("resnet50", 16), ("resnet101", 16), ("mobilenetv2", 8), ("mobilenetv2", 16)],
+)
+def test_equals_segmentation_models_pytorchs(name: str, output_stride: int) -> None:
     smp = peer("segmentation_models_pytorch")
-    rates = (3, 6, 9)
     with torch.device("meta"):
         theirs = smp.DeepLabV3Plus(
-            "tu-xception65",
+            SMP_ENCODERS[name],
             encoder_weights=None,
-            encoder_output_stride=16,
-            decoder_atrous_rates=rates,
-            decoder_aspp_dropout=0.0,
+            encoder_output_stride=output_stride,
+            decoder_atrous_rates=(24, 48, 72) if output_stride == 8 else (12, 24, 36),
             classes=5,
         )
-        ours = SmpLikeDeepLab(5, 16, rates)
+        ours = models.build(f"deeplabv3plus_{name}", 5, output_stride, variant="smp")
+    theirs = randomise(theirs.to_empty(device="cpu")).double().eval()
+    ours = ours.to_empty(device="cpu").double().eval()
+    copy_backbone(theirs.encoder, ours.backbone)
+    copy_smp_heads(theirs, ours)
+    x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative_error(ours(x), theirs(x)) < 1e-10
+
+
+def test_xception_equals_segmentation_models_pytorchs() -> None:
+    smp = peer("segmentation_models_pytorch")
+    options = {"multi_grid": (1, 1, 1), "refine": "separable", "normalize_depthwise": False, "decoder_convs": 1}
+    with torch.device("meta"):
+        theirs = smp.DeepLabV3Plus(
+            "tu-xception65", encoder_weights=None, decoder_atrous_rates=(3, 6, 9), classes=5, encoder_output_stride=16
+        )
+        ours = models.build("deeplabv3plus_xception65", 5, 16, atrous_rates=(3, 6, 9), **options)
     theirs, ours = randomise(theirs.to_empty(device="cpu")).eval(), ours.to_empty(device="cpu").eval()
     from test_xception import adopt
 
     encoder = theirs.encoder.model  # timm's feature extraction writes "_" for the first "."
     adopt(ours.backbone, {re.sub(r"^(stem|blocks)_", r"\1.", k): v for k, v in encoder.state_dict().items()})
-    adopt_smp_aspp(ours.aspp, theirs.decoder.aspp[0])
-    adopt_smp_separable(ours.after, theirs.decoder.aspp[1:])
-    # Theirs concatenates the deep feature first, as ours does.
-    copy_parameters(theirs.decoder.block1, ours.decoder.reduce)
-    adopt_smp_separable(ours.decoder.convs[0], theirs.decoder.block2)
-    copy_parameters(theirs.segmentation_head[0], ours.classifier)
+    copy_smp_heads(theirs, ours)
+    # timm takes the low-level feature after the ReLU in front of the next convolution.
+    ours.decoder.reduce.register_forward_pre_hook(lambda _module, inputs: inputs[0].relu())
     x = torch.randn(1, 3, 96, 64)  # theirs takes multiples of 16 only, and resizes by factors
     with torch.no_grad():
         assert relative_error(ours(x), theirs(x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "widths"),
+    [
+        ({"decoder_convs": 1}, [256 + 48, 256]),
+        ({"decoder_convs": 3, "low_level_channels": 8}, [256 + 8, 256, 256, 256]),
+        ({"decoder_channels": 128}, [256 + 48, 128, 128]),
+        ({"decoder_kernel": 1, "decoder_convs": 1}, [256 + 48, 256]),
+        ({"low_level": "conv3"}, [256 + 48, 256, 256]),
+        ({"low_level": "conv2+conv3"}, [256 + 48, 256, 256]),
+    ],
+)
+@pytest.mark.parametrize("name", ["deeplabv3plus_resnet50", "deeplabv3plus_xception41", "deeplabv3plus_mobilenetv2"])
+def test_decoders_of_the_papers_ablation(name: str, options: dict, widths: list[int]) -> None:
+    # Chen et al., arXiv:1802.02611, tables 1 and 2.
+    model = models.build(name, device="meta", separable=False, **options).eval()
+    decoder, sizes = model.decoder, []
+    decoder.register_forward_hook(lambda _m, _i, out: sizes.append(tuple(out.shape)))
+    assert model(torch.empty(1, 3, 129, 65, device="meta")).shape == (1, 21, 129, 65)
+    convs = [conv.conv for conv in decoder.convs]
+    assert [convs[0].in_channels, *(conv.out_channels for conv in convs)] == widths
+    assert {conv.kernel_size for conv in convs} == {(options.get("decoder_kernel", 3),) * 2}
+    assert decoder.reduce.conv.out_channels == options.get("low_level_channels", 48)
+    grid = (17, 9) if options.get("low_level") == "conv3" else (33, 17)
+    assert sizes == [(1, widths[-1], *grid)]
+    stride = 8 if options.get("low_level") == "conv3" else 4
+    assert decoder.reduce.conv.in_channels == model.backbone.channels[stride]
+    if options.get("low_level") == "conv2+conv3":
+        assert decoder.coarser.reduce.conv.in_channels == model.backbone.channels[8]
+        assert len(decoder.coarser.convs) == 2
+    else:
+        assert decoder.coarser is None
+
+
+def test_two_decoders_one_after_the_other() -> None:
+    model = small(low_level="conv2+conv3", decoder_channels=40).double().eval()
+    x = torch.randn(1, 3, 65, 49, dtype=torch.float64)
+    with torch.no_grad():
+        conv2, conv3, features = model.backbone.pyramid(x, (4, 8, 32))
+        y = model.aspp(features)
+        for decoder, low_level in ((model.decoder.coarser, conv3), (model.decoder, conv2)):
+            y = F.interpolate(y, low_level.shape[2:], mode="bilinear", align_corners=True)
+            y = decoder.convs(torch.cat([y, decoder.reduce(low_level)], 1))
+        expected = F.interpolate(model.classifier(y), x.shape[2:], mode="bilinear", align_corners=True)
+        assert relative_error(model(x), expected) < 1e-12
 
 
 def test_initial_weights_of_the_heads_follow_the_official_code() -> None:

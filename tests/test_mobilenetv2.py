@@ -25,7 +25,7 @@ def without_classifier(model: nn.Module) -> nn.Module:
 def test_features_equal_torchvisions(width: float) -> None:
     torchvision = peer("torchvision")
     theirs = without_classifier(torchvision.models.mobilenet_v2(width_mult=width)).double()
-    ours = MobileNetV2(width, last_convolution=True, output_stride=32, **EPS).double().eval()
+    ours = MobileNetV2(width_multiplier=width, last_convolution=True, output_stride=32, **EPS).double().eval()
     copy_parameters(theirs, ours)
     x = torch.randn(1, 3, 65, 97, dtype=torch.float64)
     with torch.no_grad():
@@ -60,9 +60,7 @@ def test_features_equal_segmentation_models_pytorchs(output_stride: int) -> None
     theirs = smp.encoders.get_encoder("mobilenet_v2", weights=None, output_stride=output_stride)
     theirs = randomise(theirs).double().eval()
     ours = (
-        MobileNetV2(last_convolution=True, output_stride=output_stride, dilate_strided_block=True, **EPS)
-        .double()
-        .eval()
+        MobileNetV2(last_convolution=True, output_stride=output_stride, dilate_strided_unit=True, **EPS).double().eval()
     )
     copy_parameters(theirs, ours)
     x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
@@ -74,7 +72,11 @@ def test_features_equal_segmentation_models_pytorchs(output_stride: int) -> None
 def test_training_step_equals_torchvisions() -> None:
     torchvision = peer("torchvision")
     theirs = without_classifier(torchvision.models.mobilenet_v2(width_mult=0.35)).double().train()
-    ours = MobileNetV2(0.35, last_convolution=True, output_stride=32, eps=1e-5, momentum=0.1).double().train()
+    ours = (
+        MobileNetV2(width_multiplier=0.35, last_convolution=True, output_stride=32, eps=1e-5, momentum=0.1)
+        .double()
+        .train()
+    )
     copy_parameters(theirs, ours)
     x = torch.randn(3, 3, 97, 65, dtype=torch.float64)
     expected, output = theirs.features(x), ours(x).output
@@ -88,7 +90,7 @@ def test_training_step_equals_torchvisions() -> None:
 
 
 def test_atrous_convolution_computes_the_strided_network_densely() -> None:
-    model = randomise(MobileNetV2(0.35, output_stride=32)).double().eval()
+    model = randomise(MobileNetV2(width_multiplier=0.35, output_stride=32)).double().eval()
     x = torch.randn(1, 3, 97, 65, dtype=torch.float64)
     with torch.no_grad():
         expected = model.pyramid(x)
@@ -107,7 +109,7 @@ def same_padding(size: int, stride: int, kernel: int = 3) -> tuple[int, int]:
 
 @pytest.mark.parametrize("size", [(64, 50), (65, 49), (33, 36), (1, 2)])
 def test_tensorflows_padding(size: tuple[int, int]) -> None:
-    model = randomise(MobileNetV2(0.35, tf_padding=True, output_stride=32)).double().eval()
+    model = randomise(MobileNetV2(width_multiplier=0.35, tf_padding=True, output_stride=32)).double().eval()
     x = torch.randn(1, 3, *size, dtype=torch.float64)
 
     def convolve(y: Tensor, conv: nn.Conv2d, stride: int) -> Tensor:
@@ -126,7 +128,7 @@ def test_tensorflows_padding(size: tuple[int, int]) -> None:
 
 
 def test_tensorflows_padding_is_the_fixed_one_at_aligned_sizes() -> None:
-    fixed, tensorflow = (MobileNetV2(0.35, tf_padding=tf).eval() for tf in (False, True))
+    fixed, tensorflow = (MobileNetV2(width_multiplier=0.35, tf_padding=tf).eval() for tf in (False, True))
     copy_parameters(randomise(fixed), tensorflow)
     x = torch.randn(1, 3, 97, 65)
     with torch.no_grad():
@@ -136,7 +138,7 @@ def test_tensorflows_padding_is_the_fixed_one_at_aligned_sizes() -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (31, 33)])
 def test_any_size(size: tuple[int, int]) -> None:
-    model = randomise(MobileNetV2(0.35, output_stride=8)).eval()
+    model = randomise(MobileNetV2(width_multiplier=0.35, output_stride=8)).eval()
     with torch.no_grad():
         pyramid = model.pyramid(torch.randn(2, 3, *size))
     expected = [(2, c, *(-(-n // min(s, 8)) for n in size)) for s, c in model.channels.items()]
@@ -171,6 +173,6 @@ def test_channels_are_rounded_to_multiples_of_eight(channels: float, expected: i
 
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="width_multiplier must be positive, got 0"):
-        MobileNetV2(0)
+        MobileNetV2(width_multiplier=0)
     with pytest.raises(ValueError, match="output_stride must be 8, 16 or 32, got 4"):
         MobileNetV2(output_stride=4)

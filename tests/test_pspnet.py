@@ -67,17 +67,18 @@ def test_equals_segmentation_models_pytorchs(depth: int) -> None:
     assert ours.output_stride == stride
 
 
-def test_auxiliary_head() -> None:
-    model = randomise(small(auxiliary=True)).eval()
+@pytest.mark.parametrize("feature_stride", [8, 16, 32])
+def test_auxiliary_head(feature_stride: int) -> None:
+    model = randomise(small(auxiliary=True, feature_stride=feature_stride)).eval()
     x = torch.randn(1, 3, 33, 49)
     with torch.no_grad():
-        logits, auxiliary = model.forward_with_auxiliary(x)
-        assert torch.equal(logits, model(x))
+        expected = model(x)
+        model.training = True  # of the model alone: normalisations stay as they are
+        logits, auxiliary = model(x)
+        assert torch.equal(logits, expected)
         middle = model.backbone.pyramid(x, (16,))[0]
-        expected = F.interpolate(model.aux_classifier(middle), (33, 49), mode="bilinear", align_corners=True)
-        assert torch.equal(auxiliary, expected)
-    with pytest.raises(ValueError, match="without auxiliary=True"):
-        small().forward_with_auxiliary(x)
+        scores = F.interpolate(model.aux_classifier(middle), (33, 49), mode="bilinear", align_corners=True)
+        assert torch.equal(auxiliary, scores)
 
 
 def test_bad_arguments_are_named() -> None:

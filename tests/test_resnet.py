@@ -68,7 +68,7 @@ def test_features_equal_timms(name: str, builder: type[ResNet], options: dict, o
 def test_features_equal_segmentation_models_pytorchs(name: str, builder: type[ResNet], output_stride: int) -> None:
     smp = peer("segmentation_models_pytorch")
     theirs = smp.encoders.get_encoder(name, weights=None, output_stride=output_stride)
-    theirs, ours = adopt(theirs, builder(output_stride=output_stride, dilate_first_unit=True))
+    theirs, ours = adopt(theirs, builder(output_stride=output_stride, dilate_strided_unit=True))
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         for feature, expected in zip(ours.pyramid(x), theirs(x)[1:], strict=True):
@@ -147,7 +147,7 @@ def test_strides_and_rates_of_the_official_code(output_stride: int) -> None:
 
 def test_rates_of_the_v3_paper() -> None:
     with torch.device("meta"):
-        model = resnet101(multi_grid=(1, 2, 4), dilate_first_unit=True, output_stride=16)
+        model = resnet101(multi_grid=(1, 2, 4), dilate_strided_unit=True, output_stride=16)
     assert geometry(model)[3] == [(1, 2), (1, 4), (1, 8)]
     assert geometry(model)[2][0] == (2, 1)
     model.set_output_stride(8)

@@ -164,16 +164,24 @@ def test_a_multiplier_scales_the_update(scenes):
 
 
 class _WithAuxiliary(Net):
-    def forward(self, x: torch.Tensor) -> Any:
-        logits = super().forward(x)
-        return (logits, 0 * logits) if self.training else logits
+    def __init__(self) -> None:
+        super().__init__(dropout=0.0)
+        self.aux_classifier = nn.Conv2d(8, 7, 1)
+        nn.init.zeros_(self.aux_classifier.weight)
+        nn.init.zeros_(self.aux_classifier.bias)
+
+    def forward_with_auxiliary(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self.backbone(x)
+        return self.head(features), self.aux_classifier(features)
 
 
-def test_auxiliary_scores_add_to_the_loss(scenes):
+def test_an_auxiliary_head_adds_to_the_loss(scenes):
     torch.manual_seed(1)
-    with_auxiliary = train(_WithAuxiliary(dropout=0.0), scenes, dataclasses.replace(BASE, steps=1)).losses[0]
+    model = _WithAuxiliary()
+    with_auxiliary = train(model, scenes, dataclasses.replace(BASE, steps=1)).losses[0]
     alone = train(net(dropout=0.0), scenes, dataclasses.replace(BASE, steps=1)).losses[0]
     assert with_auxiliary == pytest.approx(alone + 0.4 * np.log(7), rel=1e-5)
+    assert model.aux_classifier.bias.any()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -7,6 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from ._table import columns
+
 HELP = "print the Multiply-Adds of DeepLab v3+ beside the paper's, or those of one model"
 
 
@@ -82,17 +84,6 @@ def _layers(model: Any, size: int | Sequence[int]) -> list[dict[str, Any]]:
     return result
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> str:
-    """Right-aligned columns, the first left-aligned."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
-
-
 def _billions(count: int | None) -> str:
     return "-" if count is None else f"{count / 1e9:.2f}"
 
@@ -112,7 +103,7 @@ def _render_table(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(line)
     return (
         f"Billions of Multiply-Adds: {rows[0]['model']}, 21 classes, {rows[0]['input_size']} pixels square\n\n"
-        f"{_columns(lines)}\n\n"
+        f"{columns(lines)}\n\n"
         "paper: table 5 of arXiv:1802.02611. recomputed: by its convention, the output grid of an atrous convolution\n"
         "rounded up to a multiple of the rate. true: without that rounding. MS: six scales, 0.5 to 1.75."
     )
@@ -141,4 +132,4 @@ def _render_layers(row: dict[str, Any]) -> str:
         )
     title = f"output stride {row['eval_output_stride']}"
     title += f", {'with' if row['decoder'] else 'no'} decoder, {'with' if row['separable'] else 'no'} SC"
-    return f"{title}\n{_columns(lines)}"
+    return f"{title}\n{columns(lines)}"

@@ -23,7 +23,7 @@ from ..models.evaluation import ConfusionMatrix, evaluate
 from ..models.segmenter import Segmenter
 from ..models.training import TrainingConfig, start_near_identity, train
 from ..models.weights import save_weights_file
-from . import crf, speed
+from . import checkerboard, crf, speed
 from .photographs import Photograph, bundled
 from .pictures import mistakes, side_by_side
 from .report import Figure, Results, render
@@ -171,6 +171,9 @@ def run(
     with _timed(seconds, "counting multiply-adds"):
         results.model_madds = int(madds(model, settings.crop))
         results.madds = paper_table(multi_scale=settings.multi_scale)
+
+    results.upsampling = checkerboard.figure(seed)
+    (output / "checkerboard.png").write_bytes(results.upsampling.png)
 
     total = 4 * len(settings.layers)
     with _timed(seconds, "timing operators"), _bar(total, "timing operators", "row") as bar:

@@ -34,10 +34,15 @@ def side_by_side(panels: Sequence[NDArray[np.uint8]], scale: int = 1) -> bytes:
 
 def mistakes(image: NDArray[np.uint8], labels: NDArray[np.uint8], prediction: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The image in faint grey, with the pixels whose prediction differs from the label in red."""
-    grey = image.mean(axis=2, keepdims=True) * 0.35 + 150
-    out = np.repeat(grey, 3, axis=2).astype(np.uint8)
+    out = faint(image)
     out[labels != prediction] = (220, 30, 30)
     return out
+
+
+def faint(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The image (H, W, 3) in light grey, to mark something on it."""
+    grey = image.mean(axis=2, keepdims=True) * 0.35 + 150
+    return np.repeat(grey, 3, axis=2).astype(np.uint8)
 
 
 def probability(values: NDArray[np.generic]) -> NDArray[np.uint8]:

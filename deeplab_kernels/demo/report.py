@@ -52,6 +52,7 @@ class Results:
     refined_photographs: list[Figure] = field(default_factory=list)
     madds: list[Mapping[str, Any]] = field(default_factory=list)
     model_madds: int = 0
+    upsampling: Figure | None = None  # the checkerboard
     speed: list[SpeedRow] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     machine: Mapping[str, str] = field(default_factory=dict)
@@ -134,6 +135,7 @@ def render(results: Results) -> str:
             *([_section("Refined by a CRF", _crf(results, results.crf))] if results.crf else []),
             _section("Training", _training(results)),
             _section("Multiply-Adds", _madds(results)),
+            *([_section("Ways of upsampling", _upsampling(results.upsampling))] if results.upsampling else []),
             _section("Speed against PyTorch", _speed(results)),
             _section("How this was made", _provenance(results)),
         ]
@@ -382,6 +384,15 @@ def _madds(r: Results) -> str:
         "beside table 5 of the paper (arXiv:1802.02611). The paper's counter rounds the output grid of an atrous "
         f"convolution up to a multiple of its rate; the true count does not. SC: atrous separable "
         f"convolutions in the ASPP and the decoder.{small}</p>{_table(head, rows)}"
+    )
+
+
+def _upsampling(figure: Figure) -> str:
+    return (
+        "<p>A smooth map enlarged four times by two layers with random weights. A transposed convolution of stride 2 "
+        "and kernel 3 covers every second pixel twice as often as its neighbours, on each axis: a checkerboard. Where "
+        "the stride divides the kernel the cover is even, and what is left comes from the random weights. Resizing "
+        f"before an ordinary convolution leaves none.</p>{_figures([figure])}"
     )
 
 

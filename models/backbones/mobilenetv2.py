@@ -111,7 +111,7 @@ class MobileNetV2(Backbone):
         last_convolution: the 1x1 convolution to 1280 channels of the classification network. The official DeepLab ends
             at the 320 channels before it; torchvision and segmentation_models_pytorch keep it.
         output_stride: 8, 16 or 32.
-        dilate_strided_block: where a block loses its stride to the output stride, the blocks *after* it get that stride
+        dilate_strided_unit: where a block loses its stride to the output stride, the blocks *after* it get that stride
             as a factor of their rates; True gives it to the block itself too, as segmentation_models_pytorch does.
         tf_padding: pad the convolutions of stride 2 as TensorFlow's SAME does, which depends on the parity of the size:
             at even sizes by a row after the image and none before. The same as the fixed padding at sizes 32 k + 1.
@@ -123,11 +123,11 @@ class MobileNetV2(Backbone):
 
     def __init__(
         self,
-        width_multiplier: float = 1.0,
         *,
+        width_multiplier: float = 1.0,
         last_convolution: bool = False,
         output_stride: int = 16,
-        dilate_strided_block: bool = False,
+        dilate_strided_unit: bool = False,
         tf_padding: bool = False,
         eps: float = BACKBONE_BN_EPS,
         momentum: float = BN_MOMENTUM,
@@ -135,7 +135,7 @@ class MobileNetV2(Backbone):
         super().__init__()
         if not width_multiplier > 0:
             raise ValueError(f"width_multiplier must be positive, got {width_multiplier!r}")
-        self.dilate_strided_block, self.tf_padding = dilate_strided_block, tf_padding
+        self.dilate_strided_unit, self.tf_padding = dilate_strided_unit, tf_padding
         channels, stride = divisible(STEM_CHANNELS * width_multiplier), STEM_STRIDE
         self.stem = ConvNormAct(3, channels, 3, stride=2, activation="relu6", eps=eps, momentum=momentum)
         if tf_padding:
@@ -173,12 +173,12 @@ class MobileNetV2(Backbone):
         self.set_output_stride(output_stride)
 
     def set_output_stride(self, output_stride: int) -> None:
-        """See :class:`Backbone` and the class's ``dilate_strided_block``."""
+        """See :class:`Backbone` and the class's ``dilate_strided_unit``."""
         natural = [block.natural_stride for block in self.blocks]  # type: ignore[union-attr]
         geometry = strides_and_rates(natural, STEM_STRIDE, output_stride)  # type: ignore[arg-type]
         for block, (stride, before, after) in zip(self.blocks, geometry, strict=True):
             assert isinstance(block, InvertedResidual)
-            block.set_geometry(stride, after if self.dilate_strided_block else before)
+            block.set_geometry(stride, after if self.dilate_strided_unit else before)
         self.output_stride = output_stride
 
     def pyramid(self, x: Tensor, strides: Sequence[int] | None = None) -> list[Tensor]:

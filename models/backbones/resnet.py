@@ -127,8 +127,8 @@ class ResNet(Backbone):
         multi_grid: factors of the rates of the last stage's units; None for ones.
         strided_unit: "first": the first unit of stages 2, 3 and 4 has stride 2, as in torchvision. "last": the last
             unit of stages 1, 2 and 3, as in the official code.
-        dilate_first_unit: where a unit loses its stride to the output stride, the units *after* it get that stride as a
-            factor of their rates. True gives it to the unit itself too. False is torchvision's, timm's and (with
+        dilate_strided_unit: where a unit loses its stride to the output stride, the units *after* it get that stride
+            as a factor of their rates. True gives it to the unit itself too. False is torchvision's, timm's and (with
             ``strided_unit="last"``) the official code's rule; True is segmentation_models_pytorch's, and gives the
             rates that the v3 paper writes for its last stage, 2 * (1, 2, 4) at output stride 16. None: whichever
             computes the features of the strided network, only more densely (True with ``strided_conv=1``, since the
@@ -150,7 +150,7 @@ class ResNet(Backbone):
         output_stride: int = 16,
         multi_grid: Sequence[int] | None = None,
         strided_unit: Literal["first", "last"] = "first",
-        dilate_first_unit: bool | None = None,
+        dilate_strided_unit: bool | None = None,
         strided_conv: int = 2,
         eps: float = BN_EPS,
         momentum: float = BN_MOMENTUM,
@@ -168,9 +168,9 @@ class ResNet(Backbone):
             raise ValueError(f'strided_unit="last" needs at least two units per stage, got units={units}')
         self.multi_grid = positive_ints((1,) * units[3] if multi_grid is None else multi_grid, "multi_grid", units[3])
         self.strided_unit = strided_unit
-        if dilate_first_unit is None:
-            dilate_first_unit = strided_conv == 1 and unit is Bottleneck
-        self.dilate_first_unit = dilate_first_unit
+        if dilate_strided_unit is None:
+            dilate_strided_unit = strided_conv == 1 and unit is Bottleneck
+        self.dilate_strided_unit = dilate_strided_unit
         norm = partial(nn.BatchNorm2d, eps=eps, momentum=momentum)
         stem_channels = width if stem == "7x7" else 2 * width
         self.conv1: nn.Module
@@ -216,14 +216,14 @@ class ResNet(Backbone):
         return found
 
     def set_output_stride(self, output_stride: int) -> None:
-        """See :class:`Backbone` and the class's ``dilate_first_unit``."""
+        """See :class:`Backbone` and the class's ``dilate_strided_unit``."""
         units = self._units()
         nominal = [stride for _, stride, _, _ in units]
         natural = [2 if a != b else 1 for a, b in pairwise(nominal)]  # where the stage changes
         natural = [1, *natural] if self.strided_unit == "first" else [*natural, 1]
         geometry = strides_and_rates(natural, LOW_LEVEL_STRIDE, output_stride)
         for (unit, _, _, grid), (stride, before, after) in zip(units, geometry, strict=True):
-            unit.set_geometry(stride, after * grid, (after if self.dilate_first_unit else before) * grid)
+            unit.set_geometry(stride, after * grid, (after if self.dilate_strided_unit else before) * grid)
         self.output_stride = output_stride
 
     def pyramid(self, x: Tensor, strides: Sequence[int] | None = None) -> list[Tensor]:
@@ -233,6 +233,8 @@ class ResNet(Backbone):
         features = [x] if STEM_STRIDE in wanted else []
         x = self.maxpool(x)
         for unit, nominal, last, _ in self._units():
+            if nominal > max(wanted, default=0):
+                break
             if self.strided_unit == "last" and last and nominal in wanted and nominal < LAST_STRIDE:
                 features.append(unit.residual(x))
                 x = F.relu(features[-1] + unit.shortcut(x), inplace=True)

@@ -100,6 +100,8 @@ class VGG(Backbone):
             if isinstance(layer, nn.MaxPool2d):
                 if nominal in wanted:
                     maps.append(x)
+                if nominal == max(wanted, default=0):
+                    break
                 nominal *= 2
             x = layer(x)
         return [*maps, x] if LAST_STRIDE in wanted else maps

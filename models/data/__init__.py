@@ -8,6 +8,7 @@ from .generated import generated_dataset, write_generated_dataset
 from .images import read_image, to_input, to_rgb
 from .opening import Dataset, open_dataset
 from .pairs import PairedDataset
+from .sbd import add_sbd
 from .scenes import CLASS_NAMES, IGNORE, PALETTE, Scene, SceneDataset, Scenes, draw_scene
 from .transforms import Augmentation
 from .voc import PascalVOC
@@ -27,6 +28,7 @@ __all__ = [
     "Scene",
     "SceneDataset",
     "Scenes",
+    "add_sbd",
     "draw_scene",
     "generated_dataset",
     "open_dataset",

@@ -19,7 +19,7 @@ class ASPP(nn.Module):
     (N, in_channels, H, W) -> (N, channels, H, W). Each branch has ``channels`` outputs, batch normalisation and ReLU.
 
     Args:
-        rates: of the 3x3 branches.
+        rates: of the 3x3 branches; there may be none (the official code's MobileNetV2 has none).
         separable: atrous separable convolutions in the 3x3 branches (the SC of the paper's table 5).
         normalize_depthwise: batch normalisation and ReLU also between the depthwise and the pointwise half, as in the
             official code. Several ports leave them out.
@@ -39,12 +39,14 @@ class ASPP(nn.Module):
         momentum: float = BN_MOMENTUM,
     ) -> None:
         super().__init__()
-        rates = positive_ints(rates, "rates")
+        rates = positive_ints(rates, "rates", empty=True)
         norm: dict[str, Any] = {"eps": eps, "momentum": momentum}
         self.pooling = ConvNormAct(in_channels, channels, **norm)
         self.pointwise = ConvNormAct(in_channels, channels, **norm)
         self.atrous = nn.ModuleList(
-            conv3x3(in_channels, channels, separable=separable, normalize_depthwise=normalize_depthwise, **norm)
+            head_convolution(
+                in_channels, channels, separable=separable, normalize_depthwise=normalize_depthwise, **norm
+            )
             for _ in rates
         )
         self.project = ConvNormAct((2 + len(rates)) * channels, channels, **norm)
@@ -53,7 +55,7 @@ class ASPP(nn.Module):
 
     def set_rates(self, rates: Sequence[int]) -> None:
         """Changes the rates in place; there must be as many as there are branches."""
-        self.rates = positive_ints(rates, "rates", len(self.atrous))
+        self.rates = positive_ints(rates, "rates", len(self.atrous), empty=True)
         for branch, rate in zip(self.atrous, self.rates, strict=True):
             if isinstance(branch, ConvNormAct):
                 branch.set_rate(rate)
@@ -71,16 +73,23 @@ class ASPP(nn.Module):
         return self.dropout(self.project(torch.cat(branches, 1)))
 
 
-def conv3x3(
-    in_channels: int, out_channels: int, *, separable: bool, normalize_depthwise: bool, eps: float, momentum: float
+def head_convolution(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int = 3,
+    *,
+    separable: bool,
+    normalize_depthwise: bool,
+    eps: float,
+    momentum: float,
 ) -> nn.Module:
-    """A 3x3 convolution of a head with batch normalisation and ReLU, plain or separable."""
-    if not separable:
-        return ConvNormAct(in_channels, out_channels, 3, eps=eps, momentum=momentum)
+    """A convolution of a head with batch normalisation and ReLU, plain or (unless it is 1x1) separable."""
+    if not separable or kernel_size == 1:
+        return ConvNormAct(in_channels, out_channels, kernel_size, eps=eps, momentum=momentum)
     return AtrousSeparableConv2d(
         in_channels,
         out_channels,
-        kernel_size=3,
+        kernel_size=kernel_size,
         padding="same",
         depthwise_norm=normalize_depthwise,
         depthwise_activation="relu" if normalize_depthwise else None,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from deeplab_kernels.nn.init import he_uniform_
 
-from ..backbones.vgg import classifier_convolutions
 from ..layers import positive_ints
 
 
@@ -49,14 +47,6 @@ class FullyConnected(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.dropout(self.norm6(self.fc6(x)).relu())
         return self.dropout(self.norm7(self.fc7(x)).relu())
-
-    def load_classifier(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Takes fc6 and fc7 from the ``state_dict`` of torchvision's ``vgg16``, thinned out to their sizes here
-        (:func:`deeplab_kernels.models.backbones.vgg.classifier_convolutions`)."""
-        weights = classifier_convolutions(state_dict, self.fc6.out_channels, self.fc6.kernel_size[0])
-        for name, weight in weights.items():
-            with torch.no_grad():
-                self.get_parameter(name).copy_(weight)
 
 
 class ScoreBranch(FullyConnected):

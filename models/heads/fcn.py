@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+AUXILIARY_STRIDE = 16  # nominal, of the features that auxiliary classifiers see: the third stage of a ResNet
+
 
 class FCNHead(nn.Sequential):
     """3x3 convolution to a quarter of the channels, batch normalisation, ReLU, dropout, 1x1 convolution.

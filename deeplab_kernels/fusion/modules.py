@@ -1,0 +1,296 @@
+"""What fused modules do when they are called.
+
+``fuse`` gives two kinds of modules a subclass of their own class: depthwise convolutions, which then run on
+``ops.atrous_depthwise_conv2d``, and the modules whose ``forward`` calls a convolution, its norm and its activation in
+turn, which then run the three as one operator. Parameters, buffers, names and hooks stay where they are; a fused module
+holds nothing but the names of its chains, so that copies, pickles and replicas need no care.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import math
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..nn._halves import conv_act, conv_norm_act, convolve, fusable
+from ..nn._separable_blocks import untouched
+from ..ops import _validation
+from .scope import covers
+
+# Classes of timm that are understood without importing it: the convolution with TensorFlow's padding, which depends on
+# the input's size, and the batch norm that carries its activation.
+SAME_CONVOLUTION = ("timm.layers.conv2d_same", "Conv2dSame")
+NORM_WITH_ACTIVATION = ("timm.layers.norm_act", "BatchNormAct2d")
+ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
+
+
+def unfused_class(module: nn.Module) -> type[nn.Module]:
+    """The class of ``module``, or the one it had before ``fuse``."""
+    return module._unfused if is_fused(module) else type(module)
+
+
+def is_class(cls: type[nn.Module], name: tuple[str, str]) -> bool:
+    return (cls.__module__, cls.__qualname__) == name
+
+
+class Fused(nn.Module):
+    """Base of what ``fuse`` mixes into a class."""
+
+    _unfused: ClassVar[type[nn.Module]]
+    _mixin: ClassVar[type[Fused]]
+    _exactly: ClassVar[type[Fused]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class exists in this process only: pickles and copies name what it was made of.
+        function, args, *state = super().__reduce_ex__(max(protocol, 2))  # type: ignore[str-unpack]
+        if is_fused(self) and function is copyreg.__newobj__:  # type: ignore[attr-defined]
+            return (_new, (self._mixin, self._unfused), *state)
+        return (function, args, *state)
+
+
+_classes: dict[tuple[type[Fused], type[nn.Module]], type[Fused]] = {}
+
+
+def fused_class(mixin: type[Fused], cls: type[nn.Module]) -> type[Fused]:
+    """The subclass of ``cls`` that does as ``mixin`` says; made once."""
+    if (mixin, cls) not in _classes:
+        names: dict[str, Any] = {"_unfused": cls, "_mixin": mixin}
+        names |= {"__module__": cls.__module__, "__doc__": cls.__doc__, "forward": _like(cls.forward, mixin.forward)}
+        fused: Any = types.new_class(f"Fused{cls.__name__}", (mixin, cls), {}, lambda body: body.update(names))
+        fused._exactly = fused
+        _classes[mixin, cls] = fused
+    return _classes[mixin, cls]
+
+
+def _like(original: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)  # tracers ask for the names and the number of the arguments
+    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    return wrapped
+
+
+def is_fused(module: nn.Module) -> TypeGuard[Fused]:
+    """Whether ``fuse`` made ``module``'s class, and nobody another one out of that (as parametrisations do)."""
+    return isinstance(module, Fused) and type(module) is module._exactly
+
+
+def _new(mixin: type[Fused], cls: type[nn.Module]) -> nn.Module:
+    fused = fused_class(mixin, cls)
+    return fused.__new__(fused)
+
+
+class FusedConvolution(Fused, nn.Conv2d):
+    """A depthwise ``nn.Conv2d`` on ``ops.atrous_depthwise_conv2d``."""
+
+    _fused_always: bool
+
+    def takes(self, x: Any, alone: bool) -> bool:
+        """Whether the operator serves ``x`` and is the faster choice; the class's own forward does the rest."""
+        return (
+            is_fused(self)
+            and isinstance(x, Tensor)
+            and x.dim() == 4
+            and x.shape[1] == self.in_channels
+            and x.dtype in _validation.DTYPES
+            and (x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type))
+            and x.layout == torch.strided
+            and not x.is_nested
+            and (type(x) is Tensor or not is_traceable_wrapper_subclass(x))
+            and (self._fused_always or covers(self, x, alone))
+        )
+
+    def sides(self, x: Tensor) -> Any:
+        """The zeros around ``x``."""
+        if not is_class(self._unfused, SAME_CONVOLUTION):
+            return self.padding
+        values: list[int] = []
+        for size, k, s, r in zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True):
+            total = max((math.ceil(size / s) - 1) * s + (k - 1) * r + 1 - size, 0)
+            values += [total // 2, total - total // 2]
+        return tuple(values)
+
+    def forward(self, x: Any) -> Any:
+        return convolve(self, x, self.sides(x)) if self.takes(x, alone=True) else super().forward(x)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Names of a module's children that its forward calls one after the other, none of whose results goes elsewhere."""
+
+    conv: str
+    norm: str | None = None
+    activation: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.conv, self.norm, self.activation) if name is not None)
+
+
+def norm_parts(norm: nn.Module | None) -> tuple[bool, nn.Module | None]:
+    """(whether ``norm`` is a batch norm that runs as its class says, the activation that it carries)."""
+    if norm is not None and is_class(type(norm), NORM_WITH_ACTIVATION):
+        drop, act = norm._modules["drop"], norm._modules["act"]
+        return untouched(norm, type(norm)) and drop is not None and untouched(drop, nn.Identity), act
+    return norm is not None and untouched(norm, nn.BatchNorm2d, nn.SyncBatchNorm), None
+
+
+def activation_name(module: nn.Module | None) -> str | None:
+    return ACTIVATIONS[type(module)] if module is not None and untouched(module, *ACTIVATIONS) else None
+
+
+class _Run:
+    """A chain during one call of its owner's forward."""
+
+    def __init__(self, owner: nn.Module, chain: Chain) -> None:
+        self.chain = chain
+        self.modules = {name: owner._modules.get(name) for name in chain.names}
+        self.result: Tensor | None = None
+        self.covered: tuple[str, ...] = ()  # whose work is in the result
+        self.passed: list[str] = []  # who has been called with the result since
+
+    def call(self, name: str, x: Any) -> Any:
+        if name == self.chain.conv:
+            self.passed = []
+            self.result = self._start(x)
+            return self.result
+        if name in self.covered:
+            if x is self.result:
+                self.passed = [*self.passed, name]
+                return x
+            if name == self.chain.norm:
+                raise self._changed()
+        return self.modules[name](x)  # type: ignore[misc]
+
+    def finish(self) -> None:
+        if self.result is not None and any(name not in self.passed for name in self.covered):
+            raise self._changed()
+
+    def _changed(self) -> RuntimeError:
+        names = ", ".join(self.chain.names)
+        return RuntimeError(
+            f"this module was fused as one that calls {names} in turn, and no longer does: call "
+            "deeplab_kernels.fuse(model) again after changing how a model computes, or deeplab_kernels.unfuse(model)"
+        )
+
+    def _start(self, x: Any) -> Any:
+        """The convolution and as much of the rest as is the same in one operator: names it in ``covered``."""
+        conv, norm, activation = self._roles()
+        self.covered = ()
+        if not (
+            isinstance(conv, FusedConvolution)
+            and untouched(conv, conv._exactly)
+            and not _has_any_global_hook()
+            and conv.takes(x, alone=False)
+        ):
+            return conv(x)  # type: ignore[misc]
+        last = activation_name(activation)
+        padding = conv.sides(x)
+        if self.chain.norm is None:
+            if last is None:
+                return conv(x)
+            self.covered = self.chain.names[1:]
+            return conv_act(conv, last, x, padding)
+        plain, carried = norm_parts(norm)
+        if not plain or norm is None or not fusable(norm, conv, x):
+            return conv(x)
+        own = activation_name(carried)
+        self.covered = self.chain.names[1:] if last is not None and carried is None else (self.chain.norm,)
+        out = conv_norm_act(conv, norm, own if carried is not None else last, x, padding)
+        return out if carried is None or own is not None else carried(out)
+
+    def _roles(self) -> tuple[nn.Module | None, ...]:
+        chain = self.chain
+        return tuple(self.modules[n] if n is not None else None for n in (chain.conv, chain.norm, chain.activation))
+
+
+class _Link:
+    """Stands for a child of a chain while its owner's forward runs."""
+
+    def __init__(self, run: _Run, name: str) -> None:
+        self._run = run
+        self._name = name
+
+    def __call__(self, x: Any) -> Any:
+        return self._run.call(self._name, x)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._run.modules[self._name], name)
+
+
+class _Owner:
+    """Stands for the owner as ``self`` of its forward: the children of chains are links, all else is the owner's."""
+
+    def __init__(self, owner: nn.Module, links: dict[str, _Link]) -> None:
+        object.__setattr__(self, "_owner", owner)
+        object.__setattr__(self, "_links", links)
+
+    def __getattr__(self, name: str) -> Any:
+        owner, links = self.__dict__["_owner"], self.__dict__["_links"]
+        if name in links:
+            return links[name]
+        method = getattr(owner._unfused, name, None)
+        if isinstance(method, types.FunctionType) and name not in owner.__dict__ and not _calls_super(method):
+            return method.__get__(self)
+        return getattr(owner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["_owner"], name, value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_owner"](*args, **kwargs)
+
+
+def _calls_super(function: Callable[..., Any]) -> bool:
+    return "__class__" in function.__code__.co_freevars
+
+
+class FusedOwner(Fused):
+    """A module whose forward runs chains of its children, each as one operator."""
+
+    _fused_chains: tuple[Chain, ...]
+    _fused_inputs: int
+
+    def _fused_links(self) -> tuple[list[_Run], dict[str, _Link]]:
+        runs = [_Run(self, chain) for chain in self._fused_chains if all(self._modules.get(n) for n in chain.names)]
+        return runs, {name: _Link(run, name) for run in runs for name in run.chain.names}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != self._fused_inputs:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        runs, links = self._fused_links()
+        out = self._unfused.forward(_Owner(self, links), *args)  # type: ignore[arg-type]
+        for run in runs:
+            run.finish()
+        return out
+
+
+class FusedSequence(FusedOwner):
+    """An ``nn.Sequential`` with chains."""
+
+    def forward(self, x: Any) -> Any:  # type: ignore[override]
+        _, links = self._fused_links()
+        for name, module in self._modules.items():
+            x = links[name](x) if name in links else module(x)  # type: ignore[misc]
+        return x
+
+
+def set_class(module: nn.Module, mixin: type[Fused]) -> None:
+    module.__class__ = fused_class(mixin, unfused_class(module))
+
+
+def restore_class(module: nn.Module) -> None:
+    """Makes a fused module what it was."""
+    if is_fused(module):
+        module.__class__ = module._unfused  # type: ignore[assignment]
+        for name in [n for n in module.__dict__ if n.startswith("_fused_")]:
+            del module.__dict__[name]

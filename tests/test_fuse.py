@@ -1,0 +1,546 @@
+"""fuse: other libraries' and hand-written models keep their results, gradients, names and abilities."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+import re
+import runpy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from _models import randomise, relative_error
+from _peers import peer
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+import deeplab_kernels
+from deeplab_kernels import AtrousSeparableConv2d, fuse, unfuse
+from deeplab_kernels.fusion import modules
+
+
+def timm(name: str) -> nn.Module:
+    return peer("timm").create_model(name)
+
+
+def torchvision(name: str) -> nn.Module:
+    return getattr(peer("torchvision").models, name)()
+
+
+def torchvision_deeplab() -> nn.Module:
+    builder = peer("torchvision").models.segmentation.deeplabv3_mobilenet_v3_large
+    return builder(weights_backbone=None)
+
+
+def smp(encoder: str) -> nn.Module:
+    return peer("segmentation_models_pytorch").DeepLabV3Plus(encoder, encoder_weights=None)
+
+
+# architecture -> (builder, its name, depthwise convolutions fused, of these with a batch norm)
+ARCHITECTURES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...], int, int]] = {
+    "timm xception65": (timm, ("xception65",), 63, 63),
+    "timm xception41": (timm, ("xception41",), 39, 39),
+    "timm mobilenetv2_100": (timm, ("mobilenetv2_100",), 17, 17),
+    "timm mobilenetv3_large_100": (timm, ("mobilenetv3_large_100",), 15, 15),
+    "timm efficientnet_b0": (timm, ("efficientnet_b0",), 16, 16),
+    "timm tf_efficientnet_b0": (timm, ("tf_efficientnet_b0",), 16, 16),
+    "timm convnext_tiny": (timm, ("convnext_tiny",), 18, 0),
+    "timm mixnet_s": (timm, ("mixnet_s",), 43, 3),
+    "torchvision mobilenet_v2": (torchvision, ("mobilenet_v2",), 17, 17),
+    "torchvision mobilenet_v3_small": (torchvision, ("mobilenet_v3_small",), 11, 11),
+    "torchvision deeplabv3_mobilenet_v3_large": (torchvision_deeplab, (), 15, 15),
+    "smp DeepLabV3Plus resnet34": (smp, ("resnet34",), 5, 0),
+    "smp DeepLabV3Plus mobilenet_v2": (smp, ("mobilenet_v2",), 22, 17),
+    "smp DeepLabV3Plus timm-efficientnet-b0": (smp, ("timm-efficientnet-b0",), 21, 16),
+    "smp DeepLabV3Plus tu-xception41": (smp, ("tu-xception41",), 44, 39),
+}
+
+
+def output(model: nn.Module, x: Tensor) -> Tensor:
+    torch.manual_seed(1)  # of dropout and stochastic depth
+    out = model(x)
+    return out["out"] if isinstance(out, dict) else out
+
+
+def assert_same(fused: nn.Module, plain: nn.Module, x: Tensor, tolerance: float = 1e-9) -> None:
+    """Same output, gradients of input and parameters, and buffers afterwards."""
+    results = []
+    for model in (fused, plain):
+        model.zero_grad()
+        leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        out = output(model, leaf)
+        out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape))
+        assert leaf.grad is not None
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append({"out": out.detach(), "x": leaf.grad, **grads, **dict(model.named_buffers())})
+    actual, expected = results
+    assert list(actual) == list(expected)
+    for name, value in expected.items():
+        scale = max(value.double().abs().max().item(), 1e-3)  # gradients that are 0 but for rounding
+        error = (actual[name].double() - value.double()).abs().max().item() / scale
+        assert error < tolerance, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_public_architectures(name: str) -> None:
+    builder, arguments, count, with_norm = ARCHITECTURES[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = randomise(builder(*arguments)).eval()
+    fused = copy.deepcopy(plain)
+    report = fuse(fused, always=True)
+    assert len(report.fused) == count
+    assert report.skipped == []
+    assert sum(len(entry.fused) > 1 for entry in report.fused) == with_norm
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    assert [n for n, _ in fused.named_modules()] == [n for n, _ in plain.named_modules()]
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        ours, theirs = output(fused, x), output(plain, x)
+    plain.double(), fused.double()
+    x = x.double()
+    with torch.inference_mode():
+        exact = output(plain, x)
+        assert relative_error(output(fused, x), exact) < 1e-12
+    assert relative_error(ours, exact) < 2 * relative_error(theirs, exact) + 1e-6
+    assert_same(fused.train(), plain.train(), x[:, :, :48, :48], 1e-6)
+    fused.load_state_dict(plain.state_dict())
+    plain.load_state_dict(fused.state_dict())
+
+
+# Hand-written models: what is found, and what is refused.
+
+
+class Block(nn.Module):
+    """The usual block: activations as one shared module and as a function, a helper, an argument with a default."""
+
+    def __init__(self, channels: int = 6, rate: int = 2, norm: type[nn.Module] = nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=rate, dilation=rate, groups=channels, bias=False)
+        self.norm1 = norm(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.second = nn.Conv2d(channels, 2 * channels, (3, 5), 2, (0, 2), groups=channels, bias=True)
+        self.norm2 = norm(2 * channels)
+        self.gate = nn.Conv2d(2 * channels, 2 * channels, 1)
+        self.calls = 0
+        self.use_norm = True
+
+    def _first(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.relu(self.norm1(x) if self.use_norm else x)
+
+    def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
+        self.calls += 1
+        y = self._first(x) + x
+        y = F.relu6(self.norm2(self.second(self.relu(y))))
+        return scale * self.relu(self.gate(y)) + self.second.out_channels
+
+
+def block(**kwargs: Any) -> Block:
+    return randomise(Block(**kwargs)).double()
+
+
+X = torch.randn(3, 6, 13, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def operators(model: nn.Module, x: Tensor) -> list[str]:
+    """Names of this package's operators that one call runs."""
+    names: list[str] = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "deeplab_kernels":
+                names.append(func._opname)
+            return func(*args, **(kwargs or {}))
+
+    with Record(), torch.no_grad():
+        model(x)
+    return names
+
+
+INFERENCE, TRAINING, ALONE = (
+    "atrous_depthwise_bn_act_inference",
+    "atrous_depthwise_bn_act_training",
+    "atrous_depthwise_conv2d",
+)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_hand_written(channels_last: bool) -> None:
+    plain = block()
+    fused = copy.deepcopy(plain)
+    report = fuse(fused, always=True)
+    assert [(e.name, e.fused, e.activation) for e in report.fused] == [
+        ("first", ("first", "norm1", "relu"), "relu"),
+        ("second", ("second", "norm2"), None),
+    ]
+    assert "relu6" in report.fused[1].reason
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+    assert isinstance(fused, Block)
+    x = X.contiguous(memory_format=torch.channels_last) if channels_last else X
+    for mode in (True, False):
+        assert_same(fused.train(mode), plain.train(mode), x)
+    assert operators(fused, x) == [INFERENCE] * 2
+    assert operators(fused.train(), x) == [TRAINING, INFERENCE]  # a bias before the norm trains unfused; it alone
+    assert fused.calls == 4
+    fused.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(fused.eval()(x, 3.0), plain.eval()(x, 3.0))
+    torch.testing.assert_close(fused(x, scale=3.0), plain(x, scale=3.0))
+
+
+def test_sequential() -> None:
+    def depthwise() -> nn.Conv2d:
+        return nn.Conv2d(6, 6, 3, padding="same", groups=6, bias=False)
+
+    shared = depthwise()
+    plain = nn.Sequential(
+        nn.Sequential(depthwise(), nn.BatchNorm2d(6), nn.ReLU6()),
+        nn.Sequential(shared, nn.BatchNorm2d(6), nn.Hardswish()),
+        nn.Sequential(shared, nn.ReLU()),
+        depthwise(),
+    )
+    plain = randomise(plain).double()
+    fused = copy.deepcopy(plain)
+    report = fuse(fused)
+    assert [(e.name, e.fused) for e in report.fused] == [
+        ("0.0", ("0", "1", "2")),
+        ("1.0", ("0", "1")),
+        ("3", ("3",)),
+    ]
+    assert_same(fused, plain, X)
+    assert_same(fused.eval(), plain.eval(), X)
+    assert operators(fused, X) == [INFERENCE] * 3 + [ALONE]
+    fused[0].insert(1, nn.Sigmoid())
+    plain[0].insert(1, nn.Sigmoid())
+    assert_same(fused, plain, X)
+
+
+REFUSED: dict[str, Callable[[], nn.Module]] = {
+    "padding_mode": lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6, padding_mode="reflect"),
+    "is a ConvTranspose2d": lambda: nn.ConvTranspose2d(6, 6, 3, groups=6),
+    "parametrised": lambda: parametrizations.weight_norm(nn.Conv2d(6, 6, 3, groups=6)),
+    "1 x 1": lambda: nn.Conv2d(6, 6, 1, groups=6),
+    "already": lambda: AtrousSeparableConv2d(6, 6, 3, padding=1),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refused(reason: str) -> None:
+    plain = nn.Sequential(REFUSED[reason](), nn.BatchNorm2d(6), nn.ReLU()).double()
+    fused = copy.deepcopy(plain)
+    report = fuse(fused)
+    assert report.fused == []
+    assert [reason in entry.reason for entry in report.skipped] == [True]
+    assert reason in str(report)
+    assert type(fused) is nn.Sequential
+    torch.testing.assert_close(fused(X), plain(X), rtol=0, atol=0)
+
+
+def test_not_depthwise() -> None:
+    model = nn.Sequential(nn.Conv2d(6, 6, 3, groups=2), nn.Conv2d(6, 6, 3), nn.Conv1d(6, 6, 3, groups=6))
+    report = fuse(model)
+    assert report.to_dict() == {"fused": [], "skipped": []}
+    assert "no depthwise" in str(report)
+
+
+class Branching(nn.Module):
+    """Cannot be traced as a whole or in training; and a norm that two results reach."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.conv = nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "loop":
+            for _ in range(x.shape[0]):
+                x = self.norm(self.conv(x))
+            return x
+        y = self.conv(x)
+        if self.kind == "two users":
+            return self.norm(y) + y
+        if self.kind == "norm twice":
+            return self.norm(self.norm(y))
+        if self.kind == "conv twice":
+            return self.norm(self.conv(y))
+        if self.kind == "mode" and self.training:
+            return y
+        return self.norm(y)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("loop", "cannot trace"),
+        ("two users", "used 2 times"),
+        ("norm twice", "norm is called 2 times"),
+        ("conv twice", "is called 2 times"),
+        ("mode", "training and evaluation"),
+    ],
+)
+def test_only_what_the_data_flow_allows(kind: str, reason: str) -> None:
+    plain = randomise(Branching(kind)).double()
+    fused = copy.deepcopy(plain)
+    (entry,) = fuse(fused).fused
+    assert entry.fused == ("conv",)
+    assert reason in entry.reason
+    for mode in (True, False):
+        assert_same(fused.train(mode), plain.train(mode), X)
+    assert set(operators(fused, X)) == {ALONE}
+
+
+@pytest.mark.parametrize(
+    "norm", [lambda n: nn.GroupNorm(2, n), lambda n: nn.InstanceNorm2d(n, affine=True), lambda n: nn.LayerNorm([14])]
+)
+def test_other_norms(norm: Any) -> None:
+    plain = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, groups=6), norm(6), nn.ReLU()).double()
+    fused = copy.deepcopy(plain)
+    (entry,) = fuse(fused).fused
+    assert entry.fused == ("0",)
+    assert "not a plain batch norm" in entry.reason
+    assert_same(fused, plain, X)
+
+
+def test_synchronised_norm() -> None:
+    plain = block()
+    fused = copy.deepcopy(plain)
+    fuse(fused, always=True)
+    fused = nn.SyncBatchNorm.convert_sync_batchnorm(fused)
+    assert_same(fused.eval(), plain.eval(), X)
+    assert operators(fused, X) == [INFERENCE] * 2
+
+
+def test_only_skip_and_always() -> None:
+    def model() -> nn.Module:
+        return nn.ModuleDict({name: nn.Sequential(Block(), Block(rate=1)) for name in ("encoder", "decoder")})
+
+    def fused(**kwargs: Any) -> list[str]:
+        report = fuse(model(), **kwargs)
+        assert len(report.fused) + len(report.skipped) == 8
+        return [entry.name for entry in report.fused]
+
+    assert fused(only="encoder.0") == ["encoder.0.first", "encoder.0.second"]
+    assert fused(only=["*.1.first"]) == ["encoder.1.first", "decoder.1.first"]
+    assert fused(skip=["encoder", "decoder.1.*"]) == ["decoder.0.first", "decoder.0.second"]
+    with pytest.raises(ValueError, match="only='middle' matches none of the 8"):
+        fused(only="middle")
+    with pytest.raises(TypeError, match="skip must hold names"):
+        fused(skip=[3])
+
+
+def test_scope_on_a_cpu() -> None:
+    """Small maps under large kernels stay with PyTorch in inference, and the report says so."""
+    model = nn.Sequential(nn.Conv2d(6, 6, 5, padding=2, groups=6), nn.BatchNorm2d(6)).double().eval()
+    report = fuse(model)
+    assert report.fused[0].scope == "all but NCHW inference below 32 x 32"
+    assert report.fused[0].scope in str(report)
+    assert operators(model, X) == []
+    assert operators(model, X.repeat(1, 1, 3, 3)) == [INFERENCE]
+    fuse(model, always=True)
+    assert operators(model, X) == [INFERENCE]
+    wide = nn.Sequential(nn.Conv2d(6, 6, 5, padding=24, dilation=12, groups=6), nn.BatchNorm2d(6)).double().eval()
+    assert fuse(wide).fused[0].scope == "everywhere"
+    assert operators(wide, X) == [INFERENCE]
+
+
+# What people do with models afterwards.
+
+
+def test_idempotent_and_undone() -> None:
+    plain = block()
+    fused = copy.deepcopy(plain)
+    report = fuse(fused)
+    assert type(fused).__name__ == "FusedBlock"
+    types = [type(m) for m in fused.modules()]
+    assert fuse(fused) == report
+    assert [type(m) for m in fused.modules()] == types
+    unfuse(fused)
+    assert [type(m) for m in fused.modules()] == [type(m) for m in plain.modules()]
+    assert [m.__dict__.keys() for m in fused.modules()] == [m.__dict__.keys() for m in plain.modules()]
+    assert operators(fused, X) == []
+
+
+def test_report() -> None:
+    report = fuse(nn.Sequential(Block(), nn.Conv2d(12, 24, 3, groups=12, padding_mode="circular")))
+    text = str(report)
+    assert "2 of 3 depthwise convolutions fused" in text
+    for expected in ("0.first", "first + norm1 + relu", "3x5", "6 -> 12", "circular"):
+        assert expected in text
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["fused"][0]["rate"] == [2, 2]
+    assert data["skipped"][0]["name"] == "1"
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies(how: str) -> None:
+    plain = block()
+    fused = copy.deepcopy(plain)
+    fuse(fused, always=True)
+    if how == "deepcopy":
+        twin = copy.deepcopy(fused)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(fused))
+    else:
+        buffer = io.BytesIO()
+        torch.save(fused, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    assert type(twin) is type(fused)
+    assert twin.norm1 is not fused.norm1
+    assert_same(twin, plain, X)
+    assert operators(twin.eval(), X) == [INFERENCE] * 2
+    unfuse(twin)
+    assert operators(fused.eval(), X) == [INFERENCE] * 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compile_export_and_trace(training: bool) -> None:
+    plain = block().train(training)
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    torch._dynamo.reset()
+    assert_same(torch.compile(fused, fullgraph=True, backend="aot_eager"), torch.compile(plain, backend="eager"), X)
+    torch._dynamo.reset()
+    if not training:
+        expected = plain(X)
+        program = torch.export.export(fused, (X,))
+        assert sum("deeplab_kernels" in str(node.target) for node in program.graph.nodes) == 2
+        torch.testing.assert_close(program.module()(X), expected)
+        torch.testing.assert_close(torch.fx.symbolic_trace(fused)(X), expected)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.testing.assert_close(torch.jit.trace(fused, X)(X), expected)
+
+
+def test_hooks_see_what_they_saw() -> None:
+    seen: dict[nn.Module, list[tuple[str, Tensor]]] = {}
+    plain = block().eval()
+    fused = copy.deepcopy(plain)
+    fuse(fused, always=True)
+    for model in (plain, fused):
+        seen[model] = []
+        for name in ("first", "norm1", "relu", "second"):
+
+            def hook(m: Any, i: Any, o: Tensor, name: str = name, model: nn.Module = model) -> None:
+                seen[model].append((name, o.clone()))
+
+            model.get_submodule(name).register_forward_hook(hook)
+        model(X)
+    assert len(seen[plain]) == 6
+    for (name, value), (expected_name, expected) in zip(seen[fused], seen[plain], strict=True):
+        assert name == expected_name
+        torch.testing.assert_close(value, expected)
+
+
+def test_global_hooks() -> None:
+    fused, seen = block().eval(), []
+    fuse(fused)
+    handle = nn.modules.module.register_module_forward_hook(lambda m, i, o: seen.append(m))
+    try:
+        fused(X)
+    finally:
+        handle.remove()
+    assert [m for m in (fused.first, fused.norm1, fused.second, fused.norm2) if m not in seen] == []
+
+
+def test_changed_afterwards() -> None:
+    plain = block().eval()
+    fused = copy.deepcopy(plain)
+    fuse(fused, always=True)
+    for model in (plain, fused):
+        prune.l1_unstructured(model.first, "weight", amount=0.4)
+        parametrizations.weight_norm(model.second)
+        model.norm2 = nn.Identity()
+        model.first.dilation = model.first.padding = (3, 3)
+    assert_same(fused, plain, X)
+    unfuse(fused)
+    assert_same(fused, plain, X)
+
+
+def test_changed_data_flow_is_an_error() -> None:
+    fused = block().eval()
+    fuse(fused, always=True)
+    fused.use_norm = False
+    with pytest.raises(RuntimeError, match="calls first, norm1, relu in turn, and no longer does"):
+        fused(X)
+    fuse(fused, always=True)
+    fused(X)
+
+
+def test_tied_weights_and_shared_modules() -> None:
+    plain = nn.ModuleList([block(), block()])
+    plain[1].first.weight = plain[0].first.weight
+    plain = nn.Sequential(plain[0].first, plain[0].norm1, plain[1].first, plain[0].norm1, plain[1].first, nn.ReLU())
+    fused = copy.deepcopy(plain)
+    report = fuse(fused, always=True)
+    assert [e.fused for e in report.fused] == [("0", "1"), ("2", "3")]
+    assert fused[0].weight is fused[2].weight
+    assert_same(fused, plain, X)
+    assert plain[1].num_batches_tracked == 2
+
+
+def test_inputs_that_the_operators_do_not_take() -> None:
+    plain = block().eval()
+    fused = copy.deepcopy(plain)
+    fuse(fused, always=True)
+    conv = fused.first
+    torch.testing.assert_close(conv(X[0]), plain.first(X[0]))  # without a batch
+    with pytest.raises(RuntimeError, match="channels"):
+        conv(X[:, :5])
+    with pytest.raises(RuntimeError, match="same"):
+        conv(X.float())
+    meta = copy.deepcopy(fused).to("meta")
+    assert meta(X.to("meta")).shape == plain(X).shape
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(fused.float()(X.float()).float(), plain.float()(X.float()).float()) < 0.05
+
+
+def test_wrapped_models() -> None:
+    plain = block()
+    wrapped = nn.DataParallel(copy.deepcopy(plain))
+    assert [e.name for e in fuse(wrapped, always=True).fused] == ["module.first", "module.second"]
+    assert_same(wrapped.module, plain, X)
+    replica = wrapped.module._replicate_for_data_parallel()
+    replica.norm1 = copy.deepcopy(plain.norm1)
+    assert type(replica) is type(wrapped.module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(nn.ReLU())
+    with pytest.raises(TypeError, match="TorchScript"):
+        fuse(scripted)
+    with pytest.raises(TypeError, match="must be a torch"):
+        fuse("model")  # type: ignore[arg-type]
+
+
+def test_single_convolution() -> None:
+    plain = nn.Conv2d(6, 12, 3, groups=6, bias=True).double()
+    fused = copy.deepcopy(plain)
+    assert fuse(fused).fused[0].name == ""
+    assert_same(fused, plain, X)
+
+
+def test_names() -> None:
+    assert deeplab_kernels.fuse is fuse
+    assert {"fuse", "unfuse"} <= set(dir(deeplab_kernels))
+    assert modules.fused_class(modules.FusedOwner, Block) is modules.fused_class(modules.FusedOwner, Block)
+
+
+def test_documentation_and_example(capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(__file__).parent.parent
+    namespace: dict[str, Any] = {"timm": peer("timm")}
+    for code in re.findall(r"```python\n(.*?)```", (root / "docs" / "fuse.md").read_text(), re.DOTALL):
+        exec(code.replace("import timm\n", ""), namespace)
+    shown = capsys.readouterr().out
+    assert "11 of 11 depthwise convolutions fused" in shown
+    for line in shown.splitlines()[:4]:
+        assert line.rstrip() in (root / "docs" / "fuse.md").read_text()
+    runpy.run_path(str(root / "examples" / "fuse.py"), run_name="__main__")
+    assert "2 of 2 depthwise convolutions fused" in capsys.readouterr().out
