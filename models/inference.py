@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from .tiling import Window, check_window, windows
 PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the papers' multi-scale results on PASCAL VOC
 _SMALLEST_SIDE = 33  # smaller images are continued by their border: below that the deepest feature map is one pixel
 
+Item = TypeVar("Item")
 Progress = Callable[[int, int], object]
 
 
@@ -162,6 +163,24 @@ def refined(
     """The CRF's probabilities (K, H, W) for those of a network (K, h, w), which are resized to the image."""
     energy = energy_of_scores(probabilities, image.shape[:2], "probabilities")
     return refine(image, energy, crf, device=device, on_iteration=on_iteration)
+
+
+def batches_of_one_size(
+    items: Iterable[Item], batch_size: int, shape: Callable[[Item], tuple[int, ...]]
+) -> Iterator[list[Item]]:
+    """Up to ``batch_size`` consecutive items of one shape, in their order. A consumer that empties the list lets go of
+    them before the next ones are made."""
+    batch: list[Item] = []
+    for item in items:
+        if batch and shape(batch[0]) != shape(item):
+            yield batch
+            batch = []
+        batch.append(item)
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def device_of(model: nn.Module) -> torch.device:

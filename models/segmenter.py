@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from .data import read_image, to_rgb
 from .data.classes import named_classes
 from .data.video import read_video
-from .inference import Inference, device_of, inferred_scores, predict_labels, refined
+from .inference import Inference, batches_of_one_size, device_of, inferred_scores, predict_labels, refined
 from .refinement import CRFParameters, check_memory, most_probable
 from .registry import build
 from .weights import build_from_file, load_weights
@@ -129,23 +129,19 @@ class Segmenter:
         Raises:
             UserError: what is given is no image; too little memory for ``crf``.
         """
-        return self._batch(as_rgb(image)[None], max_side, crf, on_tile, on_iteration)[0]
+        rgb = as_rgb(image)[None]
+        return self.segment_batch(rgb, max_side=max_side, crf=crf, on_tile=on_tile, on_iteration=on_iteration)[0]
 
     def stream(
         self, images: Iterable[ImageLike], *, max_side: int | None = None, crf: CRFParameters | None = None
     ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
         """(image (H, W, 3), label map (H, W)) of each of ``images``, in their order. Up to ``batch_size`` consecutive
         ones of one size go through the network together; no more than these are in memory."""
-        batch: list[NDArray[np.uint8]] = []
-        for image in images:
-            rgb = as_rgb(image)
-            if batch and rgb.shape != batch[0].shape:
-                yield from self._segmented(batch, max_side, crf)
-            batch.append(rgb)
-            if len(batch) == self.inference.batch_size:
-                yield from self._segmented(batch, max_side, crf)
-        if batch:
-            yield from self._segmented(batch, max_side, crf)
+        size = self.inference.batch_size
+        for batch in batches_of_one_size(map(as_rgb, images), size, lambda rgb: rgb.shape):
+            stacked = np.stack(batch)
+            batch.clear()
+            yield from zip(stacked, self.segment_batch(stacked, max_side=max_side, crf=crf), strict=True)
 
     def video(
         self, path: str | os.PathLike[str], *, max_side: int | None = None, crf: CRFParameters | None = None
@@ -159,23 +155,16 @@ class Segmenter:
         with read_video(path) as frames:
             yield from self.stream((frame.image for frame in frames), max_side=max_side, crf=crf)
 
-    def _segmented(
-        self, batch: list[NDArray[np.uint8]], max_side: int | None, crf: CRFParameters | None
-    ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
-        """Empties ``batch``."""
-        images = np.stack(batch)
-        batch.clear()
-        yield from zip(images, self._batch(images, max_side, crf), strict=True)
-
-    def _batch(
+    def segment_batch(
         self,
         images: NDArray[np.uint8],
-        max_side: int | None,
-        crf: CRFParameters | None,
+        *,
+        max_side: int | None = None,
+        crf: CRFParameters | None = None,
         on_tile: Progress = lambda done, total: None,
         on_iteration: Progress = lambda done, total: None,
     ) -> NDArray[np.uint8]:
-        """Label maps (N, H, W) of images (N, H, W, 3)."""
+        """Label maps (N, H, W) of images (N, H, W, 3) uint8; see :meth:`__call__`."""
         height, width = images.shape[1:3]
         small = np.stack([shrunk(image, max_side) for image in images])
         if crf is None:
@@ -245,6 +234,20 @@ def overlay(rgb: NDArray[np.uint8], labels: NDArray[np.uint8], palette: NDArray[
         colours = palette[labels[top : top + 256][marked]].astype(np.uint16)
         strip[marked] = (2 * strip[marked].astype(np.uint16) + 3 * colours) // 5
     return Image.fromarray(out)
+
+
+def legend(class_names: Sequence[str], palette: NDArray[np.uint8]) -> Image.Image:
+    """A picture with the colour and the name of every class."""
+    font = ImageFont.load_default(14)
+    line, gap = 22, 6
+    width = max(round(font.getlength(name)) for name in class_names)
+    picture = Image.new("RGB", (line + width + 3 * gap, line * len(class_names) + gap), "white")
+    draw = ImageDraw.Draw(picture)
+    for n, (name, colour) in enumerate(zip(class_names, palette, strict=True)):
+        top = n * line + gap
+        draw.rectangle((gap, top, gap + line - gap, top + line - gap), fill=tuple(map(int, colour)), outline="black")
+        draw.text((line + 2 * gap, top), name, fill="black", font=font)
+    return picture
 
 
 def shrunk(rgb: NDArray[np.uint8], max_side: int | None) -> NDArray[np.uint8]:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from PIL import Image
 from torch import nn
 
 from deeplab_kernels import cli
+from deeplab_kernels.errors import UserError
 
 NAME = "deeplabv3plus_small"
 
@@ -223,10 +225,21 @@ def test_command_on_odd_sizes(size, options, weights, tmp_path):
 
 def test_command_errors_are_one_line_with_exit_code_2(photo, weights, tmp_path, capsys):
     (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "empty").mkdir()
     cases = [
         ([tmp_path / "none.jpg", "--weights", weights], "none.jpg: No such file"),
         ([tmp_path / "text.png", "--weights", weights], "not an image"),
-        ([tmp_path, "--weights", weights], "Is a directory"),
+        ([tmp_path / "empty", "--weights", weights], "empty: has no images or videos; --recursive looks deeper"),
+        ([tmp_path / "empty", "-r", "--weights", weights], "empty: has no images or videos"),
+        ([tmp_path / "*.webp", "--weights", weights], "*.webp: no file has such a name"),
+        ([photo, "--weights", "torchvision/fcn_resnet50"], "needs --model"),
+        ([photo, "--weights", weights, "--classes", "voc"], "--classes needs --model"),
+        ([photo, "--weights", weights, "--model", NAME, "--classes", "none.txt"], "classes are voc, cityscapes, or"),
+        ([photo, "--weights", weights, "--model", NAME], "weights.pt"),  # of 7 classes, not VOC's 21
+        ([photo, "--weights", weights, "--window", "0"], "--window must be at least 1"),
+        ([photo, "--weights", weights, "--output-stride", "7"], "output_stride"),
+        ([photo, photo, tmp_path / "text.png", "--weights", weights, "-o", tmp_path / "x.png"], "must be a folder"),
+        ([photo, "--weights", weights, "-o", tmp_path / "text.png" / "below"], "not a folder"),
         ([photo, "--weights", tmp_path / "none.pt"], "none.pt: No such file"),
         ([photo, "--weights", tmp_path / "text.png"], "not a weights file"),
         ([photo, "--weights", weights, "-o", tmp_path / "x.jpg"], "--output must be a .png"),
@@ -252,6 +265,107 @@ def test_command_does_not_overwrite_the_photo(weights, tmp_path, capsys):
     assert segment(photo, "--weights", weights, "-o", photo) == 2
     assert "is the photo itself" in capsys.readouterr().err
     assert photo.read_bytes() == before
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Photographs of two sizes, one of them deeper, a damaged one, and files that are none."""
+    root = tmp_path / "photos"
+    (root / "below").mkdir(parents=True)
+    for index, name in enumerate(("a.png", "b.jpg", "b.png", "below/a.png")):
+        size = (40, 50) if index < 3 else (36, 35)
+        Image.fromarray(SceneDataset(4, size, seed=1)[index].image).save(root / name)
+    (root / "c.png").write_bytes((root / "a.png").read_bytes()[:200])
+    for name in ("notes.txt", ".hidden.png", "x-labels.png", "x-overlay.png"):
+        (root / name).write_text("not to be read")
+    return root
+
+
+def _outputs(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_folder(folder, weights, tmp_path, capsys):
+    out = tmp_path / "new" / "out"
+    assert segment(folder, "-r", "--weights", weights, "-o", out, "--batch", 2) == 1
+    captured = capsys.readouterr()
+    assert "4 done, 0 skipped, 1 with errors" in captured.out
+    assert captured.err.count("\n") == 1
+    assert f"{folder / 'c.png'}: the image is damaged" in captured.err
+    stems = ("a", "b-jpg", "b-png", "below/a")
+    assert _outputs(out) == sorted(f"{stem}-{kind}.png" for stem in stems for kind in ("labels", "overlay"))
+    segmenter = Segmenter.from_file(weights)
+    for name, stem in (("a.png", "a"), ("b.jpg", "b-jpg"), ("b.png", "b-png"), ("below/a.png", "below/a")):
+        assert np.array_equal(np.asarray(Image.open(out / f"{stem}-labels.png")), segmenter(folder / name))
+
+
+def test_folder_without_recursion_and_skipping(folder, weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "c.png").unlink()
+    assert segment(".", "--weights", weights, "--json") == 0
+    first = json.loads(capsys.readouterr().out)
+    assert [result["photo"] for result in first["files"]] == ["a.png", "b.jpg", "b.png"]
+    assert (first["errors"], first["skipped"]) == ([], 0)
+    (folder / "a-overlay.png").unlink()
+    assert segment(".", "--weights", weights, "--json", "--skip-existing") == 0  # what was written is not an input
+    second = json.loads(capsys.readouterr().out)
+    assert [result["photo"] for result in second["files"]] == ["a.png"]
+    assert second["skipped"] == 2
+
+
+def test_patterns_and_several_names(folder, weights, tmp_path, capsys):
+    arguments = [folder / "b.*", folder / "a.png", folder / "b.png", folder / "none.png"]
+    assert segment(*arguments, "--weights", weights, "-o", tmp_path, "--legend", "--json") == 1
+    result = json.loads(capsys.readouterr().out)
+    assert [Path(item["photo"]).name for item in result["files"]] == ["b.jpg", "b.png", "a.png"]  # each once
+    assert [item["file"] for item in result["errors"]] == [str(folder / "none.png")]
+    assert "No such file" in result["errors"][0]["error"]
+    assert Image.open(tmp_path / "legend.png").height > 7 * 14
+
+
+def test_files_of_one_name_in_two_folders(folder, weights, tmp_path):
+    assert segment(folder / "a.png", folder / "below" / "a.png", "--weights", weights, "-o", tmp_path / "out") == 0
+    assert "a-png-2-labels.png" in _outputs(tmp_path / "out")
+    sizes = {Image.open(path).size for path in (tmp_path / "out").glob("*labels.png")}
+    assert sizes == {(50, 40), (35, 36)}
+
+
+def test_prediction_options_reach_the_network(photo, weights, tmp_path):
+    options = ["--scales", "0.75,1.25", "--flip", "--output-stride", 8, "--window", 64]
+    assert segment(photo, "--weights", weights, "-o", tmp_path / "x.png", *options) == 0
+    settings = {"scales": (0.75, 1.25), "flip": True, "output_stride": 8, "tile": 64, "margin": 8}
+    expected = Segmenter.from_file(weights, **settings)(photo)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "x.png")), expected)
+    assert (expected != Segmenter.from_file(weights)(photo)).any()
+
+
+def test_weights_without_classes(photo, weights, tmp_path):
+    plain = tmp_path / "plain.pth"
+    torch.save(torch.load(weights, weights_only=True)["state_dict"], plain)
+    (tmp_path / "names.txt").write_text("\n".join(CLASS_NAMES))
+    arguments = ["--weights", plain, "--model", NAME, "--classes", tmp_path / "names.txt"]
+    assert segment(photo, *arguments, "-o", tmp_path / "x.png") == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "x.png")), Segmenter.from_file(weights)(photo))
+    segmenter = Segmenter.from_pretrained(plain, NAME, classes=CLASS_NAMES)
+    assert segmenter.class_names == CLASS_NAMES
+    with pytest.raises(UserError, match="classifier"):
+        Segmenter.from_pretrained(plain, NAME, classes="cityscapes")
+
+
+def test_classes_must_be_the_models():
+    model = build(NAME, num_classes=7)
+    with pytest.raises(ValueError, match="must be the 7 classes of the model, got 2 names"):
+        Segmenter(model, ["a", "b"], [(0, 0, 0), (1, 1, 1)])
+
+
+def test_stream_is_what_single_calls_give():
+    images = [np.random.default_rng(i).integers(0, 256, (9 + i // 3, 8, 3)).astype(np.uint8) for i in range(5)]
+    segmenter = pixel_segmenter(batch_size=2)
+    out = list(segmenter.stream(images))
+    assert len(segmenter.model.sizes) == 3  # 2, 1 and 2 images
+    for image, (rgb, labels) in zip(images, out, strict=True):
+        assert np.array_equal(rgb, image)
+        assert np.array_equal(labels, image.argmax(2))
 
 
 def test_importing_the_package_imports_neither_pillow_nor_tqdm():

@@ -89,7 +89,7 @@ def read_video(path: str | os.PathLike[str]) -> Iterator[Frames]:
         OSError: there is no such file, or it may not be read.
         ImportError: PyAV is not installed.
     """
-    av, where = _av("reading a video"), os.fspath(path)
+    av, where = require_av("reading a video"), os.fspath(path)
     with open(path, "rb"):  # the system's own errors first
         pass
     try:
@@ -115,7 +115,7 @@ class VideoWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._av = _av("writing a video")
+        self._av = require_av("writing a video")
         self._target = Path(path)
         self._partial = self._target.with_name(f"{self._target.name}.{os.getpid()}.part")
         self._stream: Any = None
@@ -151,7 +151,8 @@ class VideoWriter:
             self._partial.unlink(missing_ok=True)
 
 
-def _av(what: str) -> ModuleType:
+def require_av(what: str) -> ModuleType:
+    """PyAV; ImportError that says what needs it and how to get it."""
     try:
         import av
     except ImportError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from ..data import Scene, Scenes
-from ..inference import Inference, Labels, predict_labels
+from ..inference import Inference, Labels, batches_of_one_size, predict_labels
 from .metrics import ConfusionMatrix
 from .trimap import TrimapCurve
 
@@ -98,16 +98,17 @@ def evaluate(
         raise ValueError("scenes must not be empty")
     final = Quality.empty(num_classes, trimap_widths)
     network = Quality.empty(num_classes, trimap_widths) if inference.crf is not None else None
-    for indices, batch in _batches(scenes, inference.batch_size):
-        predicted = predict_labels(model, np.stack([scene.image for scene in batch]), inference)
-        for n, (index, scene) in enumerate(zip(indices, batch, strict=True)):
+    numbered = ((index, scenes[index]) for index in range(len(scenes)))
+    for batch in batches_of_one_size(numbered, inference.batch_size, lambda item: item[1].image.shape):
+        predicted = predict_labels(model, np.stack([scene.image for _, scene in batch]), inference)
+        for (index, scene), last, first in zip(batch, predicted.final, predicted.network, strict=True):
             try:
-                final.update(predicted.final[n], scene.labels)
+                final.update(last, scene.labels)
                 if network is not None:
-                    network.update(predicted.network[n], scene.labels)
+                    network.update(first, scene.labels)
             except ValueError as error:
                 raise ValueError(f"image {name_of(scenes, index)}: {error}") from None
-            on_image(index, scene, Labels(predicted.final[n], predicted.network[n]))
+            on_image(index, scene, Labels(last, first))
         del scene, predicted
         done = len(batch)
         batch.clear()  # before the next one is read
@@ -119,23 +120,6 @@ def name_of(scenes: Any, index: int) -> str:
     """The dataset's name of an item, or its number."""
     names = getattr(scenes, "names", None)
     return str(names[index]) if names is not None else str(index)
-
-
-def _batches(scenes: Scenes, size: int) -> Iterator[tuple[list[int], list[Scene]]]:
-    """(indices, scenes) of at most ``size`` consecutive scenes of one shape."""
-    batch: list[Scene] = []
-    for index in range(len(scenes)):
-        scene = scenes[index]
-        if batch and batch[0].image.shape != scene.image.shape:
-            yield list(range(index - len(batch), index)), batch
-            batch = []
-        batch.append(scene)
-        del scene
-        if len(batch) == size:
-            yield list(range(index + 1 - size, index + 1)), batch
-            batch = []
-    if batch:
-        yield list(range(len(scenes) - len(batch), len(scenes))), batch
 
 
 def _plain(value: float) -> float | None:
