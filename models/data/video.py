@@ -37,7 +37,7 @@ class Frames(Iterator[Frame]):
     def __init__(self, container: Any, where: str) -> None:
         self._container, self._where = container, where
         self._stream = container.streams.video[0]
-        self._stream.thread_type = "AUTO"
+        self._stream.thread_type = "SLICE"  # threads that decode whole frames lose errors, and sound frames with them
         self.length = int(self._stream.frames)
         self.damaged = 0
         self._frames = self._decoded()
@@ -136,6 +136,8 @@ class VideoWriter:
             self._stream.height, self._stream.width = image.shape[:2]
             self._stream.pix_fmt = "yuv420p"
             self._stream.codec_context.time_base = Fraction(1, _TICKS)
+        if image.shape[:2] != (self._stream.height, self._stream.width):
+            raise ValueError(f"the frames of a video must be of one size, got {image.shape[1]} x {image.shape[0]}")
         picture = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
         picture.pts, picture.time_base = round(frame.time * _TICKS), Fraction(1, _TICKS)
         self._container.mux(self._stream.encode(picture))
