@@ -29,3 +29,30 @@ def test_xception(name: str, output_stride: int) -> None:
     x = torch.randn(1, 3, 65, 97)
     with torch.no_grad():
         assert relative_error(ours.backbone(x).output, theirs.forward_features(x)) < 1e-4
+
+
+def test_resnet() -> None:
+    timm = peer("timm")
+    theirs, ours = random_twin(
+        lambda: timm.create_model("resnet101", output_stride=16), lambda: build("fcn_resnet101", 3, 16)
+    )
+    report = load_weights(ours, theirs.state_dict(), origin="torchvision")
+    assert (report.ignored, report.surplus) == (["fc.weight", "fc.bias"], [])
+    x = torch.randn(1, 3, 97, 65)
+    with torch.no_grad():
+        assert relative_error(ours.backbone(x).output, theirs.forward_features(x)) < 1e-4
+
+
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_mobilenetv2(output_stride: int) -> None:
+    timm = peer("timm")
+    theirs, ours = random_twin(
+        lambda: timm.create_model("mobilenetv2_100", output_stride=output_stride, features_only=False),
+        lambda: build("deeplabv3plus_mobilenetv2", 3, output_stride, last_convolution=True),
+    )
+    report = load_weights(ours, theirs.state_dict())
+    assert (report.origin, report.surplus) == ("timm", [])
+    assert report.ignored == ["classifier.weight", "classifier.bias"]
+    x = torch.randn(1, 3, 65, 97)
+    with torch.no_grad():
+        assert relative_error(ours.backbone(x).output, theirs.forward_features(x)) < 1e-4

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from deeplab_kernels.errors import UserError
 
-from . import cityscapes, voc
+from . import ade20k, cityscapes, voc
 from .annotations import voc_palette
 from .pairs import read_lines
 
@@ -16,7 +16,8 @@ Palette = list[tuple[int, int, int]]
 
 
 def named_classes(classes: str | os.PathLike[str] | Sequence[str]) -> tuple[tuple[str, ...], Palette]:
-    """Names and colours of classes: "voc" (21), "cityscapes" (19), a text file with one name a line, or the names.
+    """Names and colours of classes: "voc" (21), "cityscapes" (19), "ade20k" (151, with "other"), a text file with one
+    name a line, or the names.
 
     Raises:
         UserError: no such file, or it has no names, or more than 256.
@@ -24,11 +25,13 @@ def named_classes(classes: str | os.PathLike[str] | Sequence[str]) -> tuple[tupl
     if classes == "cityscapes":
         return cityscapes.CLASS_NAMES, list(cityscapes.PALETTE)
     names: tuple[str, ...]
-    if classes == "voc":
-        names = voc.CLASS_NAMES
+    if classes in ("voc", "ade20k"):
+        names = voc.CLASS_NAMES if classes == "voc" else ade20k.CLASS_NAMES
     elif isinstance(classes, (str, os.PathLike)):
         if not Path(classes).is_file():
-            raise UserError(f"classes are voc, cityscapes, or a text file with one name a line; got {classes!s}")
+            raise UserError(
+                f"classes are voc, cityscapes, ade20k, or a text file with one name a line; got {classes!s}"
+            )
         names = tuple(read_lines(Path(classes)))
     else:
         names = tuple(classes)

@@ -29,7 +29,7 @@ def _half(match: re.Match[str]) -> str:
 
 
 def _model(state: State) -> tuple[str, dict[str, Any]]:
-    return "deeplabv3_mobilenetv2", {"tf_padding": True}
+    return "deeplabv3_mobilenetv2", {"variant": "official"}
 
 
 LAYOUTS = (

@@ -78,6 +78,14 @@ class Layout:
                 result.ignored.remove(theirs)
         return result
 
+    def classes(self, state: State) -> int | None:
+        """How many classes the last layer has; None for weights of a backbone."""
+        if self.prefix:
+            return None
+        translation = self.translate(nn.Module(), {k: v for k, v in state.items() if v.dim() == 1})
+        bias = translation.tensors.get(f"{self.classifier}.bias")
+        return None if bias is None else len(bias)
+
     def eps_of(self, module_name: str) -> float | None:
         """The epsilon of our batch normalisation of that name; None where it stays as it is."""
         fitting = [prefix for prefix in self.norm_eps if module_name.startswith(prefix)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from deeplab_kernels.errors import UserError
 
 from ..system import Normalization, SegmentationModel
-from . import huggingface, tensorflow, timm, torchvision
+from . import huggingface, smp, tensorflow, timm, torchvision
 from .file import norm_eps, set_norm_eps
 from .layout import Layout, State, Translation, find
 from .sources import Loaded, read_source
 
 OWN = "deeplab_kernels"
 LAYOUTS: tuple[Layout, ...] = tuple(
-    layout for library in (tensorflow, huggingface, timm, torchvision) for layout in library.LAYOUTS
+    layout for library in (tensorflow, huggingface, smp, torchvision, timm) for layout in library.LAYOUTS
 )
 _SHOWN = 20  # names in an error message
 _COUNTER = "num_batches_tracked"  # torch counts batches for momentum=None only; other libraries do not
@@ -158,13 +158,17 @@ def load_state(
     return report
 
 
-def layout_of(loaded: Loaded, origin: str | None, expected: Mapping[str, Tensor]) -> Layout | None:
-    """The layout of what was read; None for names like our own."""
+def layout_of(loaded: Loaded, origin: str | None, expected: Collection[str] = ()) -> Layout | None:
+    """The layout of what was read; None for this package's own names, of which ``expected`` are some.
+
+    Raises:
+        UserError: the names are of no library that is known, or not of ``origin``.
+    """
     if origin == OWN or (origin is None and loaded.own):
         return None
     candidates = [layout for layout in LAYOUTS if origin in (None, layout.origin)]
     layout = find(candidates, loaded.state)
-    if layout is None and origin is None and not expected.keys().isdisjoint(loaded.state):
+    if layout is None and origin is None and (not expected or not loaded.state.keys().isdisjoint(expected)):
         return None
     if layout is None:
         names = _listed(sorted(loaded.state)[:5], len(loaded.state))

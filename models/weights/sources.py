@@ -26,43 +26,40 @@ _NESTED = ("state_dict", "model_state_dict", "model", "model_state", "net", "ema
 
 class Known(NamedTuple):
     """sha256: of the file, or its beginning as the publisher writes it into the file's name; None where none is
-    published."""
+    published. classes: of the last layer: "voc", "cityscapes", "ade20k", or "" for weights of a backbone."""
 
     url: str
     sha256: str | None
-    what: str
+    classes: str = ""
 
 
-def _torchvision(name: str, what: str) -> Known:
+def _torchvision(name: str, classes: str = "") -> Known:
     # torchvision writes the first digits of the checksum into the name.
-    return Known(f"https://download.pytorch.org/models/{name}.pth", name.rpartition("-")[2], what)
+    return Known(f"https://download.pytorch.org/models/{name}.pth", name.rpartition("-")[2], classes)
 
 
-def _timm(name: str, what: str) -> Known:
-    return Known(f"https://huggingface.co/timm/{name}/resolve/main/model.safetensors", None, what)
+def _timm(name: str) -> Known:
+    return Known(f"https://huggingface.co/timm/{name}/resolve/main/model.safetensors", None)
 
 
-def _tensorflow(name: str, what: str) -> Known:
-    return Known(f"https://download.tensorflow.org/models/{name}.tar.gz", None, what)
+def _tensorflow(name: str, classes: str = "") -> Known:
+    return Known(f"https://download.tensorflow.org/models/{name}.tar.gz", None, classes)
 
 
-_VOC, _CITYSCAPES, _ADE = "PASCAL VOC, 21 classes", "Cityscapes, 19 classes", "ADE20K, 151 classes"
-_IMAGENET = "ImageNet, backbone only"
-_COCO = "COCO images with VOC's 21 classes"
 KNOWN: dict[str, Known] = {
-    "torchvision/deeplabv3_resnet50": _torchvision("deeplabv3_resnet50_coco-cd0a2569", _COCO),
-    "torchvision/deeplabv3_resnet101": _torchvision("deeplabv3_resnet101_coco-586e9e4e", _COCO),
-    "torchvision/fcn_resnet50": _torchvision("fcn_resnet50_coco-1167a1af", _COCO),
-    "torchvision/fcn_resnet101": _torchvision("fcn_resnet101_coco-7ecb50ca", _COCO),
-    "torchvision/resnet50.v1": _torchvision("resnet50-0676ba61", _IMAGENET),
-    "torchvision/resnet50": _torchvision("resnet50-11ad3fa6", _IMAGENET),
-    "torchvision/resnet101.v1": _torchvision("resnet101-63fe2227", _IMAGENET),
-    "torchvision/resnet101": _torchvision("resnet101-cd907fc2", _IMAGENET),
-    "torchvision/vgg16": _torchvision("vgg16-397923af", _IMAGENET),
-    "torchvision/mobilenet_v2.v1": _torchvision("mobilenet_v2-b0353104", _IMAGENET),
-    "torchvision/mobilenet_v2": _torchvision("mobilenet_v2-7ebf99e0", _IMAGENET),
+    "torchvision/deeplabv3_resnet50": _torchvision("deeplabv3_resnet50_coco-cd0a2569", "voc"),
+    "torchvision/deeplabv3_resnet101": _torchvision("deeplabv3_resnet101_coco-586e9e4e", "voc"),
+    "torchvision/fcn_resnet50": _torchvision("fcn_resnet50_coco-1167a1af", "voc"),
+    "torchvision/fcn_resnet101": _torchvision("fcn_resnet101_coco-7ecb50ca", "voc"),
+    "torchvision/resnet50.v1": _torchvision("resnet50-0676ba61"),
+    "torchvision/resnet50": _torchvision("resnet50-11ad3fa6"),
+    "torchvision/resnet101.v1": _torchvision("resnet101-63fe2227"),
+    "torchvision/resnet101": _torchvision("resnet101-cd907fc2"),
+    "torchvision/vgg16": _torchvision("vgg16-397923af"),
+    "torchvision/mobilenet_v2.v1": _torchvision("mobilenet_v2-b0353104"),
+    "torchvision/mobilenet_v2": _torchvision("mobilenet_v2-7ebf99e0"),
     **{
-        f"timm/{name}": _timm(name, _IMAGENET)
+        f"timm/{name}": _timm(name)
         for name in (
             "xception41.tf_in1k",
             "xception65.tf_in1k",
@@ -76,20 +73,20 @@ KNOWN: dict[str, Known] = {
         )
     },
     "hf/google/deeplabv3_mobilenet_v2_1.0_513": Known(
-        "https://huggingface.co/google/deeplabv3_mobilenet_v2_1.0_513/resolve/main/pytorch_model.bin", None, _VOC
+        "https://huggingface.co/google/deeplabv3_mobilenet_v2_1.0_513/resolve/main/pytorch_model.bin", None, "voc"
     ),
-    "tf/xception65_coco_voc_trainaug": _tensorflow("deeplabv3_pascal_train_aug_2018_01_04", _VOC),
-    "tf/xception65_coco_voc_trainval": _tensorflow("deeplabv3_pascal_trainval_2018_01_04", _VOC),
-    "tf/xception65_cityscapes_trainfine": _tensorflow("deeplabv3_cityscapes_train_2018_02_06", _CITYSCAPES),
-    "tf/xception65_ade20k_train": _tensorflow("deeplabv3_xception_ade20k_train_2018_05_29", _ADE),
-    "tf/mobilenetv2_coco_voc_trainaug": _tensorflow("deeplabv3_mnv2_pascal_train_aug_2018_01_29", _VOC),
-    "tf/mobilenetv2_coco_voc_trainval": _tensorflow("deeplabv3_mnv2_pascal_trainval_2018_01_29", _VOC),
-    "tf/mobilenetv2_coco_cityscapes_trainfine": _tensorflow("deeplabv3_mnv2_cityscapes_train_2018_02_05", _CITYSCAPES),
-    "tf/xception41_imagenet": _tensorflow("xception_41_2018_05_09", _IMAGENET),
-    "tf/xception65_imagenet": _tensorflow("deeplabv3_xception_2018_01_04", _IMAGENET),
-    "tf/xception71_imagenet": _tensorflow("xception_71_2018_05_09", _IMAGENET),
-    "tf/resnet50_beta_imagenet": _tensorflow("resnet_v1_50_2018_05_04", _IMAGENET),
-    "tf/resnet101_beta_imagenet": _tensorflow("resnet_v1_101_2018_05_04", _IMAGENET),
+    "tf/xception65_coco_voc_trainaug": _tensorflow("deeplabv3_pascal_train_aug_2018_01_04", "voc"),
+    "tf/xception65_coco_voc_trainval": _tensorflow("deeplabv3_pascal_trainval_2018_01_04", "voc"),
+    "tf/xception65_cityscapes_trainfine": _tensorflow("deeplabv3_cityscapes_train_2018_02_06", "cityscapes"),
+    "tf/xception65_ade20k_train": _tensorflow("deeplabv3_xception_ade20k_train_2018_05_29", "ade20k"),
+    "tf/mobilenetv2_coco_voc_trainaug": _tensorflow("deeplabv3_mnv2_pascal_train_aug_2018_01_29", "voc"),
+    "tf/mobilenetv2_coco_voc_trainval": _tensorflow("deeplabv3_mnv2_pascal_trainval_2018_01_29", "voc"),
+    "tf/mobilenetv2_coco_cityscapes_trainfine": _tensorflow("deeplabv3_mnv2_cityscapes_train_2018_02_05", "cityscapes"),
+    "tf/xception41_imagenet": _tensorflow("xception_41_2018_05_09"),
+    "tf/xception65_imagenet": _tensorflow("deeplabv3_xception_2018_01_04"),
+    "tf/xception71_imagenet": _tensorflow("xception_71_2018_05_09"),
+    "tf/resnet50_beta_imagenet": _tensorflow("resnet_v1_50_2018_05_04"),
+    "tf/resnet101_beta_imagenet": _tensorflow("resnet_v1_101_2018_05_04"),
 }
 
 
@@ -115,7 +112,7 @@ class Loaded:
 
 
 def known_weights() -> dict[str, Known]:
-    """The names that ``load_weights`` takes, with URL, checksum and what the weights were trained for. Also allowed:
+    """The names that ``load_weights`` takes, with URL, checksum and classes. Also allowed:
     "hf/OWNER/REPOSITORY" and "timm/NAME" for any other repository that has a model.safetensors."""
     return dict(KNOWN)
 
@@ -158,7 +155,7 @@ def _on_the_hub(name: str) -> Known | None:
     match = re.fullmatch(r"hf/([\w.-]+/[\w.-]+)|(timm/[\w.-]+\.[\w.-]+)", name)
     if match is None:
         return None
-    return Known(f"https://huggingface.co/{match[1] or match[2]}/resolve/main/model.safetensors", None, "")
+    return Known(f"https://huggingface.co/{match[1] or match[2]}/resolve/main/model.safetensors", None)
 
 
 def download(url: str, cache: str | os.PathLike[str] | None, progress: bool, sha256: str | None) -> Path:

@@ -140,7 +140,7 @@ def _mobilenetv2_rules() -> tuple[Rule, ...]:
 
 def _mobilenetv2(*, classification: bool) -> Layout:
     def model(state: State) -> tuple[str, dict[str, Any]]:
-        return "deeplabv3plus_mobilenetv2" if classification else "deeplabv3_mobilenetv2", {"tf_padding": True}
+        return "deeplabv3_mobilenetv2", {"variant": "official"}
 
     return Layout(
         origin="tensorflow",
@@ -175,7 +175,6 @@ def _resnet_rules() -> tuple[Rule, ...]:
 
 
 def _resnet(depth: int) -> Layout:
-    options = {"stem": "3x3", "strided_unit": "last"}
     return Layout(
         origin="tensorflow",
         network=f"ResNet-{depth}, beta (classification)",
@@ -186,7 +185,7 @@ def _resnet(depth: int) -> Layout:
         prefix="backbone.",
         select=_select,
         convert=_convert,
-        model=lambda state: (f"deeplabv3plus_resnet{depth}", options),
+        model=lambda state: (f"deeplabv3_resnet{depth}", {"variant": "official"}),
     )
 
 

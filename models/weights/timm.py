@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from ..system import IMAGENET, SYMMETRIC
+from . import torchvision
 from .layout import Layout, Rule, State, depth
 
 _HALVES = {"conv_dw": "depthwise", "bn_dw": "depthwise_norm", "conv_pw": "pointwise", "bn_pw": "pointwise_norm"}
@@ -47,7 +49,6 @@ def _inverted_residual(match: re.Match[str]) -> str:
     return f"backbone.blocks.{_STAGES[stage] + block}.{name}.{leaf}"
 
 
-# timm's ResNets have torchvision's names: see there.
 LAYOUTS = (
     Layout(
         origin="timm",
@@ -78,4 +79,6 @@ LAYOUTS = (
         prefix="backbone.",
         model=lambda state: (f"deeplabv3plus_{xception_name(state)}", {"multi_grid": (1, 1, 1)}),
     ),
+    # timm's ResNets have torchvision's names.
+    *(replace(layout, origin="timm") for layout in torchvision.LAYOUTS if layout.network.startswith("ResNet")),
 )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..backbones.vgg import classifier_convolutions
 from ..system import IMAGENET
-from .layout import Layout, Rule, State, conv_norm, resnet_name
+from .layout import Layout, Rule, State, conv_norm, pooled_last, resnet_name
 
 EPS = 1e-5
 # A ResNet has torchvision's names here; so it has in timm and segmentation_models_pytorch.
@@ -87,6 +87,23 @@ def _fully_connected(model: nn.Module, state: State) -> dict[str, tuple[str, Ten
 LAYOUTS = (
     Layout(
         origin="torchvision",
+        network="DeepLab v3 with a ResNet",
+        marks=(r"backbone\.layer1\.0\.conv1\.weight", r"classifier\.0\.convs\.0\.0\.weight"),
+        rules=(
+            (rf"backbone\.{RESNET}", r"backbone.\1"),
+            *aspp_rules(r"classifier\.0\."),
+            *conv_norm("classifier", "refine", 1),
+            (r"classifier\.4\.(\w+)", r"classifier.\1"),
+            (r"(aux_classifier\.\d\.\w+)", r"\1"),
+        ),
+        normalization=IMAGENET,
+        norm_eps={"": EPS},
+        optional=AUXILIARY,
+        convert=pooled_last,
+        model=lambda state: (f"deeplabv3_{resnet_name(state, 'backbone.')}", {"variant": "torchvision"}),
+    ),
+    Layout(
+        origin="torchvision",
         network="FCN with a ResNet",
         marks=(r"backbone\.layer1\.0\.conv1\.weight", r"classifier\.0\.weight", r"classifier\.4\.weight"),
         rules=(
@@ -131,7 +148,7 @@ LAYOUTS = (
         normalization=IMAGENET,
         norm_eps={"backbone.": EPS},
         prefix="backbone.",
-        model=lambda state: (f"deeplabv3plus_{resnet_name(state)}", {}),
+        model=lambda state: (f"deeplabv3_{resnet_name(state)}", {"variant": "torchvision"}),
     ),
 )
 __all__ = ["AUXILIARY", "EPS", "LAYOUTS", "RESNET", "aspp_rules", "mobilenetv2_rules"]
