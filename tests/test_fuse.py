@@ -58,6 +58,7 @@ ARCHITECTURES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...], int, i
     "torchvision deeplabv3_mobilenet_v3_large": (torchvision_deeplab, (), 15, 15),
     "smp DeepLabV3Plus resnet34": (smp, ("resnet34",), 5, 0),
     "smp DeepLabV3Plus mobilenet_v2": (smp, ("mobilenet_v2",), 22, 17),
+    "smp DeepLabV3Plus efficientnet-b0": (smp, ("efficientnet-b0",), 21, 16),
     "smp DeepLabV3Plus timm-efficientnet-b0": (smp, ("timm-efficientnet-b0",), 21, 16),
     "smp DeepLabV3Plus tu-xception41": (smp, ("tu-xception41",), 44, 39),
 }
@@ -150,7 +151,7 @@ def block(**kwargs: Any) -> Block:
 X = torch.randn(3, 6, 13, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-def operators(model: nn.Module, x: Tensor) -> list[str]:
+def operators(model: nn.Module, *inputs: Any) -> list[str]:
     """Names of this package's operators that one call runs."""
     names: list[str] = []
 
@@ -161,7 +162,7 @@ def operators(model: nn.Module, x: Tensor) -> list[str]:
             return func(*args, **(kwargs or {}))
 
     with Record(), torch.no_grad():
-        model(x)
+        model(*inputs)
     return names
 
 
@@ -208,7 +209,7 @@ def test_sequential() -> None:
     )
     plain = randomise(plain).double()
     fused = copy.deepcopy(plain)
-    report = fuse(fused)
+    report = fuse(fused, always=True)
     assert [(e.name, e.fused) for e in report.fused] == [
         ("0.0", ("0", "1", "2")),
         ("1.0", ("0", "1")),
@@ -273,6 +274,8 @@ class Branching(nn.Module):
             return self.norm(self.conv(y))
         if self.kind == "mode" and self.training:
             return y
+        if self.kind == "size" and x.shape[2] > 100:
+            return y
         return self.norm(y)
 
 
@@ -283,13 +286,14 @@ class Branching(nn.Module):
         ("two users", "used 2 times"),
         ("norm twice", "norm is called 2 times"),
         ("conv twice", "is called 2 times"),
-        ("mode", "training and evaluation"),
+        ("mode", "branches"),
+        ("size", "branches"),
     ],
 )
 def test_only_what_the_data_flow_allows(kind: str, reason: str) -> None:
     plain = randomise(Branching(kind)).double()
     fused = copy.deepcopy(plain)
-    (entry,) = fuse(fused).fused
+    (entry,) = fuse(fused, always=True).fused
     assert entry.fused == ("conv",)
     assert reason in entry.reason
     for mode in (True, False):
@@ -340,7 +344,7 @@ def test_scope_on_a_cpu() -> None:
     """Small maps under large kernels stay with PyTorch in inference, and the report says so."""
     model = nn.Sequential(nn.Conv2d(6, 6, 5, padding=2, groups=6), nn.BatchNorm2d(6)).double().eval()
     report = fuse(model)
-    assert report.fused[0].scope == "all but NCHW inference below 32 x 32"
+    assert report.fused[0].scope == "all but NCHW inference below 20 x 20"
     assert report.fused[0].scope in str(report)
     assert operators(model, X) == []
     assert operators(model, X.repeat(1, 1, 3, 3)) == [INFERENCE]
@@ -518,6 +522,42 @@ def test_wrapped_models() -> None:
         fuse(scripted)
     with pytest.raises(TypeError, match="must be a torch"):
         fuse("model")  # type: ignore[arg-type]
+
+
+def test_distributed(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        plain = block()
+        fused = copy.deepcopy(plain)
+        fuse(fused, always=True)
+        assert_same(nn.parallel.DistributedDataParallel(fused), nn.parallel.DistributedDataParallel(plain), X)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class OptionalRate(nn.Module):
+    """As EfficientNet's ports: an optional number that decides about something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor, rate: float | None = None) -> Tensor:
+        y = self.norm(self.conv(x))
+        if rate is not None and rate > 0:
+            y = rate * y
+        return y
+
+
+def test_optional_arguments() -> None:
+    plain = randomise(OptionalRate()).double().eval()
+    fused = copy.deepcopy(plain)
+    fuse(fused, always=True)
+    for arguments, operator in ((), INFERENCE), ((0.0,), INFERENCE), ((3.0,), INFERENCE), ((None,), ALONE):
+        torch.testing.assert_close(fused(X, *arguments), plain(X, *arguments))
+        assert operators(fused, X, *arguments) == [operator]
+    torch.testing.assert_close(fused(X, rate=2.0), plain(X, rate=2.0))
 
 
 def test_single_convolution() -> None:

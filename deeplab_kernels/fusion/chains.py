@@ -7,8 +7,10 @@ no tracing.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +18,19 @@ from torch import fx, nn
 
 from ..nn import AtrousDepthwiseConv2d, AtrousSeparableConv2d
 from ..nn._separable_blocks import untouched
-from .modules import ACTIVATIONS, SAME_CONVOLUTION, Chain, _calls_super, is_class, norm_parts, unfused_class
+from .modules import (
+    ACTIVATIONS,
+    SAME_CONVOLUTION,
+    STATIC_SAME_CONVOLUTION,
+    Chain,
+    _calls_super,
+    is_class,
+    norm_parts,
+    unfused_class,
+)
+
+# Bounds of one forward's control flow, all of which is traced.
+_MAX_PATHS, _MAX_CONDITIONS = 32, 16
 
 
 @dataclass(frozen=True)
@@ -26,8 +40,8 @@ class Flow:
     chains: dict[str, Chain]
     remarks: dict[str, str]
     """Convolution -> why its chain ends where it does."""
-    inputs: int = 1
-    """Positional arguments of the forward that was traced."""
+    inputs: tuple[int, ...] = (1,)
+    """Numbers of arguments of the forward for which this is known."""
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -44,10 +58,12 @@ def unfit(conv: nn.Module) -> str | None:
     if isinstance(conv, AtrousDepthwiseConv2d):
         return "runs on the operators already"
     cls = unfused_class(conv)
-    if cls is not nn.Conv2d and not is_class(cls, SAME_CONVOLUTION):
+    if cls is not nn.Conv2d and not any(is_class(cls, known) for known in (SAME_CONVOLUTION, STATIC_SAME_CONVOLUTION)):
         kind = "parametrised" if hasattr(conv, "parametrizations") else f"a {cls.__name__}"
         return f"is {kind}, which may compute something else than nn.Conv2d"
     assert isinstance(conv, nn.Conv2d)
+    if is_class(cls, STATIC_SAME_CONVOLUTION) and type(conv.static_padding) not in (nn.ZeroPad2d, nn.Identity):
+        return f"pads by a {describe(conv.static_padding)}"  # type: ignore[arg-type]
     if "forward" in conv.__dict__:
         return "has a forward of its own"
     if conv.padding_mode != "zeros":
@@ -59,11 +75,26 @@ def unfit(conv: nn.Module) -> str | None:
     return None
 
 
-class _ChildrenAreLeaves(fx.Tracer):
+class _Path(fx.Tracer):
+    """Traces one path of a forward's control flow: conditions on symbols come out as ``decisions`` say, then False."""
+
     proxy_buffer_attributes = True  # nothing is computed, so no buffer is updated
+
+    def __init__(self, decisions: list[bool]) -> None:
+        super().__init__()
+        self.decisions = decisions
+        self.asked = 0
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.asked += 1
+        if self.asked > _MAX_CONDITIONS:
+            raise ValueError(f"more than {_MAX_CONDITIONS} conditions on values in one forward")
+        if self.asked > len(self.decisions):
+            self.decisions.append(False)
+        return self.decisions[self.asked - 1]
 
 
 def _required(cls: type[nn.Module]) -> tuple[int, dict[str, object]]:
@@ -90,10 +121,23 @@ def _twin(module: nn.Module, training: bool) -> nn.Module:
     return twin
 
 
+def _paths(module: nn.Module, training: bool, defaults: dict[str, object]) -> Iterator[fx.Graph]:
+    """The graphs of every path through ``module``'s forward."""
+    decisions: list[bool] = []
+    for _ in range(_MAX_PATHS):
+        yield _Path(decisions).trace(_twin(module, training), concrete_args=dict(defaults))
+        while decisions and decisions[-1]:
+            decisions.pop()
+        if not decisions:
+            return
+        decisions[-1] = True
+    raise ValueError(f"more than {_MAX_PATHS} paths through its forward")
+
+
 def _graphs(module: nn.Module, defaults: dict[str, object]) -> list[fx.Graph]:
-    """The graphs of ``module``'s forward in training and evaluation."""
+    """The graphs of ``module``'s forward in training and evaluation, along every path."""
     with torch.random.fork_rng(devices=[]):
-        return [_ChildrenAreLeaves().trace(_twin(module, t), concrete_args=dict(defaults)) for t in (True, False)]
+        return [graph for training in (True, False) for graph in _paths(module, training, defaults)]
 
 
 def _calls(graph: fx.Graph) -> dict[str, list[fx.Node]]:
@@ -185,15 +229,19 @@ def _chain_in(graph: fx.Graph, conv: str, module: nn.Module) -> tuple[Chain, str
 
 
 def _traced(module: nn.Module, convs: list[str]) -> Flow:
-    inputs, defaults = _required(unfused_class(module))
+    required, defaults = _required(unfused_class(module))
+    graphs, inputs = _graphs(module, defaults), [required]
+    if defaults:
+        with contextlib.suppress(Exception):  # then only calls without optional arguments run fused
+            graphs += _graphs(module, {})
+            inputs.append(required + len(defaults))
     chains, remarks = {}, {}
-    graphs = _graphs(module, defaults)
     for conv in convs:
         (chain, remark), *others = (_chain_in(graph, conv, module) for graph in graphs)
         same = all(other == chain for other, _ in others)
         chains[conv] = chain if same else Chain(conv)
-        remarks[conv] = remark if same else "training and evaluation call different modules"
-    return Flow(chains, remarks, inputs)
+        remarks[conv] = remark if same else "it is followed by one module or another: the parent's forward has branches"
+    return Flow(chains, remarks, tuple(inputs))
 
 
 def flow(module: nn.Module, convs: list[str]) -> Flow:

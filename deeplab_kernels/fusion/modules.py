@@ -13,7 +13,7 @@ import functools
 import math
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeGuard
 
 import torch
@@ -26,8 +26,10 @@ from ..nn._separable_blocks import untouched
 from ..ops import _validation
 from .scope import covers
 
-# Classes of timm that are understood without importing it: the convolution with TensorFlow's padding, which depends on
-# the input's size, and the batch norm that carries its activation.
+# Classes of timm and segmentation_models_pytorch that are understood without importing them: convolutions with
+# TensorFlow's padding, for the size of the input and for a size fixed when built; the batch norm that carries its
+# activation.
+STATIC_SAME_CONVOLUTION = ("segmentation_models_pytorch.encoders._efficientnet", "Conv2dStaticSamePadding")
 SAME_CONVOLUTION = ("timm.layers.conv2d_same", "Conv2dSame")
 NORM_WITH_ACTIVATION = ("timm.layers.norm_act", "BatchNormAct2d")
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
@@ -64,19 +66,21 @@ def fused_class(mixin: type[Fused], cls: type[nn.Module]) -> type[Fused]:
     """The subclass of ``cls`` that does as ``mixin`` says; made once."""
     if (mixin, cls) not in _classes:
         names: dict[str, Any] = {"_unfused": cls, "_mixin": mixin}
-        names |= {"__module__": cls.__module__, "__doc__": cls.__doc__, "forward": _like(cls.forward, mixin.forward)}
+        names |= {"__module__": cls.__module__, "__doc__": cls.__doc__}
+        if mixin is FusedOwner:
+            names["forward"] = _like(cls.forward)
         fused: Any = types.new_class(f"Fused{cls.__name__}", (mixin, cls), {}, lambda body: body.update(names))
         fused._exactly = fused
         _classes[mixin, cls] = fused
     return _classes[mixin, cls]
 
 
-def _like(original: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+def _like(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)  # tracers ask for the names and the number of the arguments
-    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, *args, **kwargs)
+    def forward(self: FusedOwner, *args: Any, **kwargs: Any) -> Any:
+        return self._fused_forward(*args, **kwargs)
 
-    return wrapped
+    return forward
 
 
 def is_fused(module: nn.Module) -> TypeGuard[Fused]:
@@ -111,6 +115,10 @@ class FusedConvolution(Fused, nn.Conv2d):
 
     def sides(self, x: Tensor) -> Any:
         """The zeros around ``x``."""
+        if is_class(self._unfused, STATIC_SAME_CONVOLUTION):
+            left, right, top, bottom = getattr(self._modules["static_padding"], "padding", (0, 0, 0, 0))
+            top_, bottom_, left_, right_ = _validation.sides(self.padding, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
+            return (top + top_, bottom + bottom_, left + left_, right + right_)
         if not is_class(self._unfused, SAME_CONVOLUTION):
             return self.padding
         values: list[int] = []
@@ -130,17 +138,20 @@ class Chain:
     conv: str
     norm: str | None = None
     activation: str | None = None
+    names: tuple[str, ...] = field(init=False)
+    """Those that are there, in order."""
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.conv, self.norm, self.activation) if name is not None)
+    def __post_init__(self) -> None:
+        names = (name for name in (self.conv, self.norm, self.activation) if name is not None)
+        object.__setattr__(self, "names", tuple(names))
 
 
 def norm_parts(norm: nn.Module | None) -> tuple[bool, nn.Module | None]:
     """(whether ``norm`` is a batch norm that runs as its class says, the activation that it carries)."""
     if norm is not None and is_class(type(norm), NORM_WITH_ACTIVATION):
         drop, act = norm._modules["drop"], norm._modules["act"]
-        return untouched(norm, type(norm)) and drop is not None and untouched(drop, nn.Identity), act
+        plain = untouched(norm, type(norm)) and drop is not None and untouched(drop, nn.Identity)
+        return plain, None if act is not None and untouched(act, nn.Identity) else act
     return norm is not None and untouched(norm, nn.BatchNorm2d, nn.SyncBatchNorm), None
 
 
@@ -153,27 +164,28 @@ class _Run:
 
     def __init__(self, owner: nn.Module, chain: Chain) -> None:
         self.chain = chain
-        self.modules = {name: owner._modules.get(name) for name in chain.names}
+        self.modules = owner._modules
         self.result: Tensor | None = None
         self.covered: tuple[str, ...] = ()  # whose work is in the result
-        self.passed: list[str] = []  # who has been called with the result since
+        self.passed: tuple[str, ...] = ()  # who has been called with the result since
 
     def call(self, name: str, x: Any) -> Any:
         if name == self.chain.conv:
-            self.passed = []
+            self.passed = ()
             self.result = self._start(x)
             return self.result
         if name in self.covered:
             if x is self.result:
-                self.passed = [*self.passed, name]
+                self.passed = (*self.passed, name)
                 return x
             if name == self.chain.norm:
                 raise self._changed()
         return self.modules[name](x)  # type: ignore[misc]
 
     def finish(self) -> None:
-        if self.result is not None and any(name not in self.passed for name in self.covered):
-            raise self._changed()
+        for name in self.covered:
+            if name not in self.passed:
+                raise self._changed()
 
     def _changed(self) -> RuntimeError:
         names = ", ".join(self.chain.names)
@@ -209,8 +221,9 @@ class _Run:
         return out if carried is None or own is not None else carried(out)
 
     def _roles(self) -> tuple[nn.Module | None, ...]:
-        chain = self.chain
-        return tuple(self.modules[n] if n is not None else None for n in (chain.conv, chain.norm, chain.activation))
+        chain, modules = self.chain, self.modules
+        norm = None if chain.norm is None else modules.get(chain.norm)
+        return modules[chain.conv], norm, None if chain.activation is None else modules.get(chain.activation)
 
 
 class _Link:
@@ -235,11 +248,14 @@ class _Owner:
         object.__setattr__(self, "_links", links)
 
     def __getattr__(self, name: str) -> Any:
-        owner, links = self.__dict__["_owner"], self.__dict__["_links"]
+        links, owner = self.__dict__["_links"], self.__dict__["_owner"]
         if name in links:
             return links[name]
+        for own in (owner._modules, owner.__dict__):  # sooner found than by nn.Module's __getattr__
+            if name in own:
+                return own[name]
         method = getattr(owner._unfused, name, None)
-        if isinstance(method, types.FunctionType) and name not in owner.__dict__ and not _calls_super(method):
+        if isinstance(method, types.FunctionType) and not _calls_super(method):
             return method.__get__(self)
         return getattr(owner, name)
 
@@ -258,17 +274,23 @@ class FusedOwner(Fused):
     """A module whose forward runs chains of its children, each as one operator."""
 
     _fused_chains: tuple[Chain, ...]
-    _fused_inputs: int
+    _fused_inputs: tuple[int, ...]
 
     def _fused_links(self) -> tuple[list[_Run], dict[str, _Link]]:
-        runs = [_Run(self, chain) for chain in self._fused_chains if all(self._modules.get(n) for n in chain.names)]
-        return runs, {name: _Link(run, name) for run in runs for name in run.chain.names}
+        runs, links = [], {}
+        for chain in self._fused_chains:
+            run = _Run(self, chain)
+            runs.append(run)
+            for name in chain.names:
+                links[name] = _Link(run, name)
+        return runs, links
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs or len(args) != self._fused_inputs:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+    def _fused_forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())
+        if len(given) not in self._fused_inputs or (len(given) > 1 and any(value is None for value in given)):
+            return self._unfused.forward(self, *args, **kwargs)  # type: ignore[operator]
         runs, links = self._fused_links()
-        out = self._unfused.forward(_Owner(self, links), *args)  # type: ignore[arg-type]
+        out = self._unfused.forward(_Owner(self, links), *args, **kwargs)  # type: ignore[arg-type]
         for run in runs:
             run.finish()
         return out
@@ -277,7 +299,7 @@ class FusedOwner(Fused):
 class FusedSequence(FusedOwner):
     """An ``nn.Sequential`` with chains."""
 
-    def forward(self, x: Any) -> Any:  # type: ignore[override]
+    def forward(self, x: Any) -> Any:
         _, links = self._fused_links()
         for name, module in self._modules.items():
             x = links[name](x) if name in links else module(x)  # type: ignore[misc]
