@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +30,7 @@ from deeplab_kernels.models.weights import build_from_file, save_weights_file
 from PIL import Image
 
 from deeplab_kernels import cli
+from deeplab_kernels.commands import eval as eval_command
 
 NAME, DATA = "deeplabv3plus_small", "generated:length=3,size=49"
 
@@ -222,3 +226,23 @@ def test_importing_the_evaluation_does_not_import_matplotlib():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+# Documentation
+
+PAGE = Path(__file__).parent.parent / "docs" / "evaluation.md"
+
+
+def test_documentation_runs(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    exec(block, {})
+    assert "40: " in capsys.readouterr().out
+
+
+def test_documentation_names_every_option():
+    text = PAGE.read_text(encoding="utf-8")
+    parser = argparse.ArgumentParser()
+    eval_command.add_arguments(parser)
+    options = [name for action in parser._actions for name in action.option_strings if name not in ("-h", "--help")]
+    assert len(options) > 20
+    assert [name for name in options if not name.startswith("--crf-") and name not in text] == []

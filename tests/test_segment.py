@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -21,6 +24,7 @@ from PIL import Image
 from torch import nn
 
 from deeplab_kernels import cli
+from deeplab_kernels.commands import segment as segment_command
 from deeplab_kernels.errors import UserError
 
 NAME = "deeplabv3plus_small"
@@ -375,3 +379,28 @@ def test_importing_the_package_imports_neither_pillow_nor_tqdm():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+# Documentation
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def test_documentation_runs(photo, weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    shutil.copy(weights, "demo/weights.pt")
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "segment.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, {})
+    assert np.array_equal(np.asarray(Image.open("labels.png")), Segmenter.from_file(weights)(photo))
+
+
+def test_documentation_names_every_option():
+    text = (DOCS / "segment.md").read_text(encoding="utf-8")
+    parser = argparse.ArgumentParser()
+    segment_command.add_arguments(parser)
+    options = [name for action in parser._actions for name in action.option_strings if name not in ("-h", "--help")]
+    assert len(options) > 20
+    assert [name for name in options if not name.startswith("--crf-") and name not in text] == []
