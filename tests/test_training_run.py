@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 import re
 import resource
 import signal
@@ -218,15 +219,18 @@ def test_an_interrupted_run_continues_with_the_same_bits(tmp_path, monkeypatch, 
     assert [int(row["step"]) for row in parts] == list(range(1, 7))
 
 
-def test_a_process_that_is_told_to_end_ends_well(tmp_path):
+def test_a_process_group_that_is_told_to_end_ends_well(tmp_path):
+    """The signal reaches the workers, too, as those of timeout(1) and of schedulers do."""
     out = tmp_path / "run"
     arguments = flags(out, steps=1000, workers=1, threads=1, data="generated:length=9,size=40")
     command = [sys.executable, "-m", "deeplab_kernels", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         deadline = time.monotonic() + 100
         while process.poll() is None and time.monotonic() < deadline:
             if (out / "log.csv").exists() and (out / "log.csv").read_text().count("\n") >= 3:
-                process.terminate()
+                os.killpg(process.pid, signal.SIGTERM)
                 break
             time.sleep(0.02)
         _, error = process.communicate(timeout=60)

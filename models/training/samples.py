@@ -106,6 +106,7 @@ def _stacked(arrays: list[NDArray[np.uint8]]) -> Tensor:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    # A terminal's Ctrl-C reaches the workers, too; the parent finishes its step and then ends them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A terminal's Ctrl-C, a scheduler's or timeout's SIGTERM reach the workers, too; the parent finishes its step, for
+    # which it may need them, and then tells them to end.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
