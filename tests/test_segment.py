@@ -238,7 +238,7 @@ def test_command_errors_are_one_line_with_exit_code_2(photo, weights, tmp_path, 
         ([tmp_path / "*.webp", "--weights", weights], "*.webp: no file has such a name"),
         ([photo, "--weights", "torchvision/fcn_resnet50"], "needs --model"),
         ([photo, "--weights", weights, "--classes", "voc"], "--classes needs --model"),
-        ([photo, "--weights", weights, "--model", NAME, "--classes", "none.txt"], "classes are voc, cityscapes, or"),
+        ([photo, "--weights", weights, "--model", NAME, "--classes", "none.txt"], "classes are voc, cityscapes, ade20k, or"),
         ([photo, "--weights", weights, "--model", NAME], "weights.pt"),  # of 7 classes, not VOC's 21
         ([photo, "--weights", weights, "--window", "0"], "--window must be at least 1"),
         ([photo, "--weights", weights, "--output-stride", "7"], "output_stride"),
