@@ -19,15 +19,15 @@ class Settings:
     first, second ... scene, and again from the start: larger objects, and smaller ones with more boundaries.
     """
 
-    steps: int = 1000
-    batch_size: int = 8
-    crop: int = 97
+    steps: int = 1700
+    batch_size: int = 6
+    crop: int = 81
     learning_rate: float = 0.1
     train_scenes: int = 300
     test_scenes: int = 48
     validation_scenes: int = 9
     scene_size: int = 193
-    clutter: tuple[float, ...] = (1.0, 2.5, 6.0)
+    clutter: tuple[float, ...] = (1.0, 2.0, 4.0)
     all_candidates: bool = True
     """Of the CRFs' parameters; False: two of each kind."""
 

@@ -55,10 +55,13 @@ def run(job: Job, folder: Path, progress: Progress = lambda steps: None) -> dict
 
 def evaluation_cost(job: Job) -> float:
     """About what the evaluation takes, in training steps of the cheapest network."""
-    passes = sum(sum(scale**2 for scale in v.scales) * (1 + v.flip) for v in NETWORKS[job.network].variants.values())
-    refined = sum(v.crf is not None for v in NETWORKS[job.network].variants.values())
-    settings = job.settings
-    return 0.15 * passes * settings.test_scenes + 3.0 * refined * (settings.test_scenes + settings.validation_scenes)
+    variants, settings = NETWORKS[job.network].variants.values(), job.settings
+    passes = sum(sum(scale**2 for scale in v.scales) * (1 + v.flip) for v in variants)
+    refined = sum(v.crf is not None for v in variants)
+    candidates = 10 if settings.all_candidates else 2
+    return 0.15 * passes * settings.test_scenes + 0.4 * refined * (
+        settings.test_scenes + candidates * settings.validation_scenes
+    )
 
 
 def build(name: str) -> SegmentationModel:
