@@ -170,9 +170,9 @@ class _WithAuxiliary(Net):
         nn.init.zeros_(self.aux_classifier.weight)
         nn.init.zeros_(self.aux_classifier.bias)
 
-    def forward_with_auxiliary(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> Any:
         features = self.backbone(x)
-        return self.head(features), self.aux_classifier(features)
+        return (self.head(features), self.aux_classifier(features)) if self.training else self.head(features)
 
 
 def test_an_auxiliary_head_adds_to_the_loss(scenes):

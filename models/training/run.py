@@ -22,7 +22,7 @@ from ..data import Scene, Scenes, open_dataset
 from ..evaluation import ConfusionMatrix, evaluate
 from ..registry import build
 from ..system import SegmentationModel
-from ..weights import save_weights_file
+from ..weights import load_weights, save_weights_file
 from .checkpoint import read_checkpoint, restore, write_checkpoint
 from .distributed import process_group, rank_and_size, summed
 from .logs import Log
@@ -119,9 +119,7 @@ class _Run:
             if config.near_identity:
                 start_near_identity(model)
             if config.init:
-                from .. import weights as sources
-
-                sources.load_weights(model, config.init, skip_classifier=True)  # type: ignore[attr-defined]
+                load_weights(model, config.init, skip_classifier=True)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         return model.to(self.device, memory_format=memory_format)  # type: ignore[call-overload,no-any-return]
 

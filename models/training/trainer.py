@@ -48,9 +48,8 @@ class Trainer:
     ``batch_size`` images a pass, losses and batch normalisations are those of all together, and so are the weights.
 
     Args:
-        model: (N, 3, crop, crop) -> logits (N, K, crop, crop), on the device to train on. If it was built with an
-            auxiliary head, ``forward_with_auxiliary`` gives its logits, too, whose loss counts by
-            ``auxiliary_weight``.
+        model: (N, 3, crop, crop) -> logits (N, K, crop, crop), or in training (logits, auxiliary logits), where the
+            loss of the latter counts by ``auxiliary_weight``. On the device to train on.
         scenes: decoded one at a time, when needed.
         workers: processes that prepare batches; the result does not depend on it.
         compile: run the network through ``torch.compile``.
@@ -173,7 +172,7 @@ class Trainer:
         )
 
     def _network(self) -> Any:
-        network: Any = _WithAuxiliary(self.model) if _has_auxiliary(self.model) else self.model
+        network: Any = self.model
         if rank_and_size()[1] > 1:
             devices = [self.device] if self.device.type == "cuda" else None
             # The buffers are those of batch normalisation, which is synchronised.
@@ -256,23 +255,6 @@ def train(
     if trainer.average is not None:
         trainer.average.copy_to(model)
     return result
-
-
-def _has_auxiliary(model: nn.Module) -> bool:
-    """Whether ``model`` has an auxiliary head, for a loss in training."""
-    return getattr(model, "aux_classifier", None) is not None
-
-
-class _WithAuxiliary(nn.Module):
-    """``model`` with the scores of its auxiliary head, through forward, as DistributedDataParallel needs it."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        scores: tuple[Tensor, ...] = self.model.forward_with_auxiliary(x)
-        return scores
 
 
 def _memory_format(model: nn.Module) -> torch.memory_format:
