@@ -29,7 +29,7 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
@@ -58,7 +58,7 @@ def _devices() -> list[Report]:
     try:
         import torch
     except Exception as error:
-        return [cpu, {"device": "cuda", "missing_because": f"torch does not import: {_one_line(error)}"}]
+        return [cpu, {"device": "cuda", "missing_because": f"torch does not import: {one_line(error)}"}]
     if torch.version.cuda is None:
         return [cpu, {"device": "cuda", "missing_because": f"torch {torch.__version__} has no CUDA"}]
     if not torch.cuda.is_available():
@@ -101,7 +101,7 @@ def _torch_libraries() -> tuple[list[Report], Report]:
         backends = importlib.import_module("deeplab_kernels.ops._backends")
         library = importlib.import_module("deeplab_kernels._library")
     except Exception as error:
-        reason = _one_line(error)
+        reason = one_line(error)
         cuda_reason = reason if cuda else _artefacts.build_info().get("cuda_missing_because") or reason
         return [_library("_C", cpu, reason), _library("_C_cuda", cuda, cuda_reason)], {"missing_because": reason}
     missing = library.missing()
@@ -119,7 +119,7 @@ def _numpy_library() -> Report:
     try:
         importlib.import_module("deeplab_kernels._densecrf")
     except Exception as error:
-        reason = _one_line(error) if file else f"not built: {_artefacts.not_built_hint()}"
+        reason = one_line(error) if file else f"not built: {_artefacts.not_built_hint()}"
     return _library("_densecrf", file, reason)
 
 
