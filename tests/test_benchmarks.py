@@ -19,6 +19,7 @@ sys.path.append(str(BENCHMARKS))
 import bars  # noqa: E402
 import bench_atrous_depthwise as bench  # noqa: E402
 import bench_dense_crf_layer  # noqa: E402
+import bench_models  # noqa: E402
 import layers  # noqa: E402
 import measure  # noqa: E402
 import overhead  # noqa: E402
@@ -26,6 +27,7 @@ import report  # noqa: E402
 import sweep  # noqa: E402
 
 from deeplab_kernels import models  # noqa: E402
+from deeplab_kernels.nn import AtrousSeparableConv2d  # noqa: E402
 from deeplab_kernels.timing import interleaved  # noqa: E402
 
 TINY = measure.Convolution(batch=2, channels=11, height=9, width=7, rate=2, padding=2)
@@ -324,3 +326,53 @@ def test_dense_crf_layer_is_measured_and_judged(capsys: pytest.CaptureFixture[st
     record |= {"sigmas": "", "trained": "", "forward": 1.0, "backward": 3.5}
     assert "bar 3" in bench_dense_crf_layer.rows([{**record, "recompute": False}])[0]["bars"]
     assert bench_dense_crf_layer.rows([{**record, "recompute": True}])[0]["bars"] == ""
+
+
+# Whole networks.
+
+
+@pytest.mark.parametrize("case", bench_models.QUICK, ids=lambda case: case.key)
+def test_the_plain_network_is_the_same_network(case: bench_models.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bench_models.check(case) < 1e-9
+    plain = bench_models.build(case, bench_models.EAGER)
+    assert not any(isinstance(m, AtrousSeparableConv2d) for m in plain.modules())
+    norms = sum(isinstance(m, torch.nn.BatchNorm2d) for m in plain.modules())
+    assert (norms > 0) == (case.mode == "training")
+    if case.mode == "training":
+        return
+    monkeypatch.setattr(bench_models, "fold", lambda model: model.apply(shift_bias))
+    with pytest.raises(measure.CheckFailed, match="differs from the plain network"):
+        bench_models.check(case)
+
+
+def shift_bias(module: torch.nn.Module) -> None:
+    if isinstance(module, torch.nn.BatchNorm2d):
+        torch.nn.init.constant_(module.bias, 1e-3)
+
+
+def test_bars_of_whole_networks() -> None:
+    def timing(milliseconds: float) -> dict[str, float]:
+        return {"median_ms": milliseconds, "min_ms": milliseconds, "iqr_ms": 0.1 * milliseconds, "rounds": 3}
+
+    timings = {
+        "ours nchw": timing(300),
+        "ours nhwc": timing(200),
+        "eager nchw": timing(500),
+        "compiled nhwc": timing(390),
+    }
+    case = bench_models.CASES[1]
+    record = {
+        "name": case.name,
+        "mode": case.mode,
+        "case": {"model": case.model, "output_stride": case.output_stride},
+        "madds": 50e9,
+        "floor_ms": 100.0,
+        "timings": timings,
+        "peak_bytes": {"ours": 3e8, "eager": 2e8},
+    }
+    assert bench_models.failures(record) == ["ratio 1.95, bar 2", "memory 1.50 of eager's"]
+    row = bench_models.row(record)
+    assert (row["ours NHWC"], row["eager NCHW"], row["ratio"], row["of ceiling"]) == ("200", "500", "1.95", "50%")
+    timings["compiled nhwc"] = timing(410)
+    record["peak_bytes"]["ours"] = 2e8
+    assert bench_models.row(record)["bars"] == "met"
