@@ -17,8 +17,8 @@ from .data.classes import named_classes
 from .data.video import read_video
 from .inference import Inference, batches_of_one_size, device_of, inferred_scores, predict_labels, refined
 from .refinement import CRFParameters, check_memory, most_probable
-from .registry import build
-from .weights import build_from_file, load_weights
+from .weights import build_from_file, known_weights
+from .weights.adopt import adopt, check_complete, class_names_of
 
 ImageLike = str | os.PathLike[str] | Image.Image | NDArray[np.generic]
 Progress = Callable[[int, int], object]
@@ -81,31 +81,36 @@ class Segmenter:
     def from_pretrained(
         cls,
         source: str | os.PathLike[str],
-        model: str,
+        model: str | None = None,
         *,
-        classes: str | os.PathLike[str] | Sequence[str] = "voc",
+        classes: str | os.PathLike[str] | Sequence[str] = "",
         model_options: Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
         **options: Any,
     ) -> Segmenter:
-        """Builds ``model`` and loads weights of another library into it::
+        """A segmenter with weights of another library, or of this package::
 
-            Segmenter.from_pretrained("torchvision/deeplabv3_resnet101", "deeplabv3_resnet101")
+            Segmenter.from_pretrained("torchvision/deeplabv3_resnet101")
 
         Args:
             source: what :func:`deeplab_kernels.models.load_weights` takes: a name, a file or a URL.
-            model: its name, see :func:`deeplab_kernels.models.list_models`.
-            classes: "voc", "cityscapes", a text file with one name a line, or the names.
+            model: its name, see :func:`deeplab_kernels.models.list_models`; by default the one that fits the weights.
+            classes: "voc", "cityscapes", "ade20k", a text file with one name a line, or the names; by default those
+                that are known of the weights, or else "class 0" ...
             model_options: of the model's builder.
             options: those of the class.
 
         Raises:
-            UserError: the weights do not fit the model, or its number of classes; see ``load_weights``.
+            UserError: the weights do not fit the model or the number of classes, or are of a backbone alone; see
+                ``load_weights``.
         """
-        names, palette = named_classes(classes)
-        network = build(model, num_classes=len(names), **(model_options or {}))
-        load_weights(network, source)
-        return cls(network.to(device), names, palette, **options)
+        known = known_weights().get(os.fspath(source))
+        classes = classes or (known.classes if known else "")
+        number = len(named_classes(classes)[0]) if classes else None
+        adopted = adopt(source, model, number, options=model_options)
+        check_complete(adopted)
+        names, palette = class_names_of(adopted, classes)
+        return cls(adopted.model.to(device), names, palette, **options)
 
     def __call__(
         self,

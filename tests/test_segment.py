@@ -16,10 +16,13 @@ import numpy as np
 import pytest
 import torch
 from deeplab_kernels.models import build
+from deeplab_kernels.models import segmenter as segmenter_module
 from deeplab_kernels.models.data import CLASS_NAMES, PALETTE, SceneDataset
 from deeplab_kernels.models.refinement import CRFParameters, energy_of_scores, refine
 from deeplab_kernels.models.segmenter import Segmenter, colourise, overlay
-from deeplab_kernels.models.weights import save_weights_file
+from deeplab_kernels.models.weights import LoadReport, save_weights_file
+from deeplab_kernels.models.weights.adopt import Adopted, check_complete
+from deeplab_kernels.models.weights.sources import Known
 from PIL import Image
 from torch import nn
 
@@ -236,10 +239,12 @@ def test_command_errors_are_one_line_with_exit_code_2(photo, weights, tmp_path, 
         ([tmp_path / "empty", "--weights", weights], "empty: has no images or videos; --recursive looks deeper"),
         ([tmp_path / "empty", "-r", "--weights", weights], "empty: has no images or videos"),
         ([tmp_path / "*.webp", "--weights", weights], "*.webp: no file has such a name"),
-        ([photo, "--weights", "torchvision/fcn_resnet50"], "needs --model"),
-        ([photo, "--weights", weights, "--classes", "voc"], "--classes needs --model"),
-        ([photo, "--weights", weights, "--model", NAME, "--classes", "none.txt"], "classes are voc, cityscapes, ade20k, or"),
-        ([photo, "--weights", weights, "--model", NAME], "weights.pt"),  # of 7 classes, not VOC's 21
+        ([photo, "--weights", "torchvision/fcn_resnet5"], "torchvision/fcn_resnet5"),
+        (
+            [photo, "--weights", weights, "--model", NAME, "--classes", "none.txt"],
+            "classes are voc, cityscapes, ade20k, or",
+        ),
+        ([photo, "--weights", weights, "--classes", "voc"], "weights.pt"),  # of 7 classes, not VOC's 21
         ([photo, "--weights", weights, "--window", "0"], "--window must be at least 1"),
         ([photo, "--weights", weights, "--output-stride", "7"], "output_stride"),
         ([photo, photo, tmp_path / "text.png", "--weights", weights, "-o", tmp_path / "x.png"], "must be a folder"),
@@ -354,6 +359,23 @@ def test_weights_without_classes(photo, weights, tmp_path):
     assert segmenter.class_names == CLASS_NAMES
     with pytest.raises(UserError, match="classifier"):
         Segmenter.from_pretrained(plain, NAME, classes="cityscapes")
+
+
+def test_names_of_known_weights(weights, tmp_path, monkeypatch):
+    assert Segmenter.from_pretrained(weights).class_names == CLASS_NAMES
+    plain = tmp_path / "plain.pth"
+    torch.save(torch.load(weights, weights_only=True)["state_dict"], plain)
+    assert Segmenter.from_pretrained(plain, NAME).class_names == tuple(f"class {i}" for i in range(7))
+    (tmp_path / "names.txt").write_text("a\nb\nc\nd\ne\nf\ng")
+    known = {str(plain): Known("", None, str(tmp_path / "names.txt"))}
+    monkeypatch.setattr(segmenter_module, "known_weights", lambda: known)
+    assert Segmenter.from_pretrained(plain, NAME).class_names == tuple("abcdefg")
+
+
+def test_weights_of_a_backbone_alone_are_refused():
+    report = LoadReport("x.pth", "timm", "a backbone", missing=["decoder.a.weight", "classifier.weight"])
+    with pytest.raises(UserError, match=r"x\.pth: has no weights of net's classifier, decoder: train it first"):
+        check_complete(Adopted(nn.Identity(), "net", {}, report, None))
 
 
 def test_classes_must_be_the_models():

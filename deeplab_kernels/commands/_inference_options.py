@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
@@ -19,10 +18,10 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights",
         required=True,
         metavar="SOURCE",
-        help="weights file of this package, such as demo/weights.pt; with --model also a file, name or URL of another "
-        "library's weights (see models.load_weights)",
+        help="weights file of this package, such as demo/weights.pt; or another library's: a file, URL or name "
+        "('convert --list' lists the names)",
     )
-    parser.add_argument("--model", metavar="NAME", help="the model that --weights are for, where they do not say it")
+    parser.add_argument("--model", metavar="NAME", help="the model that --weights are for, where they do not tell it")
     group = parser.add_argument_group("prediction")
     group.add_argument(
         "--scales",
@@ -78,12 +77,3 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "output_stride": args.output_stride,
         "batch_size": args.batch,
     }
-
-
-def needs_model(args: argparse.Namespace) -> None:
-    """Raises UserError where --weights is no file and nothing tells the model."""
-    if args.model is None and not Path(args.weights).exists() and ("/" in args.weights or ":" in args.weights):
-        from ..models import known_weights
-
-        if args.weights in known_weights() or "://" in args.weights:
-            raise UserError(f"--weights {args.weights} needs --model, the name of the model that they are for")

@@ -52,11 +52,11 @@ def run(args: argparse.Namespace) -> int:
 
     from ..models.data.classes import named_classes
     from ..models.weights import known_weights, save_weights_file
-    from ..models.weights.adopt import adopt
+    from ..models.weights.adopt import adopt, class_names_of
 
     known = known_weights().get(args.source)
     classes = args.class_names or (known.classes if known and args.num_classes is None else "")
-    names, palette = named_classes(classes) if classes else ((), [])
+    names = named_classes(classes)[0] if classes else ()
     if names and args.num_classes not in (None, len(names)):
         raise UserError(f"--class-names has {len(names)} names, --num-classes is {args.num_classes}")
     adopted = adopt(
@@ -69,11 +69,7 @@ def run(args: argparse.Namespace) -> int:
         cache=args.cache,
         sha256=args.sha256,
     )
-    content = adopted.content
-    if not names and content is not None and len(content["class_names"]) == adopted.model.num_classes:
-        names, palette = tuple(content["class_names"]), content["palette"]
-    elif not names:
-        names, palette = named_classes([f"class {i}" for i in range(adopted.model.num_classes)])
+    names, palette = class_names_of(adopted, classes)
     save_weights_file(
         output,
         adopted.model,

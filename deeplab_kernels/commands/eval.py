@@ -62,7 +62,6 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--{name} must be at least {least}, got {value}")
     if args.save_predictions and args.output is None:
         raise UserError("--save-predictions needs --output")
-    _inference_options.needs_model(args)
 
     from tqdm import tqdm
 
@@ -136,21 +135,17 @@ class First:
 
 def _model(args: argparse.Namespace, class_names: Sequence[str]) -> Any:
     """The network with its weights, on the device; its classes are the dataset's."""
-    from ..models import build, load_weights
-    from ..models.weights import build_from_file
+    from ..models.weights.adopt import adopt, check_complete
     from .segment import device
 
-    if args.model is not None:
-        model = build(args.model, num_classes=len(class_names))
-        load_weights(model, args.weights)
-        return model.to(device(args.device))
-    model, content = build_from_file(args.weights, device(args.device))
-    names = content["class_names"]
-    if len(names) != len(class_names):
+    adopted = adopt(args.weights, args.model)
+    check_complete(adopted)
+    if adopted.model.num_classes != len(class_names):
         raise UserError(
-            f"{args.weights}: has {len(names)} classes ({', '.join(names[:3])} ...), but {args.data} has "
-            f"{len(class_names)} ({', '.join(class_names[:3])} ...)"
+            f"{args.weights}: has {adopted.model.num_classes} classes, but {args.data} has {len(class_names)} "
+            f"({', '.join(class_names[:3])} ...)"
         )
+    names = adopted.content["class_names"] if adopted.content else class_names
     if list(names) != list(class_names):
         differing = next((a, b) for a, b in zip(names, class_names, strict=True) if a != b)
         print(
@@ -158,7 +153,7 @@ def _model(args: argparse.Namespace, class_names: Sequence[str]) -> Any:
             "classes are taken in their order",
             file=sys.stderr,
         )
-    return model
+    return adopted.model.to(device(args.device))
 
 
 def _made(folder: Path) -> Path:

@@ -56,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes",
         metavar="NAMES",
-        help="with --model: voc (default), cityscapes, or a text file with a class on each line",
+        help="names of the classes, where the weights do not have them: voc, cityscapes, ade20k, or a text file with a "
+        "name on each line",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     _inference_options.add_inference_arguments(parser)
@@ -66,9 +67,6 @@ def run(args: argparse.Namespace) -> int:
     _inference_options.check(args)
     if args.max_side is not None and args.max_side < 1:
         raise UserError(f"--max-side must be at least 1, got {args.max_side}")
-    if args.classes is not None and args.model is None:
-        raise UserError("--classes needs --model: a weights file of this package says what its classes are")
-    _inference_options.needs_model(args)
     inputs = collect(args.inputs, args.recursive)
     single = len(args.inputs) == len(inputs) == 1 and inputs[0].path == args.inputs[0]
     targets = _targets(args, inputs, single)
@@ -95,10 +93,8 @@ def _segmenter(args: argparse.Namespace) -> Segmenter:
     from ..models.segmenter import Segmenter
 
     options = {"tile": args.window, "margin": args.window // 8, **_inference_options.settings(args)}
-    if args.model is not None:
-        where = {"classes": args.classes or "voc", "device": device(args.device)}
-        return Segmenter.from_pretrained(args.weights, args.model, **where, **options)
-    return Segmenter.from_file(args.weights, device(args.device), **options)
+    where = {"classes": args.classes or "", "device": device(args.device)}
+    return Segmenter.from_pretrained(args.weights, args.model, **where, **options)
 
 
 class Target(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from deeplab_kernels.errors import UserError
@@ -23,6 +23,28 @@ class Adopted(NamedTuple):
     options: dict[str, Any]
     report: LoadReport
     content: dict[str, Any] | None
+
+
+def check_complete(adopted: Adopted) -> None:
+    """Raises UserError where the weights left a part of the model at random: those of a backbone."""
+    if missing := adopted.report.missing:
+        parts = ", ".join(sorted({name.partition(".")[0] for name in missing}))
+        raise UserError(f"{adopted.report.source}: has no weights of {adopted.name}'s {parts}: train it first")
+
+
+def class_names_of(
+    adopted: Adopted, given: str | os.PathLike[str] | Sequence[str] = ""
+) -> tuple[tuple[str, ...], Sequence[Sequence[int]]]:
+    """Names and colours of the model's classes: those given (see ``data.classes.named_classes``), else those that the
+    package's own weights file holds, else "class 0", "class 1" ..."""
+    from ..data.classes import named_classes
+
+    if given:
+        return named_classes(given)
+    content, number = adopted.content, adopted.model.num_classes
+    if content is not None and len(content["class_names"]) == number:
+        return tuple(content["class_names"]), content["palette"]
+    return named_classes([f"class {i}" for i in range(number)])
 
 
 def adopt(
