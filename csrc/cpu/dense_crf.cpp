@@ -67,12 +67,12 @@ struct Filter {
     const T* before = normalizer.before ? normalizer.before + image * lattice->plan.points + first : nullptr;
     lattice_kernels<T>().splat(lattice->places(chunk, first), before, values, pitch, count, slot_rows);
   }
-  // out = (accumulate ? out : 0) + factor * filtered
-  void slice(int64_t chunk, int64_t image, int64_t first, int64_t count, T factor, bool accumulate, int64_t pitch,
+  // out = base + factor * filtered; base may be null: 0.
+  void slice(int64_t chunk, int64_t image, int64_t first, int64_t count, T factor, const T* base, int64_t pitch,
              T* out) const {
     const T* after = normalizer.after ? normalizer.after + image * lattice->plan.points + first : nullptr;
     lattice_kernels<T>().slice(lattice->places(chunk, first), after, factor * normalizer.scale, rows.rows(), pitch,
-                               count, accumulate, out);
+                               count, base, out);
   }
   const T* factors(const T* all, int64_t image, int64_t first) const {
     return all ? all + image * lattice->plan.points + first : nullptr;
@@ -110,6 +110,11 @@ void add_compatibility(const Compatibility<T>& c, T factor, const T* rows, int64
 }
 
 template <typename T>
+ChunkPlan plan_of(const MeanFieldProblem<T>& problem) {
+  return ChunkPlan(problem.batch, problem.points, problem.kernel_count > 0 ? problem.kernels[0].lattice.row() : 0);
+}
+
+template <typename T>
 T* scratch_rows(int64_t elements) {
   return static_cast<T*>(thread_scratch(size_t(elements) * sizeof(T)));
 }
@@ -131,11 +136,7 @@ struct MeanField<T>::State {
   std::vector<Compatibility<T>> compatibility;
 
   State(const MeanFieldProblem<T>& p, const Parallel& pool)
-      : problem(p),
-        parallel(pool),
-        plan(p.batch, p.points),
-        pitch(packed_channels(p.labels)),
-        block(block_points(pitch)) {
+      : problem(p), parallel(pool), plan(plan_of(p)), pitch(packed_channels(p.labels)), block(block_points(pitch)) {
     if (empty()) return;
     for (int m = 0; m < p.kernel_count; ++m) {
       filters.emplace_back(p, m, pitch, false, parallel);
@@ -145,16 +146,13 @@ struct MeanField<T>::State {
 
   bool empty() const { return plan.chunks() == 0 || problem.labels == 0; }
   int kernel_count() const { return int(filters.size()); }
-  // -U, padding -infinity.
-  void load_unary(int64_t image, int64_t first, int64_t count, T* rows) const {
-    if (problem.packed_unary != nullptr) {
-      const T* from = problem.packed_unary + (image * plan.points + first) * pitch;
-      std::memcpy(rows, from, size_t(count * pitch) * sizeof(T));
-      return;
-    }
+  // -U, padding -infinity: where the caller has it so, or in `rows`.
+  const T* unary_rows(int64_t image, int64_t first, int64_t count, T* rows) const {
+    if (problem.packed_unary != nullptr) return problem.packed_unary + (image * plan.points + first) * pitch;
     Strided<const T> unary = problem.unary;
     unary.data += image * unary.batch_stride;
     pack_unary(unary, problem.labels, first, count, rows);
+    return rows;
   }
 
   // Calls f(chunk, image, first, count, scratch) for all blocks, scratch of three blocks' rows, after prepare(chunk).
@@ -201,8 +199,8 @@ struct MeanField<T>::State {
     if (empty()) return;
     each_block(
         [&](int64_t c, int64_t image, int64_t first, int64_t count, T* scratch) {
-          load_unary(image, first, count, scratch);
-          finish_block(c, image, first, count, scratch, scratch + block * pitch, output, more, saved);
+          const T* energy = unary_rows(image, first, count, scratch);
+          finish_block(c, image, first, count, energy, scratch + block * pitch, output, more, saved);
         },
         [&](int64_t c) { clear_slots(c); });
   }
@@ -212,17 +210,19 @@ struct MeanField<T>::State {
     blur();
     each_block(
         [&](int64_t c, int64_t image, int64_t first, int64_t count, T* scratch) {
-          T* energy = scratch;
+          T* sum = scratch;
           T* filtered = scratch + block * pitch;
-          load_unary(image, first, count, energy);
+          const T* energy = unary_rows(image, first, count, sum);
           for (int m = 0; m < kernel_count(); ++m) {
             const Compatibility<T>& matrix = compatibility[m];
             if (matrix.kind == MatrixKind::kScalar) {
-              filters[m].slice(c, image, first, count, -matrix.scalar, true, pitch, energy);
+              filters[m].slice(c, image, first, count, -matrix.scalar, energy, pitch, sum);
             } else {
-              filters[m].slice(c, image, first, count, T(1), false, pitch, filtered);
-              add_compatibility(matrix, T(-1), filtered, problem.labels, pitch, count, false, energy);
+              filters[m].slice(c, image, first, count, T(1), nullptr, pitch, filtered);
+              if (energy != sum) std::memcpy(sum, energy, size_t(count * pitch) * sizeof(T));
+              add_compatibility(matrix, T(-1), filtered, problem.labels, pitch, count, false, sum);
             }
+            energy = sum;
           }
           finish_block(c, image, first, count, energy, filtered, output, more, saved);
         },
@@ -257,7 +257,7 @@ struct MeanField<T>::State {
     each_block([&](int64_t c, int64_t image, int64_t first, int64_t count, T* scratch) {
       T* product = scratch + block * pitch;
       kernels.slice(filter.lattice->places(c, first), filter.factors(filter.normalizer.after, image, first),
-                    filter.normalizer.scale, rows.rows(), pitch, count, false, scratch);
+                    filter.normalizer.scale, rows.rows(), pitch, count, nullptr, scratch);
       std::fill(product, product + count * pitch, T(0));
       if (with_matrix) add_compatibility(compatibility[m], T(1), scratch, problem.labels, pitch, count, false, product);
       store_rows(with_matrix ? product : scratch, pitch, problem.labels, image, first, count, out);
@@ -317,7 +317,7 @@ template <typename T>
 void mean_field_backward(const MeanFieldProblem<T>& problem, int64_t iterations, const MeanFieldGradients<T>& gradients,
                          const Parallel& parallel) {
   const int64_t labels = problem.labels, pitch = packed_channels(labels), block = block_points(pitch);
-  const ChunkPlan plan(problem.batch, problem.points);
+  const ChunkPlan plan = plan_of(problem);
   const int count_m = problem.kernel_count;
   const LatticeKernels<T>& kernels = lattice_kernels<T>();
   const auto wants_features = [&](int m) {
@@ -426,7 +426,7 @@ void mean_field_backward(const MeanFieldProblem<T>& problem, int64_t iterations,
           std::fill(grad_q, grad_q + count * pitch, T(0));
           for (int m = 0; m < count_m; ++m) {
             const Filter<T>& filter = backward[m];
-            filter.slice(c, image, first, count, T(1), false, pitch, filtered);
+            filter.slice(c, image, first, count, T(1), nullptr, pitch, filtered);
             if (wants_matrix(m))
               kernels.add_outer(filtered, q, T(-1), labels, pitch, count, matrix_parts[m].data() + c * labels * pitch);
             add_compatibility(compatibility[m], T(-1), filtered, labels, pitch, count, true, grad_q);

@@ -27,7 +27,7 @@ struct MeanFieldProblem {
   Strided<const T> unary;           // (batch, labels, points)
   const T* packed_unary = nullptr;  // in place of unary: (batch, points, row) as pack_unary writes them; not copied
   const uint8_t* mask = nullptr;    // (batch, points), contiguous; points with 0 send and receive nothing. Null: all 1
-  const PairwiseKernel<T>* kernels = nullptr;  // lattices of the same batch and points
+  const PairwiseKernel<T>* kernels = nullptr;  // lattices of the same batch, points and row
   int kernel_count = 0;
   LatticeScale scale = LatticeScale::kExactSum;
 };

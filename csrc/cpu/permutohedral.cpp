@@ -1,10 +1,6 @@
 // The filter, its gradients and the passes that both and the mean field share.
 #include "permutohedral.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -45,28 +41,13 @@ void filter_scalar(const LatticeData<T>& lattice, VertexRows<T>& rows, bool tran
     for (int64_t c = begin; c < end; ++c)
       over_blocks(lattice.plan, c, kBlock, [&](int64_t image, int64_t first, int64_t count) {
         T values[kBlock];
-        kernels.slice(lattice.places(c, first), nullptr, scale, rows.rows(), 1, count, false, values);
+        kernels.slice(lattice.places(c, first), nullptr, scale, rows.rows(), 1, count, nullptr, values);
         for (int64_t p = 0; p < count; ++p) result(image, first + p, values[p]);
       });
   });
 }
 
-constexpr size_t kHugePage = size_t{1} << 21;
-
-size_t alignment_of(size_t bytes) { return bytes >= 2 * kHugePage ? kHugePage : 64; }
-
 }  // namespace
-
-// Rows are visited out of order: with small pages the address translation alone would miss its caches.
-void* allocate(size_t bytes) {
-  void* data = ::operator new(bytes, std::align_val_t(alignment_of(bytes)));
-#if defined(__linux__)
-  if (alignment_of(bytes) == kHugePage) madvise(data, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
-#endif
-  return data;
-}
-
-void release(void* data, size_t bytes) { ::operator delete(data, std::align_val_t(alignment_of(bytes))); }
 
 template <typename T>
 const LatticeKernels<T>& lattice_kernels() {
@@ -230,10 +211,9 @@ void FeatureGradient<T>::finish(T scale, Strided<const T> features, Strided<T> g
 
 template <typename T>
 Lattice<T>::Lattice(int64_t batch, int d, int64_t points, Strided<const T> features, const Parallel& parallel,
-                    Embedding embedding)
-    : data_(
-          std::make_shared<LatticeData<T>>(build_lattice(batch, d, points, features, embedding, &problem_, parallel))) {
-}
+                    Embedding embedding, int64_t row)
+    : data_(std::make_shared<LatticeData<T>>(
+          build_lattice(batch, d, points, row, features, embedding, &problem_, parallel))) {}
 
 template <typename T>
 int64_t Lattice<T>::batch() const {
@@ -248,6 +228,10 @@ int64_t Lattice<T>::points() const {
   return data_ ? data_->plan.points : 0;
 }
 template <typename T>
+int64_t Lattice<T>::row() const {
+  return data_ ? data_->plan.row : 0;
+}
+template <typename T>
 int64_t Lattice<T>::vertices() const {
   return data_ ? data_->vertices : 0;
 }
@@ -255,14 +239,14 @@ int64_t Lattice<T>::vertices() const {
 namespace {
 
 struct Header {
-  int64_t magic, element, batch, points, d, vertices, slots;
+  int64_t magic, element, batch, points, row, d, vertices, slots;
 };
-constexpr int64_t kMagic = 0x314c4b44;  // changes with the layout
+constexpr int64_t kMagic = 0x324c4b44;  // changes with the layout
 
 // Calls f(buffer, size) for each array, in the order of packing. `data` may be const.
 template <typename Data, typename F>
 void over_arrays(Data& data, const Header& header, F&& f) {
-  const ChunkPlan plan(header.batch, header.points);
+  const ChunkPlan plan(header.batch, header.points, header.row);
   const int64_t corners = plan.batch * plan.points * (header.d + 1);
   f(data.weight, corners);
   f(data.slot, corners);
@@ -275,7 +259,8 @@ void over_arrays(Data& data, const Header& header, F&& f) {
 
 template <typename T>
 Header header_of(const LatticeData<T>& data) {
-  return {kMagic, int64_t(sizeof(T)), data.plan.batch, data.plan.points, data.d, data.vertices, data.slots()};
+  return {kMagic, int64_t(sizeof(T)), data.plan.batch, data.plan.points, data.plan.row,
+          data.d, data.vertices,      data.slots()};
 }
 
 }  // namespace
@@ -295,7 +280,7 @@ size_t Lattice<T>::packed_bytes() const {
 template <typename T>
 void Lattice<T>::pack(void* bytes) const {
   if (!data_) {
-    const Header none{kMagic, int64_t(sizeof(T)), 0, 0, 0, 0, 0};
+    const Header none{kMagic, int64_t(sizeof(T)), 0, 0, 0, 0, 0, 0};
     std::memcpy(bytes, &none, sizeof none);
     return;
   }
@@ -327,7 +312,7 @@ Lattice<T> Lattice<T>::unpack(const void* bytes, size_t size) {
     if (buffer.bytes() > 0) std::memcpy(buffer.data(), from, buffer.bytes());
     from += buffer.bytes();
   });
-  data->plan = ChunkPlan(header.batch, header.points);
+  data->plan = ChunkPlan(header.batch, header.points, header.row);
   data->d = int(header.d);
   data->vertices = header.vertices;
   result.data_ = std::move(data);
@@ -367,7 +352,7 @@ void permutohedral_filter(const Lattice<T>& lattice, int64_t channels, Strided<c
       for (int64_t c = begin; c < end; ++c)
         over_blocks(data.plan, c, block, [&](int64_t image, int64_t first, int64_t count) {
           const T* after = normalizer.after ? normalizer.after + image * points + first : nullptr;
-          kernels.slice(data.places(c, first), after, normalizer.scale, rows.rows(), pitch, count, false, scratch);
+          kernels.slice(data.places(c, first), after, normalizer.scale, rows.rows(), pitch, count, nullptr, scratch);
           T* to = out.data + image * out.batch_stride + c0 * out.channel_stride + first * out.point_stride;
           kernels.store(scratch, pitch, width, count, to, out.channel_stride, out.point_stride);
         });
@@ -432,7 +417,7 @@ void permutohedral_filter_backward(const Lattice<T>& lattice, int64_t channels, 
                          pitch);
             if (grad_values.data == nullptr) return;
             const T* before = normalizer.before ? normalizer.before + image * points + first : nullptr;
-            kernels.slice(data.places(c, first), before, normalizer.scale, backward.rows(), pitch, count, false,
+            kernels.slice(data.places(c, first), before, normalizer.scale, backward.rows(), pitch, count, nullptr,
                           scratch);
             kernels.store(scratch, pitch, width, count,
                           grad_values.data + image * grad_values.batch_stride + c0 * grad_values.channel_stride +

@@ -63,13 +63,16 @@ class Lattice {
   Lattice() = default;
   // Check problem() before use: with one, the lattice is empty and must not be given to any function below.
   // Throws std::bad_alloc, and std::length_error where a batch has 2^31 or more vertices.
+  // row: the points of one row, where they are those of an image, row by row (the last may be shorter); 0 otherwise. It
+  // changes the speed and the order of sums, nothing else.
   Lattice(int64_t batch, int d, int64_t points, Strided<const T> features, const Parallel& parallel,
-          Embedding embedding = Embedding::kAccurate);
+          Embedding embedding = Embedding::kAccurate, int64_t row = 0);
 
   const FeatureProblem& problem() const { return problem_; }
   int64_t batch() const;
   int dimension() const;
   int64_t points() const;
+  int64_t row() const;
   int64_t vertices() const;  // of all images
   size_t memory() const;     // bytes
 

@@ -278,35 +278,46 @@ struct Bounds {
   double low[kMaxLatticeDimension], high[kMaxLatticeDimension];
 };
 
+constexpr int64_t kLongestRun = int64_t{1} << 62;
+
+// Extends [low, high] by `count` values; NaN or an infinity makes it infinite for good.
+template <typename T>
+void add_bounds(const T* in, int64_t stride, int64_t count, double* low, double* high) {
+  constexpr int64_t kLanes = 8;
+  T least[kLanes], most[kLanes], wrong[kLanes];
+  for (int64_t l = 0; l < kLanes; ++l) least[l] = most[l] = in[0], wrong[l] = T(0);
+  for (int64_t p = 0; p < count; p += kLanes)
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const T value = in[std::min(p + l, count - 1) * stride];
+      least[l] = value < least[l] ? value : least[l];
+      most[l] = value > most[l] ? value : most[l];
+      wrong[l] += value - value;  // NaN for NaN and infinities
+    }
+  for (int64_t l = 0; l < kLanes; ++l) {
+    *low = std::min<double>(*low, least[l]);
+    *high = std::max<double>(*high, most[l]);
+  }
+  for (int64_t l = 0; l < kLanes; ++l)
+    if (wrong[l] != T(0))
+      *low = -std::numeric_limits<double>::infinity(), *high = std::numeric_limits<double>::infinity();
+}
+
 // Smallest and largest feature of each axis; NaN or an infinity becomes infinite bounds.
 template <typename T>
 Bounds find_bounds(const ChunkPlan& plan, int d, Strided<const T> features, const Parallel& parallel) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   std::vector<Bounds> of_chunk(size_t(plan.chunks()));
   parallel(plan.chunks(), [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c)
-      for (int i = 0; i < d; ++i) {
-        const T* in = features.data + plan.image(c) * features.batch_stride + i * features.channel_stride;
-        constexpr int64_t kLanes = 8;
-        T low[kLanes], high[kLanes], wrong[kLanes];
-        const int64_t first = plan.first(c), last = plan.last(c);
-        for (int64_t l = 0; l < kLanes; ++l) low[l] = high[l] = in[first * features.point_stride], wrong[l] = T(0);
-        for (int64_t p = first; p < last; p += kLanes)
-          for (int64_t l = 0; l < kLanes; ++l) {
-            const T value = in[std::min(p + l, last - 1) * features.point_stride];
-            low[l] = value < low[l] ? value : low[l];
-            high[l] = value > high[l] ? value : high[l];
-            wrong[l] += value - value;  // NaN for NaN and infinities
-          }
-        Bounds& bounds = of_chunk[c];
-        bounds.low[i] = low[0], bounds.high[i] = high[0];
-        for (int64_t l = 0; l < kLanes; ++l) {
-          bounds.low[i] = std::min<double>(bounds.low[i], low[l]);
-          bounds.high[i] = std::max<double>(bounds.high[i], high[l]);
-          if (wrong[l] != T(0)) bounds.low[i] = -kInfinity, bounds.high[i] = kInfinity;
-        }
-        if (!(bounds.low[i] <= bounds.high[i])) bounds.low[i] = -kInfinity, bounds.high[i] = kInfinity;
-      }
+    for (int64_t c = begin; c < end; ++c) {
+      Bounds& bounds = of_chunk[c];
+      for (int i = 0; i < d; ++i) bounds.low[i] = kInfinity, bounds.high[i] = -kInfinity;
+      over_blocks(plan, c, kLongestRun, [&](int64_t image, int64_t first, int64_t count) {
+        for (int i = 0; i < d; ++i)
+          add_bounds(features.data + image * features.batch_stride + i * features.channel_stride +
+                         first * features.point_stride,
+                     features.point_stride, count, &bounds.low[i], &bounds.high[i]);
+      });
+    }
   });
   Bounds all;
   for (int i = 0; i < d; ++i) {
@@ -351,12 +362,25 @@ double largest_coordinate(int d, const double* low, const double* high) {
 
 }  // namespace
 
-ChunkPlan::ChunkPlan(int64_t batch, int64_t points) : batch(batch), points(points) {
+ChunkPlan::ChunkPlan(int64_t batch, int64_t points, int64_t row) : batch(batch), points(points), row(row) {
+  if (points == 0) {
+    this->batch = 0;
+    return;
+  }
   // Few, so that few vertices lie in several; enough for the threads of a large machine where there is much to do.
-  chunk_points = std::clamp<int64_t>((points + 15) / 16, 2048, 131072);
-  chunk_points = (chunk_points + 63) / 64 * 64;
-  chunks_per_image = (points + chunk_points - 1) / chunk_points;
-  if (points == 0) this->batch = 0;
+  const int64_t wanted = std::clamp<int64_t>((points + 15) / 16, 2048, 131072);
+  if (row < 2 * kSegment || row >= points) {
+    this->row = points;
+    chunk_width = (wanted + kSegment - 1) / kSegment * kSegment;
+  } else {
+    // About square.
+    const int64_t side = std::max<int64_t>(1, int64_t(std::lround(std::sqrt(double(wanted)) / kSegment)));
+    chunk_width = std::min(side * kSegment, row);
+    chunk_height = std::max<int64_t>(1, wanted / chunk_width);
+  }
+  across = (this->row + chunk_width - 1) / chunk_width;
+  const int64_t rows = (points + this->row - 1) / this->row;
+  chunks_per_image = across * ((rows + chunk_height - 1) / chunk_height);
 }
 
 template <typename T>
@@ -368,10 +392,10 @@ FeatureProblem find_feature_problem(int64_t batch, int d, int64_t points, Stride
 }
 
 template <typename T>
-LatticeData<T> build_lattice(int64_t batch, int d, int64_t points, Strided<const T> features, Embedding embedding,
-                             FeatureProblem* problem, const Parallel& parallel) {
+LatticeData<T> build_lattice(int64_t batch, int d, int64_t points, int64_t row, Strided<const T> features,
+                             Embedding embedding, FeatureProblem* problem, const Parallel& parallel) {
   LatticeData<T> lattice;
-  const ChunkPlan plan(batch, points);
+  const ChunkPlan plan(batch, points, row);
   const Bounds bounds = find_bounds(plan, d, features, parallel);
   *problem = find_problem(batch, d, points, features, bounds);
   lattice.d = d;
@@ -405,10 +429,10 @@ LatticeData<T> build_lattice(int64_t batch, int d, int64_t points, Strided<const
   return lattice;
 }
 
-#define DK_INSTANTIATE(T)                                                                                       \
-  template FeatureProblem find_feature_problem<T>(int64_t, int, int64_t, Strided<const T>, const Parallel&);    \
-  template LatticeData<T> build_lattice<T>(int64_t, int, int64_t, Strided<const T>, Embedding, FeatureProblem*, \
-                                           const Parallel&);
+#define DK_INSTANTIATE(T)                                                                                    \
+  template FeatureProblem find_feature_problem<T>(int64_t, int, int64_t, Strided<const T>, const Parallel&); \
+  template LatticeData<T> build_lattice<T>(int64_t, int, int64_t, int64_t, Strided<const T>, Embedding,      \
+                                           FeatureProblem*, const Parallel&);
 DK_INSTANTIATE(float)
 DK_INSTANTIATE(double)
 

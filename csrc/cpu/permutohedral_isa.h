@@ -46,10 +46,10 @@ struct LatticeKernels {
   // slot_rows[slot] += weight * point_scale * row. point_scale may be null: 1.
   void (*splat)(const PointPlaces<T>& places, const T* point_scale, const T* rows, int64_t pitch, int64_t count,
                 T* slot_rows);
-  // rows = (accumulate ? rows : 0) + factor * point_scale * sum_k weight_k vertex_rows[vertex_k]. point_scale may be
-  // null.
+  // rows = base + factor * point_scale * sum_k weight_k vertex_rows[vertex_k]. point_scale and base may be null: 1, 0.
+  // base may be rows.
   void (*slice)(const PointPlaces<T>& places, const T* point_scale, T factor, const T* vertex_rows, int64_t pitch,
-                int64_t count, bool accumulate, T* rows);
+                int64_t count, const T* base, T* rows);
   // vertex_rows[v] = sum of its slots' rows, v = first ... last - 1.
   void (*merge)(const int32_t* begin, const int32_t* slots, const T* slot_rows, int64_t first, int64_t last,
                 int64_t pitch, T* vertex_rows);

@@ -221,6 +221,27 @@ struct Kernels {
         const int vertices = simplex.value ? simplex.value : places.vertices;
         const int32_t* slot = places.slot;
         const T* weight = places.weight;
+        // Neighbouring pixels often share a simplex. Where its rows fit the registers, they stay there meanwhile.
+        if constexpr (simplex.value * packs.value > 0 && simplex.value * packs.value <= 9) {
+          R sum[simplex.value];
+          int32_t at[simplex.value];
+          for (int64_t p = 0; p < count; ++p, slot += vertices, weight += vertices) {
+            bool same = p > 0;
+            for (int k = 0; k < simplex.value && p > 0; ++k) same &= slot[k] == at[k];
+            if (!same) {
+              for (int k = 0; k < simplex.value && p > 0; ++k) sum[k].store(slot_rows + at[k] * pitch + offset);
+              for (int k = 0; k < simplex.value; ++k) {
+                at[k] = slot[k];
+                sum[k] = R::load(slot_rows + at[k] * pitch + offset);
+              }
+            }
+            R row = R::load(rows + p * pitch + offset);
+            if (point_scale) row.scale(point_scale[p]);
+            for (int k = 0; k < simplex.value; ++k) add_scaled(sum[k], weight[k], row);
+          }
+          for (int k = 0; k < simplex.value && count > 0; ++k) sum[k].store(slot_rows + at[k] * pitch + offset);
+          return;
+        }
         for (int64_t p = 0; p < count; ++p, slot += vertices, weight += vertices) {
           R row = R::load(rows + p * pitch + offset);
           if (point_scale) row.scale(point_scale[p]);
@@ -236,7 +257,7 @@ struct Kernels {
   }
 
   static void slice(const PointPlaces<T>& places, const T* point_scale, T factor, const T* vertex_rows, int64_t pitch,
-                    int64_t count, bool accumulate, T* rows) {
+                    int64_t count, const T* base, T* rows) {
     over_simplex(places.vertices, [&](auto simplex) DK_INLINE_LAMBDA {
       over_row(pitch, [&](auto packs, int64_t offset) DK_INLINE_LAMBDA {
         using R = Row<T, packs.value>;
@@ -247,10 +268,9 @@ struct Kernels {
           R sum = R::zero();
           for (int k = 0; k < vertices; ++k)
             sum.add(weight[k], vertex_rows + places.slot_vertex[slot[k]] * pitch + offset);
-          T* to = rows + p * pitch + offset;
           sum.scale(point_scale ? factor * point_scale[p] : factor);
-          if (accumulate) sum.add(to);
-          sum.store(to);
+          if (base) sum.add(base + p * pitch + offset);
+          sum.store(rows + p * pitch + offset);
         }
       });
     });
@@ -293,21 +313,9 @@ struct Kernels {
     over_row_at_once(
         pitch,
         [&](auto packs) DK_INLINE_LAMBDA {
-          // A short row stays in registers.
-          using R = Row<T, packs.value>;
-          for (int64_t p = 0; p < count; ++p) {
-            R row = R::load(energy + p * pitch);
-            Pack<T> most = row.v[0];
-            for (int i = 1; i < packs.value; ++i) most = row.v[i] > most ? row.v[i] : most;
-            most = largest_of<T>(most);
-            Pack<T> total{};
-            for (int i = 0; i < packs.value; ++i) {
-              row.v[i] = exp_of(row.v[i] - most);
-              total += row.v[i];
-            }
-            row.scale(T(1) / sum_of<T>(total));
-            row.store(q + p * pitch);
-          }
+          int64_t p = 0;
+          for (; p + 2 <= count; p += 2) short_softmax<packs.value, 2>(energy + p * pitch, q + p * pitch);
+          if (p < count) short_softmax<packs.value, 1>(energy + p * pitch, q + p * pitch);
         },
         [&] {
           for (int64_t p = 0; p < count; ++p) {
@@ -399,6 +407,29 @@ struct Kernels {
     constexpr int kBytes = (kPacks ? kPacks * kPack : 1) * int(sizeof(T));
     for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + i);
     if (kBytes > 4) __builtin_prefetch(reinterpret_cast<const char*>(row) + kBytes - 1);
+  }
+
+  // Rows that stay in registers. One row's chain of dependent steps is long: two rows fill each other's gaps.
+  template <int kPacks, int kRows>
+  DK_INLINE static void short_softmax(const T* energy, T* q) {
+    using R = Row<T, kPacks>;
+    R row[kRows];
+    Pack<T> most[kRows], total[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      row[r] = R::load(energy + r * kPacks * kPack);
+      most[r] = row[r].v[0];
+      for (int i = 1; i < kPacks; ++i) most[r] = row[r].v[i] > most[r] ? row[r].v[i] : most[r];
+    }
+    for (int r = 0; r < kRows; ++r) most[r] = largest_of<T>(most[r]), total[r] = Pack<T>{};
+    for (int i = 0; i < kPacks; ++i)
+      for (int r = 0; r < kRows; ++r) {
+        row[r].v[i] = exp_of(row[r].v[i] - most[r]);
+        total[r] += row[r].v[i];
+      }
+    for (int r = 0; r < kRows; ++r) {
+      row[r].scale(T(1) / sum_of<T>(total[r]));
+      row[r].store(q + r * kPacks * kPack);
+    }
   }
 
   template <int kPacks>

@@ -6,18 +6,15 @@
 // of first touch over the chunks, so that neighbours in a scanned image lie close together.
 #pragma once
 
-#include <new>
+#include <algorithm>
 #include <utility>
 #include <vector>
 
 #include "permutohedral.h"
 #include "permutohedral_isa.h"
+#include "workspace.h"
 
 namespace deeplab_kernels::cpu {
-
-// Uninitialised memory, 64-byte aligned; large blocks in huge pages where the system has them.
-void* allocate(size_t bytes);
-void release(void* data, size_t bytes);
 
 template <typename E>
 class Buffer {
@@ -45,20 +42,20 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-// Cuts each image into chunks of equal size (the last one less).
+// Cuts each image's points into chunks: rectangles where the points are known to be the rows of an image, else runs. A
+// chunk is visited in segments of one row each (the points of a run are its only row), column by column, so that the
+// vertices around it are few and are met again soon.
 struct ChunkPlan {
-  int64_t batch = 0, points = 0, chunk_points = 1, chunks_per_image = 0;
+  static constexpr int64_t kSegment = 64;
+
+  int64_t batch = 0, points = 0;
+  int64_t row = 0;  // points of a row; 0: not known
+  int64_t chunk_width = 1, chunk_height = 1, across = 1, chunks_per_image = 0;
 
   ChunkPlan() = default;
-  ChunkPlan(int64_t batch, int64_t points);
+  ChunkPlan(int64_t batch, int64_t points, int64_t row = 0);
   int64_t chunks() const { return batch * chunks_per_image; }
   int64_t image(int64_t chunk) const { return chunk / chunks_per_image; }
-  // Points of the image.
-  int64_t first(int64_t chunk) const { return chunk % chunks_per_image * chunk_points; }
-  int64_t last(int64_t chunk) const {
-    const int64_t end = first(chunk) + chunk_points;
-    return end < points ? end : points;
-  }
 };
 
 template <typename T>
@@ -82,8 +79,8 @@ struct LatticeData {
 };
 
 template <typename T>
-LatticeData<T> build_lattice(int64_t batch, int d, int64_t points, Strided<const T> features, Embedding embedding,
-                             FeatureProblem* problem, const Parallel& parallel);
+LatticeData<T> build_lattice(int64_t batch, int d, int64_t points, int64_t row, Strided<const T> features,
+                             Embedding embedding, FeatureProblem* problem, const Parallel& parallel);
 
 // Of the instruction set in use.
 template <typename T>
@@ -121,11 +118,18 @@ class VertexRows {
   Buffer<T> first_;  // what the slots are summed into, if the number of blurs is odd
 };
 
-// Calls f(chunk, image, first, count) for every block of points.
+// Calls f(image, first, count) for a chunk's points, at most `block` consecutive ones at a time.
 template <typename F>
 void over_blocks(const ChunkPlan& plan, int64_t chunk, int64_t block, F&& f) {
-  const int64_t image = plan.image(chunk), last = plan.last(chunk);
-  for (int64_t p = plan.first(chunk); p < last; p += block) f(image, p, last - p < block ? last - p : block);
+  const int64_t image = plan.image(chunk), in_image = chunk % plan.chunks_per_image;
+  const int64_t left = in_image % plan.across * plan.chunk_width, top = in_image / plan.across * plan.chunk_height;
+  const int64_t right = std::min(left + plan.chunk_width, plan.row);
+  const int64_t bottom = std::min(top + plan.chunk_height, (plan.points + plan.row - 1) / plan.row);
+  for (int64_t x = left; x < right; x += ChunkPlan::kSegment)
+    for (int64_t y = top; y < bottom; ++y) {
+      const int64_t last = std::min(y * plan.row + std::min(x + ChunkPlan::kSegment, right), plan.points);
+      for (int64_t p = y * plan.row + x; p < last; p += block) f(image, p, std::min(block, last - p));
+    }
 }
 
 // The factors before and after the lattice that make a normalised filter: F = after * (scale * lattice) * before.

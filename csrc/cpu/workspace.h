@@ -6,11 +6,18 @@
 
 namespace deeplab_kernels::cpu {
 
+// Uninitialised memory, 64-byte aligned; large blocks in huge pages where the system has them. Released large blocks
+// are kept for the next call, up to kKeptBytes in all: mapping and clearing their pages can take as long as the work
+// done in them. release() is given the same number of bytes.
+void* allocate(size_t bytes);
+void release(void* data, size_t bytes);
+constexpr size_t kKeptBytes = size_t{256} << 20;
+
 // Uninitialised memory for one call of an operator, 64-byte aligned.
 class Workspace {
  public:
-  explicit Workspace(size_t bytes);
-  ~Workspace();
+  explicit Workspace(size_t bytes) : data_(allocate(bytes)), bytes_(bytes) {}
+  ~Workspace() { release(data_, bytes_); }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
   template <typename T>
@@ -20,6 +27,7 @@ class Workspace {
 
  private:
   void* data_;
+  size_t bytes_;
 };
 
 // Memory of the calling thread, 64-byte aligned, kept from call to call (a few MB at most for images of usual width);

@@ -100,10 +100,11 @@ struct Features {
 using Problem = std::optional<std::tuple<bool, int64_t, int64_t, double>>;
 
 struct BuiltLattice {
-  explicit BuiltLattice(const Features& features)
+  // row: see cpu::Lattice.
+  BuiltLattice(const Features& features, int64_t row)
       : points(features.points),
         lattice(1, features.d, features.padded, {features.values, 0, features.padded, 1}, parallel(),
-                cpu::Embedding::kPydensecrf) {}
+                cpu::Embedding::kPydensecrf, row) {}
   Problem problem() const {
     const cpu::FeatureProblem& found = lattice.problem();
     if (found.kind == cpu::FeatureProblem::kNone) return std::nullopt;
@@ -114,7 +115,7 @@ struct BuiltLattice {
   Lattice<float> lattice;
 };
 
-BuiltLattice lattice_of_features(const FloatArray& array) {
+BuiltLattice lattice_of_features(const FloatArray& array, int64_t row) {
   require(array.ndim() == 2 && array.shape(0) >= 1 && array.shape(0) <= kMaxLatticeDimension, "features: bad shape");
   const auto in = array.unchecked<2>();
   py::gil_scoped_release released;
@@ -123,7 +124,7 @@ BuiltLattice lattice_of_features(const FloatArray& array) {
     for (int axis = 0; axis < features.d; ++axis)
       for (int64_t p = begin; p < end; ++p) features.at(axis, p) = in(axis, p);
   });
-  return BuiltLattice(features);
+  return BuiltLattice(features, row);
 }
 
 // Divides as pydensecrf does, in float: the simplex a point lies in depends on the last bit now and then.
@@ -150,7 +151,7 @@ BuiltLattice lattice_of_image(const std::pair<int64_t, int64_t>& size, const std
         for (int c = 0; c < channels; ++c) features.at(2 + c, p) = float((*in)(y, x, c)) / sigma_channel[size_t(c)];
       }
   });
-  return BuiltLattice(features);
+  return BuiltLattice(features, width);
 }
 
 template <typename E>
@@ -260,7 +261,8 @@ class Inference {
     require(labels >= 1 && points >= 0, "labels, points: bad value");
     require(!unary_ || (unary_->labels == labels && unary_->points == points && !unary_->problem()), "unary: bad");
     for (const auto& term : terms_) {
-      require(term->lattice->points == points && int64_t(term->compatibility.size()) == labels * labels,
+      require(term->lattice->points == points && term->lattice->lattice.row() == terms_[0]->lattice->lattice.row() &&
+                  int64_t(term->compatibility.size()) == labels * labels,
               "term: bad shape");
       kernels_.push_back({term->lattice->lattice, term->normalization, term->compatibility.data()});
     }
@@ -361,11 +363,13 @@ class Inference {
     return *engine_;
   }
 
-  // A (labels, points) view of a new array with room for the padding.
+  // A (labels, points) array with room for the padding, in memory that the next call can use again.
   std::pair<FloatArray, Strided<float>> new_q() {
-    FloatArray memory({padded_, labels_});
-    float* data = memory.mutable_data();
-    FloatArray result({labels_, points_}, {kSize<float>, labels_ * kSize<float>}, data, memory);
+    auto memory = std::make_unique<cpu::Workspace>(size_t(padded_ * labels_) * sizeof(float));
+    float* data = memory->as<float>();
+    const py::capsule owner(memory.get(), [](void* released) { delete static_cast<cpu::Workspace*>(released); });
+    (void)memory.release();
+    FloatArray result({labels_, points_}, {kSize<float>, labels_ * kSize<float>}, data, owner);
     return {result, {data, 0, 1, labels_}};
   }
 
@@ -427,7 +431,7 @@ PYBIND11_MODULE(_densecrf, m) {
   m.def("set_num_threads", &numpy::set_num_threads, py::arg("threads"));
 
   py::class_<BuiltLattice, std::shared_ptr<BuiltLattice>>(m, "Lattice")
-      .def(py::init(&lattice_of_features), py::arg("features"))
+      .def(py::init(&lattice_of_features), py::arg("features"), py::arg("row") = 0)
       .def_static(
           "gaussian",
           [](const std::pair<int64_t, int64_t>& size, const std::pair<float, float>& sigma_xy) {

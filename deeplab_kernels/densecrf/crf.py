@@ -96,6 +96,7 @@ class DenseCRF:
 
     def __init__(self, nvar: int, nlabels: int) -> None:
         self._nvar = check.integer("nvar", nvar, 0)
+        self._row = 0  # points of one row, where they are pixels
         self._nlabels = check.integer("nlabels", nlabels, 1)
         self._unary: _densecrf.Unary | None = None
         self._terms: list[_densecrf.Term] = []
@@ -159,7 +160,7 @@ class DenseCRF:
                 f"features must have shape (d, {self._nvar}) with d = 1 to {_densecrf.MAX_DIMENSION}, got {array.shape}"
             )
         lattice = check.usable(
-            _densecrf.Lattice(array),
+            _densecrf.Lattice(array, self._row),
             [("features",)] * array.shape[0],
             lambda axis, point: f"[{axis}, {point}]",
         )
@@ -250,6 +251,7 @@ class DenseCRF2D(DenseCRF):
     def __init__(self, w: int, h: int, nlabels: int) -> None:
         self._w, self._h = check.integer("w", w, 0), check.integer("h", h, 0)
         super().__init__(self._w * self._h, nlabels)
+        self._row = self._w
 
     def addPairwiseGaussian(
         self, sxy: Any, compat: Any, kernel: int = DIAG_KERNEL, normalization: int = NORMALIZE_SYMMETRIC

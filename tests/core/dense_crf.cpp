@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <map>
@@ -166,9 +167,12 @@ void threads() {
   }
   std::vector<uint8_t> mask(size_t(batch * points), 1);
   for (size_t i = 0; i < mask.size(); i += 7) mask[i] = 0;
-  std::vector<std::vector<float>> first;
-  for (int64_t n : {1, 4}) {
-    thread_count = n;
+  // With each number of threads, once as a run of points and once as an image's rows.
+  std::vector<std::vector<float>> first, of_run;
+  for (int64_t n : {1, 4, -1, -4}) {
+    const int64_t row = n < 0 ? 131 : 0;
+    thread_count = std::abs(n);
+    if (n == -1) of_run = std::move(first), first.clear();
     PairwiseKernel<float> kernels[2];
     std::vector<Strided<const float>> feature_views;
     std::vector<Strided<float>> grad_views;
@@ -177,7 +181,8 @@ void threads() {
     float* grad_matrices[2];
     for (int m = 0; m < 2; ++m) {
       feature_views.push_back(in(features[m], dimensions[m], points));
-      kernels[m].lattice = Lattice<float>(batch, dimensions[m], points, feature_views[m], pool);
+      kernels[m].lattice =
+          Lattice<float>(batch, dimensions[m], points, feature_views[m], pool, Embedding::kAccurate, row);
       std::vector<char> bytes(kernels[m].lattice.packed_bytes());
       kernels[m].lattice.pack(bytes.data());
       expect(Lattice<double>::unpack(bytes.data(), bytes.size()).data() == nullptr, "unpack of another type");
@@ -223,6 +228,8 @@ void threads() {
     if (first.empty()) first = all;
     for (size_t i = 0; i < all.size(); ++i) expect(all[i] == first[i], "threads", n, int64_t(i));
   }
+  expect(first != of_run, "the order of sums differs");
+  for (size_t j = 0; j < first[1].size(); ++j) expect(std::abs(first[1][j] - of_run[1][j]) < 1e-4f, "q of rows");
   thread_count = 1;
 }
 
