@@ -14,10 +14,9 @@ from .backbones.features import LAST_STRIDE, check_output_stride
 from .builders import Variants, on_backbone
 from .heads import ASPP, Decoder, FCNHead
 from .heads.aspp import head_convolution
+from .heads.fcn import AUXILIARY_STRIDE
 from .layers import BN_MOMENTUM, HEAD_BN_EPS, positive_ints, resize_bilinear
 from .system import SegmentationModel, check_images
-
-AUXILIARY_STRIDE = 16
 
 
 class DeepLabV3(SegmentationModel):
