@@ -215,6 +215,7 @@ def content() -> dict[str, Any]:
         "seeds": 3,
         "processes": 4,
         "failures": {},
+        "missing": 21,
         "cost": [slow, fast],
         "records": records,
     }
@@ -239,8 +240,11 @@ def test_report(content: dict[str, Any], tmp_path: Path) -> None:
     assert "| ASPP-L > LargeFOV | +2.00 ± 0.00 | +3.20 | **reproduced** |" in text
     assert "| SC takes fewer Multiply-Adds | 0.25 | 1.00 | **reproduced** |" in text
     assert "| SC has the lower latency | 0.50 | yes | **reproduced** |" in text
+    assert "21 trainings are missing" in text
     assert "nan" not in text
-    assert json.loads((tmp_path / "study.json").read_text())["findings"][0]["key"] == "aspp"
+    written = (tmp_path / "study.json").read_text()
+    assert "NaN" not in written
+    assert json.loads(written)["findings"][0]["key"] == "aspp"
 
 
 def test_curves(content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,8 @@ def _finding(content: Content, finding: Finding) -> dict[str, Any]:
                 "variant": row.variant,
                 "paper": row.paper,
                 "figures": {
-                    c: {"mean": s.mean, "deviation": s.deviation, "seeds": s.count} for c, s in figures.items()
+                    c: {"mean": _plain(s.mean), "deviation": _plain(s.deviation), "seeds": s.count}
+                    for c, s in figures.items()
                 },
             }
         )
@@ -90,13 +91,18 @@ def _finding(content: Content, finding: Finding) -> dict[str, Any]:
                 "claim": claim.text,
                 "metric": claim.metric,
                 "paper": claim.paper,
-                "difference": difference.mean,
-                "standard_error": difference.error,
+                "difference": _plain(difference.mean),
+                "standard_error": _plain(difference.error),
                 "seeds": difference.count,
                 "verdict": verdict,
             }
         )
     return {"key": finding.key, "title": finding.title, "source": finding.source, "rows": rows, "claims": claims}
+
+
+def _plain(value: float) -> float | None:
+    """For JSON, which knows no NaN."""
+    return None if math.isnan(value) else value
 
 
 # Text
@@ -118,6 +124,8 @@ def _head(content: Content) -> str:
     s, machine = content["settings"], content["machine"]
     clutter = ", ".join(f"{c:g}" for c in s["clutter"])
     missing = "".join(f"\n\n{name} failed: {error}" for name, error in content["failures"].items())
+    if content["missing"]:
+        missing += f"\n\n{content['missing']} trainings are missing."
     return (
         "# The papers' findings in miniature\n\n"
         f"Networks of about half a million parameters, trained from random weights for {s['steps']} steps of "

@@ -9,6 +9,7 @@ import os
 import queue
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import closing
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _end)
     failures: dict[str, str] = {}
     if not options.report:
-        failures = _run_all(planned, options.work, options.workers)
+        failures = _run_all(planned, options.work, options.workers, options.minutes)
     records = [json.loads(path.read_text()) for job in planned if (path := options.work / job.record_name).exists()]
     if not records:
         sys.exit("nothing was measured" + "".join(f"\n{name}: {error}" for name, error in failures.items()))
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "scale": options.scale,
         "seeds": options.seeds,
         "processes": options.workers,
+        "missing": len(planned) - len(records),
         "failures": failures,
         "cost": cost.compare(settings.scene_size, _ROUNDS if options.scale >= 0.2 else 3),
         "records": records,
@@ -67,6 +69,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=_count, default=os.cpu_count() or 1, help="processes of one thread each (default: cores)"
     )
+    parser.add_argument("--minutes", type=_positive, help="start no training after so many minutes")
     parser.add_argument("--only", nargs="+", choices=list(NETWORKS), metavar="NETWORK", help=", ".join(NETWORKS))
     parser.add_argument("--work", type=Path, default=Path("build/study"), help="where finished trainings are kept")
     parser.add_argument("--output", type=Path, help="where the report goes (default: benchmarks/results/<machine>)")
@@ -115,10 +118,13 @@ def _run(job: Job, folder: Path) -> None:
 # In the first process.
 
 
-def _run_all(planned: Sequence[Job], folder: Path, workers: int) -> dict[str, str]:
-    """Runs the jobs that have no record in ``folder`` yet; returns the errors by "network, seed"."""
+def _run_all(planned: Sequence[Job], folder: Path, workers: int, minutes: float | None) -> dict[str, str]:
+    """Runs the jobs that have no record in ``folder`` yet, those that start within ``minutes``; returns the errors by
+    "network, seed"."""
+    begin = time.monotonic()
     missing = [job for job in planned if not (folder / job.record_name).exists()]
     failures: dict[str, str] = {}
+    finished = 0
     if not missing:
         return failures
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes started from here on
@@ -136,7 +142,10 @@ def _run_all(planned: Sequence[Job], folder: Path, workers: int) -> dict[str, st
                 bar.update(round(_drain(messages) + bar.n) - bar.n)
                 for future in done:
                     _note(future, running.pop(future), failures)
-                bar.set_postfix_str(f"{len(missing) - len(running)} of {len(missing)} trainings", refresh=False)
+                    finished += 1
+                if minutes is not None and time.monotonic() - begin > 60 * minutes:
+                    running = {future: job for future, job in running.items() if not future.cancel()}
+                bar.set_postfix_str(f"{finished} of {len(missing)} trainings", refresh=False)
     except BaseException:
         for process in list((executor._processes or {}).values()):
             process.terminate()
