@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from deeplab_kernels.nn.init import he_uniform_
 
+from .layers import resize_bilinear
+
 MODES = ("transposed", "nearest", "bilinear", "max_unpooling", "bed_of_nails")
 
 
@@ -130,7 +132,7 @@ class BilinearDeconvolution(nn.Module):
 def resize_centred(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear resize of (N, C, H, W) to ``size``, the outer edges of both grids aligned: as most libraries have it,
     and right after 2x2 poolings, whose outputs lie between pixels."""
-    return F.interpolate(x, size=(size[0], size[1]), mode="bilinear", align_corners=False)
+    return resize_bilinear(x, size, align_corners=False)
 
 
 def check_mode(mode: object) -> None:
