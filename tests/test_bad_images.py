@@ -166,12 +166,14 @@ def test_outputs_that_cannot_be_written(weights, tmp_path, capsys, monkeypatch):
     assert "1 done, 0 skipped, 1 with errors" in captured.out
     assert (tmp_path / "out" / "b-labels.png").exists()
 
-    def full(*_: object, **__: object) -> None:
+    def full(picture: Image.Image, path: Path, *_: object) -> None:
+        path.write_bytes(b"the beginning")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
     assert segment(tmp_path / "a.png", "--weights", weights, "-o", tmp_path) == 2
-    assert "No space left on device" in capsys.readouterr().err
+    assert f"{tmp_path / 'a-labels.png'}: No space left on device" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "out"]
 
 
 def test_labels_out_of_range_and_sizes_that_differ(weights, tmp_path, capsys):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from _models import randomise
 from deeplab_kernels.models import build
+from deeplab_kernels.models.crf_stage import with_crf
 from deeplab_kernels.models.data import SceneDataset, to_input
 from deeplab_kernels.models.inference import PAPER_SCALES, Inference, predict_labels, predict_scores
 from deeplab_kernels.models.madds import PAPER_SCALED_SIZES
@@ -142,6 +143,18 @@ def test_crf_refines_each_image_by_itself():
     assert np.array_equal(labels.final, actual.argmax(1))
     assert np.array_equal(labels.network, plain.argmax(1))
     assert steps == [(1, 2), (2, 2)] * 2
+
+
+def test_a_crf_that_is_part_of_the_model(network):
+    model = with_crf(network, iterations=2)
+    scores = predict_scores(model, IMAGE, output_stride=8)
+    network.set_output_stride(8)
+    with torch.no_grad():
+        expected = model(to_input(IMAGE, network.normalization)).softmax(1).numpy()
+        before = network(to_input(IMAGE, network.normalization)).softmax(1).numpy()
+    network.set_output_stride(16)
+    assert np.abs(scores - expected).max() < 1e-5
+    assert np.abs(scores - before).max() > 1e-2
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (34, 2)])

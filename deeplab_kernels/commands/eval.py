@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if args.save_predictions and args.output is None:
         raise UserError("--save-predictions needs --output")
 
+    import numpy as np
     from tqdm import tqdm
 
     from ..models.data import open_dataset
@@ -71,11 +72,13 @@ def run(args: argparse.Namespace) -> int:
     from ..models.evaluation.pictures import WorstImages
     from ..models.inference import Inference
     from ..models.segmenter import colourise
+    from .segment import save_png
 
     inference = Inference(window=args.window, crf=_inference_options.crf(args), **_inference_options.settings(args))
     dataset: Dataset = open_dataset(args.data, args.split)
     classes = len(dataset.class_names)
     model = _model(args, dataset.class_names)
+    palette = np.array(dataset.palette, np.uint8)
     scenes = dataset if args.limit is None else First(dataset, args.limit)
     folder = None if args.output is None else _made(args.output)
     predictions = _made(folder / _predictions_folder(dataset, args.split)) if folder and args.save_predictions else None
@@ -84,8 +87,7 @@ def run(args: argparse.Namespace) -> int:
     def on_image(index: int, scene: Scene, labels: Any) -> None:
         worst.add(index, scene, labels.final)
         if predictions is not None:
-            picture = colourise(labels.final, dataset.palette)
-            picture.save(predictions / f"{name_of(scenes, index)}.png")
+            save_png(colourise(labels.final, palette), predictions / f"{name_of(scenes, index)}.png")
 
     start = time.perf_counter()
     with tqdm(total=len(scenes), desc="evaluating", unit="image", disable=None, leave=False) as bar:

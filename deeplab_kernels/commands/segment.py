@@ -19,6 +19,7 @@ from ._inputs import Input, collect, stems
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from PIL import Image
 
     from ..models.refinement import CRFParameters
     from ..models.segmenter import Segmenter
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if args.legend:
         from ..models.segmenter import legend
 
-        legend(segmenter.class_names, segmenter.palette).save(targets[0].labels.parent / "legend.png")
+        save_png(legend(segmenter.class_names, segmenter.palette), targets[0].labels.parent / "legend.png")
     tasks = [Task(item.path, target) for item, target in zip(inputs, targets, strict=True)]
     wanted = [task for task in tasks if not (args.skip_existing and task.target.exists())]
     job.videos([task for task, item in zip(tasks, inputs, strict=True) if item.is_video and task in wanted])
@@ -174,8 +175,8 @@ class Job:
     def _write(self, read: Read, labels: NDArray[np.uint8], seconds: float) -> None:
         path, target = read.task
         target.labels.parent.mkdir(parents=True, exist_ok=True)
-        self.segmenter.colourise(labels).save(target.labels)
-        self.segmenter.overlay(read.image, labels).save(target.overlay)
+        save_png(self.segmenter.colourise(labels), target.labels)
+        save_png(self.segmenter.overlay(read.image, labels), target.overlay)
         self.results.append(
             {
                 "photo": str(path),
@@ -217,7 +218,7 @@ class Job:
                 for frame, labels in zip(batch, maps, strict=True):
                     writer.write(Frame(np.asarray(segmenter.overlay(frame.image, labels)), frame.time))
                     if self.args.frames:
-                        segmenter.colourise(labels).save(target.labels / f"{count:06d}.png")
+                        save_png(segmenter.colourise(labels), target.labels / f"{count:06d}.png")
                     pixels += np.bincount(labels.ravel(), minlength=len(pixels))
                     count, shape = count + 1, labels.shape
                 bar.update(len(batch))
@@ -266,6 +267,18 @@ class Job:
         for _, text in self.failures:
             print(f"deeplab_kernels segment: error: {text}", file=sys.stderr)
         return EXIT_SOME_FAILED if self.failures else 0
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Writes the file whole or not at all: --skip-existing takes what is there for done."""
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        picture.save(partial, "PNG")
+        partial.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _title(result: dict[str, Any]) -> str:

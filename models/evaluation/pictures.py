@@ -43,7 +43,7 @@ class WorstImages:
         value = matrix.mean_iou()
         if np.isnan(value) or self.count == 0:
             return
-        entry = (-value, -position, Segmented(value, position, scene, labels))
+        entry = (-value, -position, Segmented(value, position, scene, labels.copy()))
         if len(self._heap) < self.count:
             heapq.heappush(self._heap, entry)
         elif entry > self._heap[0]:
