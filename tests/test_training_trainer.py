@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
+import signal
 from typing import Any
 
 import numpy as np
@@ -115,6 +117,17 @@ class _Damaged:
 def test_a_damaged_file_is_reported_in_one_line(workers):
     with pytest.raises(UserError, match=r"^image-\d.png: the image is damaged$"):
         train(net(), _Damaged(), BASE, workers=workers)
+
+
+class _Killed(_Damaged):
+    def __getitem__(self, index: int) -> Scene:
+        os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory runs out
+        raise AssertionError
+
+
+def test_a_killed_worker_is_reported():
+    with pytest.raises(UserError, match=r"was ended \(DataLoader worker.* lower workers"):
+        train(net(), _Killed(), BASE, workers=1)
 
 
 # One step

@@ -76,10 +76,17 @@ def batches(
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_the_parent,
     )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    try:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise UserError(
+            f"a process that prepares samples was ended ({error}); if memory is short, lower workers"
+        ) from None
 
 
 class _Numbers:
