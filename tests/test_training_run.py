@@ -307,7 +307,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_old_checkpoint(tmp_path, capsys
         ({"batch_size": 1}, "at least 2 images in a batch, got 1"),
         ({"class_weights": "[1, 2]"}, "one value for each of the 7 classes, got 2"),
         ({"learning_rate": 1e30}, r"the loss is (nan|inf) at step \d: lower the learning rate"),
-        ({"device": "tpu"}, "device tpu: "),
+        ({"device": "abacus"}, "--device abacus: "),
         ({"workers": -1}, "workers must not be negative, got -1"),
         ({"init": "nowhere.pt"}, "nowhere.pt"),
         ({"head_multiplier": 0}, "head_multiplier must be positive, got 0.0"),

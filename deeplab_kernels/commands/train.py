@@ -86,9 +86,13 @@ def run(args: argparse.Namespace) -> int:
     from ..models.training.run import Interrupted
     from ..models.training.run import run as train
     from ..models.training.settings import run_config
+    from .segment import device
 
+    config = run_config(_values(args))
+    if config.device != "auto":
+        device(config.device)
     try:
-        summary = train(run_config(_values(args)), resume=args.resume)
+        summary = train(config, resume=args.resume)
     except Interrupted as interruption:
         print(f"deeplab_kernels train: {interruption}", file=sys.stderr)
         return 128 + interruption.signal_number
