@@ -60,10 +60,10 @@ def test_bad_arguments_are_named(options: dict, error: type[Exception], message:
 
 def test_every_model_takes_a_crf_as_last_stage() -> None:
     for name in ("deeplabv3plus_small", "deeplabv1_small"):  # of the registry, and the system's own option
-        model = build(name, 3, crf={"iterations": 2}, device="meta")
+        model = models.build(name, 3, crf={"iterations": 2}, device="meta")
         assert model.crf.iterations == 2
         assert model.num_classes == 3
-        assert build(name, 3, device="meta").state_dict().keys() == model.model.state_dict().keys()
+        assert models.build(name, 3, device="meta").state_dict().keys() == model.model.state_dict().keys()
 
 
 def test_dtype_and_device() -> None:
