@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _peers import peer
 from deeplab_kernels.models import build, load_weights
 from deeplab_kernels.models.system import SYMMETRIC
+from deeplab_kernels.models.weights.file import norm_eps
 from torch import nn
 
 from deeplab_kernels.errors import UserError
@@ -87,7 +89,7 @@ def test_xception_65_with_all_heads() -> None:
         norm = state[f"backbone.blocks.20.convs.2.depthwise_norm.{ours}"].numpy()
         assert np.array_equal(norm, values[f"{theirs}/BatchNorm/{leaf}"])
     assert (state["classifier.bias"] == 7).all()  # the moving average is what the authors evaluate
-    norms = {name: module.eps for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    norms = norm_eps(model)
     assert {eps for name, eps in norms.items() if name.startswith("backbone.")} == {1e-3}
     assert {eps for name, eps in norms.items() if not name.startswith("backbone.")} == {1e-5}
     with torch.no_grad():
@@ -96,11 +98,15 @@ def test_xception_65_with_all_heads() -> None:
 
 @pytest.mark.parametrize(
     ("title", "name"),
-    [("xception_41 imagenet", "deeplabv3plus_xception41"), ("xception_71 imagenet", "deeplabv3plus_xception71")],
+    [
+        ("xception_41 imagenet", "deeplabv3plus_xception41"),
+        ("xception_71 imagenet", "deeplabv3plus_xception71"),
+        ("resnet_v1_50 imagenet", "deeplabv3plus_resnet50"),
+    ],
 )
 def test_backbones(title: str, name: str) -> None:
     values = variables(title)
-    model = empty(name)
+    model = empty(name, **({"variant": "official"} if "resnet" in name else {}))
     report = load_weights(model, as_state(values))
     scope = title.split()[0]
     assert report.ignored == [f"{scope}/logits/weights", f"{scope}/logits/biases"]
@@ -108,6 +114,50 @@ def test_backbones(title: str, name: str) -> None:
     assert {name.partition(".")[0] for name in report.missing} == {"aspp", "decoder", "classifier"}
     assert len(report.renamed) == len(values) - 2
     assert all(value.isfinite().all() for value in model.backbone.state_dict().values())
+
+
+def test_resnet_beta_is_wired_as_slim_s() -> None:
+    values = variables("resnet_v1_50 imagenet")
+    model = empty("deeplabv3_resnet50", variant="official")
+    report = load_weights(model, as_state(values))
+    for ours, theirs in {
+        "conv1.0.weight": "conv1_1/weights",
+        "conv1.3.weight": "conv1_2/weights",
+        "conv1.6.weight": "conv1_3/weights",
+        "conv1.4.running_var": "conv1_2/BatchNorm/moving_variance",
+        "bn1.bias": "conv1_3/BatchNorm/beta",
+        "layer1.0.downsample.1.weight": "block1/unit_1/bottleneck_v1/shortcut/BatchNorm/gamma",
+        "layer3.5.conv2.weight": "block3/unit_6/bottleneck_v1/conv2/weights",
+        "layer4.2.bn3.running_mean": "block4/unit_3/bottleneck_v1/conv3/BatchNorm/moving_mean",
+    }.items():
+        assert report.renamed[f"backbone.{ours}"] == f"resnet_v1_50/{theirs}"
+    # 0..255 less the mean, not divided.
+    red = model.normalization.apply(torch.full((3, 1, 1), 200.0))[0].item()
+    assert red == pytest.approx(200 - 123.15, abs=1e-4)
+
+
+def test_mobilenetv2_as_transformers_maps_it() -> None:
+    # transformers has its own map from the official names to its modules; ours from there is tested by outputs.
+    transformers = peer("transformers")
+    from transformers.models.mobilenet_v2 import modeling_mobilenet_v2
+
+    values = variables("mobilenet_v2 v3 voc")
+    config = transformers.MobileNetV2Config(num_labels=21)
+    theirs = transformers.MobileNetV2ForSemanticSegmentation(config)
+    places = modeling_mobilenet_v2._build_tf_to_pytorch_map(theirs, config, values)
+    assert set(values) <= set(places)
+    with torch.no_grad():
+        for name, value in values.items():
+            order = (2, 3, 0, 1) if "depthwise_weights" in name else (3, 2, 0, 1)
+            places[name].copy_(torch.from_numpy(value.transpose(order) if value.ndim == 4 else value))
+    direct, through = (empty("deeplabv3_mobilenetv2", num_classes=21, variant="official") for _ in range(2))
+    report = load_weights(direct, as_state(values))
+    assert (report.network, report.missing, report.surplus) == ("DeepLab v3 with MobileNetV2", [], [])
+    load_weights(through, theirs.state_dict())
+    assert direct.normalization == through.normalization
+    for name, value in direct.state_dict().items():
+        assert torch.equal(value, through.state_dict()[name]), name
+    assert norm_eps(direct) == norm_eps(through)
 
 
 def test_a_checkpoint_without_decoder_and_with_plain_convolutions() -> None:
