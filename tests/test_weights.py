@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import re
+import shlex
 import sys
 import tarfile
 import urllib.error
 from email.message import Message
+from pathlib import Path
 
 import pytest
 import torch
-from deeplab_kernels.models import build, known_weights, load_weights
+from deeplab_kernels.models import build, known_weights, list_models, load_weights
 from deeplab_kernels.models.system import IMAGENET, SYMMETRIC
 from deeplab_kernels.models.weights import origins, save_weights_file
 from torch import nn
 
+from deeplab_kernels import cli
 from deeplab_kernels.errors import UserError
 
 NAME = "deeplabv3plus_small"
@@ -338,3 +342,15 @@ def test_known_urls_are_those_of_the_libraries() -> None:
     timm = peer("timm")
     pretrained = set(timm.list_pretrained())
     assert {n.removeprefix("timm/") for n in known_weights() if n.startswith("timm/")} <= pretrained
+
+
+def test_the_page_s_table_names_models_that_exist() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "weights.md").read_text(encoding="utf-8")
+    for name in ("deeplabv3_mobilenetv2", "deeplabv3plus_xception65", "unet_resnet50", "pspnet_resnet50"):
+        assert name in list_models()
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(code) == 1
+    assert "torchvision/deeplabv3_resnet101" in known_weights()
+    for line in re.findall(r"^python -m deeplab_kernels (.*)$", text, re.MULTILINE):
+        arguments = cli.build_parser().parse_args(shlex.split(line, comments=True))
+        assert arguments.command in ("convert", "segment")

@@ -41,6 +41,7 @@ def test_deeplab(system: str, encoder: str, output_stride: int) -> None:
     )
     report = load_weights(ours, theirs.state_dict())
     assert (report.origin, report.network, report.missing, report.surplus) == ("smp", system, [], [])
+    assert report.differences == []
     assert ours.normalization == IMAGENET
     assert_same_function(ours, theirs, (64, 96))  # theirs takes multiples of the stride alone
 
@@ -56,6 +57,21 @@ def test_pspnet(depth: int) -> None:
     report = load_weights(ours, theirs.state_dict())
     assert (report.network, report.missing, report.surplus) == ("PSPNet", [], [])
     assert_same_function(ours, theirs, (64, 96))
+
+
+def test_torchvision_s_variant_is_told_from_theirs() -> None:
+    smp = peer("segmentation_models_pytorch")
+    theirs, ours = random_twin(
+        lambda: smp.DeepLabV3("resnet50", encoder_weights=None, classes=5),
+        lambda: build("deeplabv3_resnet50", 5, 8, variant="torchvision"),
+    )
+    with pytest.warns(UserWarning, match="does not compute what smp's does"):
+        report = load_weights(ours, theirs.state_dict())
+    # The first unit of a stage that lost its stride has the stage's rate there.
+    assert set(report.differences) >= {
+        "align_corners: False, True",
+        "dilation of backbone.layer4.0.conv2: (2, 2), (4, 4)",
+    }
 
 
 def test_unet() -> None:

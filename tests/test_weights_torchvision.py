@@ -42,6 +42,7 @@ def test_deeplabv3(name: str, auxiliary: bool) -> None:
     assert (report.network, report.missing, report.surplus) == ("DeepLab v3 with a ResNet", [], [])
     assert bool(report.ignored) != auxiliary
     assert all(name.startswith("aux_classifier.") for name in report.ignored)
+    assert report.differences == []
     assert ours.output_stride == 8  # the only one of torchvision's
     assert_same_function(ours, theirs, (65, 97))
 
@@ -70,6 +71,7 @@ def test_fcn(auxiliary: bool) -> None:
     assert (report.missing, report.surplus) == ([], [])
     assert bool(report.ignored) != auxiliary
     assert all(name.startswith("aux_classifier.") for name in report.ignored)
+    assert report.differences == []
     assert_same_function(ours, theirs, (65, 97))
 
 

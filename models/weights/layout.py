@@ -34,6 +34,7 @@ class Layout:
         fit: (our model, state_dict) -> our name -> (theirs, tensor), for what depends on the model's sizes.
         select: state_dict -> the part of it that is a network: drops what the optimiser kept, for instance.
         convert: (our name, tensor as stored) -> tensor as it is here.
+        free: regular expression of our modules whose rates the library's users choose: the weights do not tell them.
         model: state_dict -> the name of the model here that computes the same function, and its options.
     """
 
@@ -46,6 +47,7 @@ class Layout:
     prefix: str = ""
     optional: str = ""
     classifier: str = "classifier"
+    free: str = ""
     fit: Callable[[nn.Module, State], dict[str, tuple[str, Tensor]]] = lambda model, state: {}
     select: Callable[[State], State] = lambda state: state
     convert: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor

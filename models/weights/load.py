@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from deeplab_kernels.errors import UserError
 
 from ..system import Normalization, SegmentationModel
 from . import huggingface, smp, tensorflow, timm, torchvision
+from .compare import differences
 from .file import norm_eps, set_norm_eps
 from .layout import Layout, State, Translation, find
 from .sources import Loaded, read_source
@@ -40,6 +42,8 @@ class LoadReport:
         surplus: names that were given and not used though they might have been (with ``strict=False``).
         ignored: names that were given and have no place here: auxiliary heads, another classifier, optimiser slots.
         normalization: of the input, as the weights expect it; set on the model.
+        differences: "attribute of module: value here, theirs", where the model does not compute what the library's own
+            does with the same weights: other rates, strides or ways of resizing.
     """
 
     source: str
@@ -51,12 +55,15 @@ class LoadReport:
     surplus: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     normalization: Normalization | None = None
+    differences: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         counts = f"{len(self.matched) + len(self.renamed)} tensors loaded"
         for name in ("missing", "surplus", "ignored"):
             if values := getattr(self, name):
                 counts += f", {len(values)} {name}"
+        if self.differences:
+            counts += f", {len(self.differences)} differences in what is computed"
         return f"{self.network} of {self.origin} ({self.source}): {counts}"
 
 
@@ -75,7 +82,8 @@ def load_weights(
     batch normalisations to what they were trained with.
 
     Either everything fits, or an error is raised and the model is as before. Weights of a classification network go
-    into the backbone; the rest of the model keeps its values.
+    into the backbone; the rest of the model keeps its values. Weights of a whole network warn where the model fits but
+    computes something else than the library's (:attr:`LoadReport.differences`).
 
     Args:
         model: built by :func:`deeplab_kernels.models.build`; not on the meta device.
@@ -155,6 +163,14 @@ def load_state(
     report.normalization = loaded.normalization or (layout.normalization if layout else model.normalization)
     model.normalization = report.normalization
     set_norm_eps(model, _eps(model, layout) if layout else loaded.norm_eps)
+    if layout is not None and layout.model is not None:
+        report.differences = differences(model, *layout.model(loaded.state), layout.prefix, layout.free)
+        if report.differences and not layout.prefix:
+            warnings.warn(
+                f"{loaded.where}: the model does not compute what {layout.origin}'s does: "
+                f"{_listed(report.differences)}; build(...) with {layout.model(loaded.state)[1]} would",
+                stacklevel=3,
+            )
     return report
 
 

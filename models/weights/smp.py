@@ -42,6 +42,7 @@ def _layout(network: str, marks: tuple[str, ...], rules: tuple[Rule, ...], syste
         normalization=IMAGENET,
         norm_eps={"": EPS},
         convert=pooled_last,
+        free=r"aspp\..*",
         model=model,
     )
 
