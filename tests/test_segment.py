@@ -332,6 +332,13 @@ def test_patterns_and_several_names(folder, weights, tmp_path, capsys):
     assert Image.open(tmp_path / "legend.png").height > 7 * 14
 
 
+def test_legend_of_folders_in_a_folder(folder, weights, tmp_path):
+    for path in folder.glob("*.*"):
+        path.unlink()
+    assert segment(folder, "-r", "--weights", weights, "-o", tmp_path / "out", "--legend") == 0
+    assert _outputs(tmp_path / "out") == ["below/a-labels.png", "below/a-overlay.png", "legend.png"]
+
+
 def test_files_of_one_name_in_two_folders(folder, weights, tmp_path):
     assert segment(folder / "a.png", folder / "below" / "a.png", "--weights", weights, "-o", tmp_path / "out") == 0
     assert "a-png-2-labels.png" in _outputs(tmp_path / "out")

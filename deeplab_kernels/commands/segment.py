@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--max-side must be at least 1, got {args.max_side}")
     inputs = collect(args.inputs, args.recursive)
     single = len(args.inputs) == len(inputs) == 1 and inputs[0].path == args.inputs[0]
-    targets = _targets(args, inputs, single)
+    folder, targets = _targets(args, inputs, single)
     if any(item.is_video for item in inputs):
         from ..models.data.video import require_av
 
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if args.legend:
         from ..models.segmenter import legend
 
-        save_png(legend(segmenter.class_names, segmenter.palette), targets[0].labels.parent / "legend.png")
+        save_png(legend(segmenter.class_names, segmenter.palette), folder / "legend.png")
     tasks = [Task(item.path, target) for item, target in zip(inputs, targets, strict=True)]
     wanted = [task for task in tasks if not (args.skip_existing and task.target.exists())]
     job.videos([task for task, item in zip(tasks, inputs, strict=True) if item.is_video and task in wanted])
@@ -322,13 +322,13 @@ def device(name: str) -> str:
     return name
 
 
-def _targets(args: argparse.Namespace, inputs: Sequence[Input], single: bool) -> list[Target]:
-    """Where the results of each input go; none of them is an input."""
+def _targets(args: argparse.Namespace, inputs: Sequence[Input], single: bool) -> tuple[Path, list[Target]]:
+    """The folder, and where in it the results of each input go; none of them is an input."""
     output: Path | None = args.output
     if single and not inputs[0].is_video and output is not None and output.suffix.lower() == ".png":
-        targets = [_beside(output)]
-        if not output.parent.is_dir():
-            raise UserError(f"--output: there is no folder {output.parent}")
+        folder, targets = output.parent, [_beside(output)]
+        if not folder.is_dir():
+            raise UserError(f"--output: there is no folder {folder}")
     else:
         folder = output or Path()
         if folder.suffix and not folder.is_dir():
@@ -348,7 +348,7 @@ def _targets(args: argparse.Namespace, inputs: Sequence[Input], single: bool) ->
     for path in (path for target in targets for path in target):
         if path.resolve() in given:
             raise UserError(f"--output: {path} is the photo itself" if single else f"--output: {path} is an input")
-    return targets
+    return folder, targets
 
 
 def _beside(labels: Path) -> Target:
