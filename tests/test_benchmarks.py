@@ -20,6 +20,7 @@ import bars  # noqa: E402
 import bench_atrous_depthwise as bench  # noqa: E402
 import bench_dense_crf_layer  # noqa: E402
 import bench_models  # noqa: E402
+import builds  # noqa: E402
 import layers  # noqa: E402
 import measure  # noqa: E402
 import overhead  # noqa: E402
@@ -376,3 +377,14 @@ def test_bars_of_whole_networks() -> None:
     timings["compiled nhwc"] = timing(410)
     record["peak_bytes"]["ours"] = 2e8
     assert bench_models.row(record)["bars"] == "met"
+
+
+@pytest.mark.parametrize(("importing", "building", "code"), [(0.29, 2.9, 0), (0.31, 0.1, 1), (0.1, 3.1, 1)])
+def test_builds_are_judged_by_their_bars(
+    importing: float, building: float, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(builds, "import_seconds", lambda module, rounds: importing)
+    monkeypatch.setattr(builds, "build_seconds", lambda name: building)
+    monkeypatch.setattr(sys, "argv", ["builds.py", "--quick"])
+    assert builds.main() == code
+    assert "| build deeplabv3_small |" in capsys.readouterr().out
