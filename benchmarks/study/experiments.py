@@ -19,7 +19,7 @@ class Settings:
     first, second ... scene, and again from the start: larger objects, and smaller ones with more boundaries.
     """
 
-    steps: int = 1700
+    steps: int = 1500
     batch_size: int = 6
     crop: int = 81
     learning_rate: float = 0.1
