@@ -4,15 +4,15 @@ arXiv:1412.7062)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from deeplab_kernels.nn import DenseCRF
 
-from .backbones import Backbone, resnet101, vgg16, vgg16_bn, vgg_small
+from .backbones import VGG, Backbone, resnet101, vgg16, vgg16_bn, vgg_small
 from .backbones.features import LAST_STRIDE
+from .builders import PAPER, on_backbone
 from .crf_stage import with_crf
 from .heads import AtrousScores
 from .layers import positive_ints, resize_bilinear
@@ -82,9 +82,8 @@ class AtrousScoring(SegmentationModel):
 
 
 def atrous_scoring(
-    backbone: Callable[..., Backbone],
-    num_classes: int = 21,
-    output_stride: int = 8,
+    backbone: Backbone,
+    num_classes: int,
     *,
     rates: Sequence[int] = (12,),
     hidden: int | None = 1024,
@@ -94,7 +93,7 @@ def atrous_scoring(
     scales: Sequence[float] = (1.0,),
     crf: DenseCRF | bool | Mapping[str, Any] = False,
 ) -> SegmentationModel:
-    """Builds DeepLab v1 or v2 on ``backbone``, e.g. :func:`deeplab_kernels.models.backbones.vgg16`.
+    """DeepLab v1 or v2 on ``backbone``, e.g. ``deeplab_kernels.models.backbones.vgg16(output_stride=8)``.
 
     ``crf`` adds the dense CRF as the last stage: True for the papers' parameters, a mapping of the options of
     :class:`deeplab_kernels.nn.DenseCRF`, or the layer (:func:`deeplab_kernels.models.crf_stage.with_crf`). The networks
@@ -102,7 +101,7 @@ def atrous_scoring(
     see :class:`AtrousScoring`.
     """
     model = AtrousScoring(
-        backbone(output_stride=output_stride),
+        backbone,
         num_classes,
         rates,
         hidden=hidden,
@@ -114,39 +113,27 @@ def atrous_scoring(
     return with_crf(model, crf)
 
 
+def on_vgg(backbone: Callable[..., VGG], rates: Sequence[int], **options: Any) -> Callable[..., SegmentationModel]:
+    """The builder of v1 or v2 on VGG-16."""
+    return on_backbone(atrous_scoring, backbone, {PAPER: {"output_stride": 8, "rates": rates, **options}})
+
+
+def on_resnet101(rates: Sequence[int]) -> Callable[..., SegmentationModel]:
+    """The builder of v1 or v2 on ResNet-101: branches of one 3x3 convolution. The papers' network is the Caffe one,
+    strided in the first 1x1 convolution of a unit; the variant "torchvision" is strided in the 3x3."""
+    common = {"output_stride": 8, "rates": rates, "hidden": None}
+    variants = {name: {**common, "strided_conv": conv} for name, conv in ((PAPER, 1), ("torchvision", 2))}
+    return on_backbone(atrous_scoring, resnet101, variants)
+
+
 # For images of about 128 x 128, whose maps of 17 x 17 are 0.4 of the papers' 41 x 41: so are the rates of the small
 # models, here and in v2.
 SMALL: dict[str, Any] = {"hidden": 64, "norm": True, "dropout": 0.0}
-
-
-def resnet_scoring(
-    num_classes: int = 21,
-    output_stride: int = 8,
-    *,
-    rates: Sequence[int] = (12,),
-    strided_conv: int = 1,
-    scales: Sequence[float] = (1.0,),
-    crf: DenseCRF | bool | Mapping[str, Any] = False,
-) -> SegmentationModel:
-    """Builds DeepLab v1 or v2 on ResNet-101: :func:`atrous_scoring` with branches of one 3x3 convolution.
-
-    strided_conv: 1 for the Caffe models of the papers, 2 for weights of torchvision's and timm's
-    (:class:`deeplab_kernels.models.backbones.ResNet`).
-    """
-    return atrous_scoring(
-        partial(resnet101, strided_conv=strided_conv),
-        num_classes,
-        output_stride,
-        rates=rates,
-        hidden=None,
-        scales=scales,
-        crf=crf,
-    )
-
+LARGE_FOV = (12,)
 
 BUILDERS: dict[str, Callable[..., SegmentationModel]] = {
-    "deeplabv1_vgg16": partial(atrous_scoring, vgg16),
-    "deeplabv1_vgg16_bn": partial(atrous_scoring, vgg16_bn, norm=True),
-    "deeplabv1_resnet101": resnet_scoring,
-    "deeplabv1_small": partial(atrous_scoring, vgg_small, rates=(5,), **SMALL),
+    "deeplabv1_vgg16": on_vgg(vgg16, LARGE_FOV),
+    "deeplabv1_vgg16_bn": on_vgg(vgg16_bn, LARGE_FOV, norm=True),
+    "deeplabv1_resnet101": on_resnet101(LARGE_FOV),
+    "deeplabv1_small": on_vgg(vgg_small, (5,), **SMALL),
 }

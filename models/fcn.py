@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from .backbones import VGG, Backbone, resnet50, resnet101, vgg16, vgg_small
 from .backbones.features import LAST_STRIDE
 from .backbones.vgg import FC6_KERNEL, FC_CHANNELS
+from .builders import PAPER, on_backbone
 from .heads import FCNHead, ScoreBranch
 from .heads.fcn import AUXILIARY_STRIDE
 from .system import SegmentationModel, check_images
@@ -40,8 +41,8 @@ class FCN(SegmentationModel):
         self,
         backbone: VGG,
         num_classes: int,
-        stride: int = 8,
         *,
+        stride: int = 8,
         hidden: int = FC_CHANNELS,
         kernel_size: int = FC6_KERNEL,
         norm: bool = False,
@@ -50,6 +51,8 @@ class FCN(SegmentationModel):
         super().__init__()
         if stride not in (8, 16, 32):
             raise ValueError(f"stride must be 8, 16 or 32, got {stride!r}")
+        if backbone.aligned:
+            raise ValueError("backbone must have 2x2 poolings: aligned must be False, got True")
         self.num_classes, self.stride = num_classes, stride
         self.backbone = backbone
         self.head = ScoreBranch(backbone.out_channels, num_classes, hidden, kernel_size, norm=norm, dropout=dropout)
@@ -66,7 +69,8 @@ class FCN(SegmentationModel):
 
     def set_output_stride(self, output_stride: int) -> None:
         """Raises ValueError unless ``output_stride`` is 32: skips, not atrous convolution, make FCN's scores denser."""
-        check_fcn_stride(output_stride)
+        if output_stride != 32:
+            raise ValueError(f"output_stride must be 32, the only one of FCN on VGG-16, got {output_stride!r}")
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x)
@@ -77,36 +81,6 @@ class FCN(SegmentationModel):
             scores = deconvolution(scores)[:, :, : finer.shape[2], : finer.shape[3]] + finer
         scores = resize_centred(scores, [self.stride * n for n in scores.shape[2:]])
         return scores[:, :, : x.shape[2], : x.shape[3]]
-
-
-def check_fcn_stride(output_stride: int) -> None:
-    if output_stride != 32:
-        raise ValueError(f"output_stride must be 32, the only one of FCN on VGG-16, got {output_stride!r}")
-
-
-def fcn(
-    backbone: Callable[..., VGG],
-    stride: int,
-    num_classes: int = 21,
-    output_stride: int = 32,
-    *,
-    hidden: int = FC_CHANNELS,
-    kernel_size: int = FC6_KERNEL,
-    norm: bool = False,
-    dropout: float = 0.5,
-) -> FCN:
-    """Builds FCN-32s, -16s or -8s (``stride``) on ``backbone``, e.g. :func:`deeplab_kernels.models.backbones.vgg16`.
-    For the other arguments see :class:`FCN`."""
-    check_fcn_stride(output_stride)
-    return FCN(
-        backbone(aligned=False, output_stride=32),
-        num_classes,
-        stride,
-        hidden=hidden,
-        kernel_size=kernel_size,
-        norm=norm,
-        dropout=dropout,
-    )
 
 
 class FCNOnBackbone(SegmentationModel):
@@ -149,24 +123,18 @@ class FCNOnBackbone(SegmentationModel):
         return resize_centred(self.classifier(features), size)
 
 
-def fcn_on_backbone(
-    backbone: Callable[..., Backbone],
-    num_classes: int = 21,
-    output_stride: int = 8,
-    *,
-    auxiliary: bool = False,
-    dropout: float = 0.1,
-) -> FCNOnBackbone:
-    """Builds torchvision's FCN on ``backbone``, e.g. :func:`deeplab_kernels.models.backbones.resnet50`. See
-    :class:`FCNOnBackbone`."""
-    return FCNOnBackbone(backbone(output_stride=output_stride), num_classes, auxiliary=auxiliary, dropout=dropout)
+def _on_vgg(backbone: Callable[..., VGG], stride: int, **options: Any) -> Callable[..., SegmentationModel]:
+    variant = {"output_stride": 32, "aligned": False, "stride": stride, **options}
+    return on_backbone(FCN, backbone, {PAPER: variant})
 
+
+_TORCHVISION = {"torchvision": {"output_stride": 8}}
 
 BUILDERS: dict[str, Callable[..., SegmentationModel]] = {
-    "fcn32s_vgg16": partial(fcn, vgg16, 32),
-    "fcn16s_vgg16": partial(fcn, vgg16, 16),
-    "fcn8s_vgg16": partial(fcn, vgg16, 8),
-    "fcn8s_small": partial(fcn, vgg_small, 8, hidden=96, kernel_size=3, norm=True, dropout=0.0),
-    "fcn_resnet50": partial(fcn_on_backbone, resnet50),
-    "fcn_resnet101": partial(fcn_on_backbone, resnet101),
+    "fcn32s_vgg16": _on_vgg(vgg16, 32),
+    "fcn16s_vgg16": _on_vgg(vgg16, 16),
+    "fcn8s_vgg16": _on_vgg(vgg16, 8),
+    "fcn8s_small": _on_vgg(vgg_small, 8, hidden=96, kernel_size=3, norm=True, dropout=0.0),
+    "fcn_resnet50": on_backbone(FCNOnBackbone, resnet50, _TORCHVISION),
+    "fcn_resnet101": on_backbone(FCNOnBackbone, resnet101, _TORCHVISION),
 }

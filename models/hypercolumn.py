@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from torch import Tensor
 
 from .backbones import Backbone, vgg16, vgg_small
 from .backbones.features import LAST_STRIDE
+from .builders import PAPER, on_backbone
 from .heads import FullyConnected, Hypercolumn
 from .heads.atrous_scores import set_rate
 from .layers import positive_ints, resize_bilinear
@@ -33,8 +33,8 @@ class HypercolumnNet(SegmentationModel):
         self,
         backbone: Backbone,
         num_classes: int,
-        strides: Sequence[int] = (4, 16),
         *,
+        strides: Sequence[int] = (4, 16),
         channels: int = 256,
         hidden: int = 1024,
         rate: int = 12,
@@ -78,37 +78,9 @@ class HypercolumnNet(SegmentationModel):
         return resize_bilinear(self.head([*maps, self.fc(deepest)]), x.shape[2:])
 
 
-def hypercolumn(
-    backbone: Callable[..., Backbone],
-    num_classes: int = 21,
-    output_stride: int = 32,
-    *,
-    strides: Sequence[int] = (4, 16),
-    channels: int = 256,
-    hidden: int = 1024,
-    rate: int = 12,
-    norm: bool = False,
-    dropout: float = 0.5,
-    momentum: float = 0.1,
-) -> HypercolumnNet:
-    """Builds hypercolumns on ``backbone``, e.g. :func:`deeplab_kernels.models.backbones.vgg16`. See
-    :class:`HypercolumnNet`."""
-    return HypercolumnNet(
-        backbone(output_stride=output_stride),
-        num_classes,
-        strides,
-        channels=channels,
-        hidden=hidden,
-        rate=rate,
-        norm=norm,
-        dropout=dropout,
-        momentum=momentum,
-    )
+_SMALL = {"output_stride": 16, "channels": 32, "hidden": 64, "rate": 5, "norm": True, "dropout": 0.0}
 
-
-BUILDERS: dict[str, Callable[..., HypercolumnNet]] = {
-    "hypercolumn_vgg16": partial(hypercolumn, vgg16),
-    "hypercolumn_small": partial(
-        hypercolumn, vgg_small, output_stride=16, channels=32, hidden=64, rate=5, norm=True, dropout=0.0
-    ),
+BUILDERS: dict[str, Callable[..., SegmentationModel]] = {
+    "hypercolumn_vgg16": on_backbone(HypercolumnNet, vgg16, {PAPER: {"output_stride": 32}}),
+    "hypercolumn_small": on_backbone(HypercolumnNet, vgg_small, {PAPER: _SMALL}),
 }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from .backbones import Backbone, resnet50, resnet101, resnet_small
+from .builders import PAPER, on_backbone
 from .heads import FCNHead
 from .heads.fcn import AUXILIARY_STRIDE
 from .heads.pyramid_pooling import PyramidPooling
@@ -94,40 +94,6 @@ class PSPNet(SegmentationModel):
         return self._logits(features, size)
 
 
-def pspnet(
-    backbone: Callable[..., Backbone],
-    num_classes: int = 21,
-    output_stride: int = 8,
-    *,
-    feature_stride: int = 32,
-    bins: Sequence[int] = (1, 2, 3, 6),
-    channels: int = 512,
-    kernel_size: int = 3,
-    classifier_kernel_size: int = 1,
-    normalize_global: bool = True,
-    dropout: float = 0.1,
-    drop_channels: bool = False,
-    auxiliary: bool = False,
-    momentum: float = 0.1,
-) -> PSPNet:
-    """Builds PSPNet on ``backbone``, e.g. :func:`deeplab_kernels.models.backbones.resnet50`. See :class:`PSPNet`;
-    :data:`SMP_OPTIONS` gives segmentation_models_pytorch's arrangement."""
-    return PSPNet(
-        backbone(output_stride=output_stride),
-        num_classes,
-        feature_stride=feature_stride,
-        bins=bins,
-        channels=channels,
-        kernel_size=kernel_size,
-        classifier_kernel_size=classifier_kernel_size,
-        normalize_global=normalize_global,
-        dropout=dropout,
-        drop_channels=drop_channels,
-        auxiliary=auxiliary,
-        momentum=momentum,
-    )
-
-
 # segmentation_models_pytorch's PSPNet with its defaults: the encoder ends at stride 8 (its depth 3; depth 5 is
 # feature_stride 32 at output stride 32), so that nothing is atrous.
 SMP_OPTIONS: dict[str, Any] = {
@@ -139,8 +105,10 @@ SMP_OPTIONS: dict[str, Any] = {
     "drop_channels": True,
 }
 
-BUILDERS: dict[str, Callable[..., PSPNet]] = {
-    "pspnet_resnet50": partial(pspnet, resnet50),
-    "pspnet_resnet101": partial(pspnet, resnet101),
-    "pspnet_small": partial(pspnet, resnet_small, channels=64, dropout=0.0),
+_VARIANTS = {PAPER: {"output_stride": 8}, "smp": {"output_stride": 32, **SMP_OPTIONS}}
+
+BUILDERS: dict[str, Callable[..., SegmentationModel]] = {
+    "pspnet_resnet50": on_backbone(PSPNet, resnet50, _VARIANTS),
+    "pspnet_resnet101": on_backbone(PSPNet, resnet101, _VARIANTS),
+    "pspnet_small": on_backbone(PSPNet, resnet_small, {PAPER: {"output_stride": 8, "channels": 64, "dropout": 0.0}}),
 }

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from deeplab_kernels.nn.init import he_uniform_
 
 from .backbones import Backbone, resnet50
+from .builders import on_backbone
 from .layers import positive_ints
 from .system import SegmentationModel, check_images
 from .upsampling import Upsampling, check_mode
@@ -133,8 +134,8 @@ class BackboneUNet(SegmentationModel):
         self,
         backbone: Backbone,
         num_classes: int,
-        widths: Sequence[int] = DECODER_WIDTHS,
         *,
+        widths: Sequence[int] = DECODER_WIDTHS,
         up: str = "nearest",
         momentum: float = 0.1,
     ) -> None:
@@ -171,22 +172,8 @@ class BackboneUNet(SegmentationModel):
         return self.classifier(x)
 
 
-def unet_on_backbone(
-    backbone: Callable[..., Backbone],
-    num_classes: int = 21,
-    output_stride: int = 32,
-    *,
-    widths: Sequence[int] = DECODER_WIDTHS,
-    up: str = "nearest",
-    momentum: float = 0.1,
-) -> BackboneUNet:
-    """Builds the U-Net on ``backbone``, e.g. :func:`deeplab_kernels.models.backbones.resnet50`. See
-    :class:`BackboneUNet`."""
-    return BackboneUNet(backbone(output_stride=output_stride), num_classes, widths, up=up, momentum=momentum)
-
-
 BUILDERS: dict[str, Callable[..., SegmentationModel]] = {
     "unet": unet,
     "unet_small": partial(unet, widths=(16, 24, 32, 48, 64), norm=True, dropout=0.0),
-    "unet_resnet50": partial(unet_on_backbone, resnet50),
+    "unet_resnet50": on_backbone(BackboneUNet, resnet50, {"smp": {"output_stride": 32}}),
 }

@@ -85,7 +85,7 @@ def test_on_resnet101() -> None:
     model.set_output_stride(32)
     assert branch.dilation == (3, 3)
     assert (unit.conv1.stride, unit.conv2.stride) == ((2, 2), (1, 1))  # the Caffe models' place
-    assert models.build("deeplabv1_resnet101", output_stride=32, strided_conv=2, device="meta").backbone.layer4[
+    assert models.build("deeplabv1_resnet101", output_stride=32, variant="torchvision", device="meta").backbone.layer4[
         0
     ].conv2.stride == (2, 2)
     assert model.eval()(torch.empty(1, 3, 65, 33, device="meta")).shape == (1, 21, 65, 33)

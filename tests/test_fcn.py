@@ -23,7 +23,9 @@ def test_any_size_strides_training_and_compilation() -> None:
     check_training(small())
     check_compile(small(), (17, 21))
     check_output_stride(small(), (32,))
-    with pytest.raises(ValueError, match="output_stride must be 32, the only one of FCN on VGG-16, got 8"):
+    with pytest.raises(ValueError, match="aligned must be False, got True"):
+        models.build("fcn8s_vgg16", aligned=True, device="meta")
+    with pytest.raises(ValueError, match="output_stride must be 32 with 2x2 poolings, got 8"):
         models.build("fcn8s_vgg16", output_stride=8, device="meta")
 
 

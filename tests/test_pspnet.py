@@ -8,7 +8,6 @@ from _models import copy_parameters, randomise, relative_error
 from _peers import peer
 from _systems import check_any_size, check_compile, check_output_stride, check_training
 from deeplab_kernels.models.heads import PyramidPooling
-from deeplab_kernels.models.pspnet import SMP_OPTIONS
 from torch import nn
 from torch.nn import functional as F
 
@@ -55,8 +54,7 @@ def test_equals_segmentation_models_pytorchs(depth: int) -> None:
     stride = 2**depth
     theirs = smp.PSPNet("resnet50", encoder_weights=None, encoder_depth=depth, classes=5, upsampling=stride)
     theirs = randomise(theirs).eval()
-    options = {**SMP_OPTIONS, "feature_stride": stride, "output_stride": 32}
-    ours = models.build("pspnet_resnet50", 5, **options).eval()
+    ours = models.build("pspnet_resnet50", 5, variant="smp", feature_stride=stride).eval()
     ours.backbone.load_state_dict(theirs.encoder.state_dict(), strict=depth == 5)
     copy_parameters(theirs.decoder.psp, ours.pyramid_pooling)
     copy_parameters(theirs.decoder.conv, ours.project)

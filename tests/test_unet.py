@@ -73,7 +73,7 @@ def test_on_a_backbone() -> None:
     from deeplab_kernels.models.unet import BackboneUNet
 
     def build(**options: object) -> nn.Module:
-        return BackboneUNet(resnet_small(output_stride=32), 3, (32, 24, 16, 16, 8), **options)
+        return BackboneUNet(resnet_small(output_stride=32), 3, widths=(32, 24, 16, 16, 8), **options)
 
     check_any_size(build())
     check_output_stride(build())
