@@ -19,25 +19,29 @@ from .config import TrainingConfig
 _ORDER, _AUGMENTATION = 1, 2  # streams of random numbers that must not coincide
 
 
-class Samples(Dataset[Scene | UserError]):
+Failure = UserError | OSError
+
+
+class Samples(Dataset[Scene | Failure]):
     """Augmented scenes by their number in the run, from 0 without end: every scene once, in random order, then every
     scene again in another order. A number's sample is the same in every process, worker and continued run.
 
-    A UserError (a damaged file, a label out of range) is returned, not raised: a worker process would wrap it.
+    What a file is to blame for (damaged, gone, a label out of range) is returned, not raised: a worker process would
+    wrap it.
     """
 
     def __init__(self, scenes: Scenes, config: TrainingConfig) -> None:
         self.scenes, self.seed, self.augmentation = scenes, config.seed, config.augmentation()
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
-    def __getitem__(self, number: int) -> Scene | UserError:
+    def __getitem__(self, number: int) -> Scene | Failure:
         epoch, position = divmod(number, len(self.scenes))
         if epoch != self._epoch:
             order = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(self.scenes))
             self._epoch, self._order = epoch, order
         try:
             scene = self.scenes[int(self._order[position])]
-        except UserError as error:
+        except (UserError, OSError) as error:
             return error
         return self.augmentation(scene, np.random.default_rng([self.seed, _AUGMENTATION, number]))
 
@@ -66,7 +70,7 @@ def batches(
         workers: processes that read and augment ahead; the batches are the same for any number.
 
     Raises:
-        UserError: of the dataset.
+        UserError, OSError: of the dataset; or a worker was killed.
     """
     loader = DataLoader(
         Samples(scenes, config),
@@ -78,7 +82,7 @@ def batches(
     )
     try:
         for batch in loader:
-            if isinstance(batch, UserError):
+            if isinstance(batch, Exception):
                 raise batch
             yield batch
     except RuntimeError as error:
@@ -99,10 +103,10 @@ class _Numbers:
         return numbers(*self.arguments)  # type: ignore[arg-type]
 
 
-def _collate(samples: list[Scene | UserError]) -> tuple[Tensor, Tensor] | UserError:
+def _collate(samples: list[Scene | Failure]) -> tuple[Tensor, Tensor] | Failure:
     good: list[Scene] = []
     for sample in samples:
-        if isinstance(sample, UserError):
+        if isinstance(sample, Exception):
             return sample
         good.append(sample)
     return _stacked([s.image for s in good]), _stacked([s.labels for s in good])
