@@ -397,6 +397,9 @@ def test_damaged_checkpoints_are_refused(tmp_path, capsys):
     del content["trainer"]["model"]["classifier.weight"]
     torch.save(content, path)
     fails([*flags(out), "--resume"], r"does not fit the model \(.*classifier.weight", capsys)
+    content["processes"] = 2
+    torch.save(content, path)
+    fails([*flags(out), "--resume"], r"of a run in 2 processes, but this one has 1", capsys)
     content["version"] = 99
     torch.save(content, path)
     fails([*flags(out), "--resume"], "checkpoint of version 99; this package reads 1", capsys)

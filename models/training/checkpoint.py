@@ -8,6 +8,7 @@ from typing import Any
 from deeplab_kernels.errors import UserError
 
 from ..weights.file import read_pickle, write_whole
+from .distributed import rank_and_size
 from .trainer import Trainer
 
 _FORMAT = "deeplab_kernels checkpoint"
@@ -24,6 +25,7 @@ def write_checkpoint(path: Path, trainer: Trainer, *, classes: int, best: dict[s
         "format": _FORMAT,
         "version": _FORMAT_VERSION,
         "classes": classes,
+        "processes": rank_and_size()[1],
         "best": best,
         "trainer": trainer.state_dict(),
     }
@@ -34,7 +36,7 @@ def read_checkpoint(path: Path, classes: int) -> dict[str, Any]:
     """What :func:`write_checkpoint` wrote; tensors on the CPU.
 
     Raises:
-        UserError: the file is damaged or something else, or of a model with another number of classes.
+        UserError: the file is damaged or something else, or of a run with other numbers of classes or processes.
         OSError: there is no such file.
     """
     try:
@@ -47,6 +49,8 @@ def read_checkpoint(path: Path, classes: int) -> dict[str, Any]:
         raise UserError(f"{path}: checkpoint of version {content.get('version')}; this package reads {_FORMAT_VERSION}")
     if content["classes"] != classes:
         raise UserError(f"{path}: of a model with {content['classes']} classes, but the dataset has {classes}")
+    if content["processes"] != rank_and_size()[1]:
+        raise UserError(f"{path}: of a run in {content['processes']} processes, but this one has {rank_and_size()[1]}")
     return content
 
 

@@ -63,6 +63,7 @@ def synchronised_batch_norm(model: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.__class__ = nn.BatchNorm2d
+            norm.__dict__.pop("process_group", None)  # which could not be copied
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
