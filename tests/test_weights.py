@@ -16,12 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 from deeplab_kernels.models import build, known_weights, list_models, load_weights
+from deeplab_kernels.models.crf_stage import with_crf
 from deeplab_kernels.models.system import IMAGENET, SYMMETRIC
 from deeplab_kernels.models.weights import origins, save_weights_file
 from torch import nn
 
 from deeplab_kernels import cli
 from deeplab_kernels.errors import UserError
+from deeplab_kernels.nn import DenseCRF
 
 NAME = "deeplabv3plus_small"
 
@@ -128,6 +130,32 @@ def test_another_number_of_classes(state) -> None:
     assert report.ignored == ["classifier.weight", "classifier.bias"]
     assert torch.equal(model.classifier.weight, before)
     assert torch.equal(model.aspp.project.norm.bias, state["aspp.project.norm.bias"])
+
+
+@pytest.mark.parametrize("name", ["fcn8s_small", "deeplabv2_aspp_s_small"])
+def test_every_layer_of_another_number_of_classes(name) -> None:
+    state = build(name, 3).state_dict()
+    model = build(name, 5)
+    with pytest.raises(UserError, match="for 3 classes, the model has 5"):
+        load_weights(model, state)
+    report = load_weights(model, state, skip_classifier=True)
+    assert report.ignored == report.missing != []
+    assert all(3 in state[name].shape for name in report.missing)
+    for name in report.matched:
+        assert torch.equal(model.state_dict()[name], state[name]), name
+
+
+def test_a_crf_as_last_stage_stays(state) -> None:
+    crf = DenseCRF(3)
+    model = with_crf(small(), crf)
+    report = load_weights(model, state)
+    assert report.missing == []
+    assert_loaded(model.model, state)
+    assert model.crf is crf
+    whole = {**{f"model.{k}": v for k, v in state.items()}, **{f"crf.{k}": v for k, v in crf.state_dict().items()}}
+    other = with_crf(small(), DenseCRF(3))
+    assert load_weights(other, whole).missing == []
+    assert_loaded(other.model, state)
 
 
 def test_other_shapes_are_named(state) -> None:

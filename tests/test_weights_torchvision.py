@@ -83,7 +83,7 @@ def test_vgg_and_its_classifier() -> None:
     theirs = theirs.to_empty(device="cpu").eval()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=(2 / max(1, parameter[0].numel())) ** 0.5 if parameter.dim() > 1 else 0.1)
-    ours = build("fcn32s_vgg16", 3, 32).eval()
+    ours = build("fcn32s_vgg16", 3, 32, device="meta").to_empty(device="cpu").eval()
     report = load_weights(ours, theirs.state_dict())
     assert report.renamed["head.fc6.weight"] == "classifier.0.weight"
     assert report.ignored == []

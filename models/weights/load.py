@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deeplab_kernels.errors import UserError
 
+from ..crf_stage import DenseCRFStage
 from ..system import Normalization, SegmentationModel
 from . import huggingface, smp, tensorflow, timm, torchvision
 from .compare import differences
@@ -123,55 +124,81 @@ def load_state(
     skip_classifier: bool = False,
 ) -> LoadReport:
     """:func:`load_weights` for what was already read."""
+    if isinstance(model, DenseCRFStage) and not any(name.startswith("crf.") for name in loaded.state):
+        model = model.model  # other libraries' networks have no CRF
     expected = model.state_dict()
     layout = layout_of(loaded, origin, expected)
     if layout is None:
         translation = Translation(loaded.state, {name: name for name in loaded.state})
     else:
         translation = layout.translate(model, loaded.state)
-    report = LoadReport(
-        loaded.where, layout.origin if layout else OWN, layout.network if layout else "weights", normalization=None
-    )
-    last = layout.classifier if layout else "classifier"
-    classifier = (f"{last}.weight", f"{last}.bias")
+    theirs = translation.theirs
     tensors = {name: tensor for name, tensor in translation.tensors.items() if name in expected}
-    if skip_classifier:
-        report.ignored += [translation.theirs[name] for name in classifier if tensors.pop(name, None) is not None]
-    report.ignored += translation.ignored
-    report.surplus = translation.unknown
-    for ours, theirs in translation.theirs.items():
-        if ours not in expected and not ours.endswith(_COUNTER):
-            optional = layout is not None and re.fullmatch(layout.optional, ours)
-            (report.ignored if optional else report.surplus).append(theirs)
-    report.missing = [name for name in expected if name not in tensors and not name.endswith(_COUNTER)]
-    prefix = layout.prefix if layout else ""
-    lacking = [
-        name for name in report.missing if name.startswith(prefix) and not (skip_classifier and name in classifier)
-    ]
+    last = _last_layers(model, layout, tensors, expected)
+    skipped = [name for name in tensors if skip_classifier and name in last]
+    for name in skipped:
+        del tensors[name]
+    report = _report(loaded, layout, translation, tensors, expected)
+    report.ignored = [theirs[name] for name in skipped] + report.ignored
     if strict:
-        _refuse(loaded.where, report, lacking, model)
-    _check_shapes(loaded.where, tensors, expected, translation.theirs, classifier)
+        prefix = layout.prefix if layout else ""
+        _refuse(
+            report, [n for n in report.missing if n.startswith(prefix) and not (skip_classifier and n in last)], model
+        )
+    _check_shapes(loaded.where, tensors, expected, theirs, last)
     if not tensors:
         raise UserError(f"{loaded.where}: none of its {len(loaded.state)} tensors belongs to {type(model).__name__}")
-    for name in tensors:
-        theirs = translation.theirs[name]
-        if theirs == name:
-            report.matched.append(name)
-        else:
-            report.renamed[name] = theirs
     model.load_state_dict(tensors, strict=False)
     report.normalization = loaded.normalization or (layout.normalization if layout else model.normalization)
     model.normalization = report.normalization
     set_norm_eps(model, _eps(model, layout) if layout else loaded.norm_eps)
-    if layout is not None and layout.model is not None:
-        report.differences = differences(model, *layout.model(loaded.state), layout.prefix, layout.free)
-        if report.differences and not layout.prefix:
-            warnings.warn(
-                f"{loaded.where}: the model does not compute what {layout.origin}'s does: "
-                f"{_listed(report.differences)}; build(...) with {layout.model(loaded.state)[1]} would",
-                stacklevel=3,
-            )
+    if layout is not None:
+        _compare(model, layout, loaded, report)
     return report
+
+
+def _last_layers(
+    model: SegmentationModel, layout: Layout | None, tensors: State, expected: Mapping[str, Tensor]
+) -> set[str]:
+    """Names of what depends on the number of classes: the classifiers, and what has another size here."""
+    layers = (layout.classifier if layout else "classifier", "aux_classifier.4")
+    names = {f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")}
+    for name, tensor in tensors.items():
+        shape = expected[name].shape
+        if tensor.shape != shape and shape[:1] == (model.num_classes,):
+            names.add(name)
+    return names
+
+
+def _report(
+    loaded: Loaded, layout: Layout | None, translation: Translation, tensors: State, expected: Mapping[str, Tensor]
+) -> LoadReport:
+    origin, network = (layout.origin, layout.network) if layout else (OWN, "weights")
+    report = LoadReport(loaded.where, origin, network, ignored=translation.ignored, surplus=translation.unknown)
+    for ours, theirs in translation.theirs.items():
+        if ours not in expected and not ours.endswith(_COUNTER):
+            optional = layout is not None and re.fullmatch(layout.optional, ours)
+            (report.ignored if optional else report.surplus).append(theirs)
+        elif ours in tensors and theirs == ours:
+            report.matched.append(ours)
+        elif ours in tensors:
+            report.renamed[ours] = theirs
+    report.missing = [name for name in expected if name not in tensors and not name.endswith(_COUNTER)]
+    return report
+
+
+def _compare(model: SegmentationModel, layout: Layout, loaded: Loaded, report: LoadReport) -> None:
+    """Fills ``report.differences``, and warns of those of a whole network."""
+    if layout.model is None:
+        return
+    name, options = layout.model(loaded.state)
+    report.differences = differences(model, name, options, layout.prefix, layout.free)
+    if report.differences and not layout.prefix:
+        warnings.warn(
+            f"{loaded.where}: the model does not compute what {layout.origin}'s does: {_listed(report.differences)}; "
+            f"build(...) with {options} would",
+            stacklevel=4,
+        )
 
 
 def layout_of(loaded: Loaded, origin: str | None, expected: Collection[str] = ()) -> Layout | None:
@@ -193,7 +220,7 @@ def layout_of(loaded: Loaded, origin: str | None, expected: Collection[str] = ()
     return layout
 
 
-def _refuse(where: str, report: LoadReport, lacking: list[str], model: nn.Module) -> None:
+def _refuse(report: LoadReport, lacking: list[str], model: nn.Module) -> None:
     """Raises UserError if names are missing or surplus."""
     problems = []
     if lacking:
@@ -202,7 +229,7 @@ def _refuse(where: str, report: LoadReport, lacking: list[str], model: nn.Module
         problems.append(f"surplus: {_listed(report.surplus)}")
     if problems:
         raise UserError(
-            f"{where}: the weights ({report.network} of {report.origin}) do not fit {type(model).__name__}; "
+            f"{report.source}: the weights ({report.network} of {report.origin}) do not fit {type(model).__name__}; "
             + "; ".join(problems)
             + " (strict=False takes what fits)"
         )
@@ -213,12 +240,12 @@ def _check_shapes(
     tensors: State,
     expected: Mapping[str, Tensor],
     theirs: Mapping[str, str],
-    classifier: tuple[str, str],
+    last: Collection[str],
 ) -> None:
     wrong = {name: tensor for name, tensor in tensors.items() if tensor.shape != expected[name].shape}
     if not wrong:
         return
-    if set(wrong) <= set(classifier):
+    if set(wrong) <= set(last):
         given, wanted = (int(values[next(iter(wrong))].shape[0]) for values in (wrong, expected))
         if given != wanted:
             raise UserError(
