@@ -101,7 +101,7 @@ def _decoder() -> Finding:
     return Finding(
         "decoder",
         "v3 without and with the decoder",
-        "v3+, table 5 (Xception) and section 4.3",
+        "v3+, table 5 (Xception) and section 4.4",
         (Row("v3", paper="79.17"), Row("v3plus_dense", paper="79.93")),
         (
             Claim("the decoder helps", more, less, _points(79.93, 79.17)),
