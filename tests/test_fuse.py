@@ -424,6 +424,22 @@ def test_compile_export_and_trace(training: bool) -> None:
             torch.testing.assert_close(torch.jit.trace(fused, X)(X), expected)
 
 
+def test_functional_transforms() -> None:
+    plain = block().eval()
+    fused = copy.deepcopy(plain)
+    fuse(fused, always=True)
+    parameters = {name: p.detach() * 1.5 for name, p in plain.named_parameters()}
+    results = []
+    for model in (fused, plain):
+
+        def loss(values: dict[str, Tensor], x: Tensor, model: nn.Module = model) -> Tensor:
+            return torch.func.functional_call(model, values, (x[None],)).square().mean()
+
+        per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, X)
+        results.append({**per_sample, "loss": loss(parameters, X[0])})
+    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-9)
+
+
 def test_hooks_see_what_they_saw() -> None:
     seen: dict[nn.Module, list[tuple[str, Tensor]]] = {}
     plain = block().eval()

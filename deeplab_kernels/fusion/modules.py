@@ -100,17 +100,18 @@ class FusedConvolution(Fused, nn.Conv2d):
 
     def takes(self, x: Any, alone: bool) -> bool:
         """Whether the operator serves ``x`` and is the faster choice; the class's own forward does the rest."""
+        if not is_fused(self) or not isinstance(x, Tensor):
+            return False
+        weight = self.weight
         return (
-            is_fused(self)
-            and isinstance(x, Tensor)
-            and x.dim() == 4
+            x.dim() == 4
             and x.shape[1] == self.in_channels
             and x.dtype in _validation.DTYPES
-            and (x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type))
+            and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
             and x.layout == torch.strided
             and not x.is_nested
             and (type(x) is Tensor or not is_traceable_wrapper_subclass(x))
-            and (self._fused_always or covers(self, x, alone))
+            and (self._fused_always or covers(self, x, weight.requires_grad, alone))
         )
 
     def sides(self, x: Tensor) -> Any:
@@ -198,13 +199,11 @@ class _Run:
         """The convolution and as much of the rest as is the same in one operator: names it in ``covered``."""
         conv, norm, activation = self._roles()
         self.covered = ()
-        if not (
-            isinstance(conv, FusedConvolution)
-            and untouched(conv, conv._exactly)
-            and not _has_any_global_hook()
-            and conv.takes(x, alone=False)
-        ):
+        if not isinstance(conv, FusedConvolution) or not untouched(conv, conv._exactly) or _has_any_global_hook():
             return conv(x)  # type: ignore[misc]
+        if not conv.takes(x, alone=False):
+            # What calling it would come to, sooner: nobody watches, and alone it gains less.
+            return conv._unfused.forward(conv, x) if isinstance(x, Tensor) else conv(x)
         last = activation_name(activation)
         padding = conv.sides(x)
         if self.chain.norm is None:
@@ -244,8 +243,10 @@ class _Owner:
     """Stands for the owner as ``self`` of its forward: the children of chains are links, all else is the owner's."""
 
     def __init__(self, owner: nn.Module, links: dict[str, _Link]) -> None:
-        object.__setattr__(self, "_owner", owner)
-        object.__setattr__(self, "_links", links)
+        self.__dict__.update(_owner=owner, _links=links)
+        if not torch.compiler.is_compiling():  # sooner found here than by __getattr__
+            self.__dict__.update(owner._modules)
+            self.__dict__.update(links)
 
     def __getattr__(self, name: str) -> Any:
         links, owner = self.__dict__["_links"], self.__dict__["_owner"]
@@ -261,6 +262,11 @@ class _Owner:
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.__dict__["_owner"], name, value)
+        self.__dict__.pop(name, None)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.__dict__["_owner"], name)
+        self.__dict__.pop(name, None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["_owner"](*args, **kwargs)

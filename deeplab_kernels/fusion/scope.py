@@ -59,13 +59,13 @@ def scope_of(conv: nn.Conv2d, alone: bool) -> Scope:
     return _scope(max(conv.kernel_size), max(conv.stride), max(conv.dilation), conv.in_channels, alone)
 
 
-def covers(conv: nn.Conv2d, x: Tensor, alone: bool) -> bool:
-    """Whether ``conv`` runs fused on ``x``."""
+def covers(conv: nn.Conv2d, x: Tensor, learns: bool, alone: bool) -> bool:
+    """Whether ``conv``, which ``learns`` if its weight needs gradients, runs fused on ``x``."""
     # Compiled and traced code should not depend on sizes.
     if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
     scope = scope_of(conv, alone)
-    training = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
+    training = torch.is_grad_enabled() and (x.requires_grad or learns)
     if is_channels_last_only(x):
         return scope.channels_last_training if training else scope.channels_last
     if training or scope.smallest_map is None:
