@@ -283,7 +283,7 @@ def _prefix_in(folder: Path, where: str) -> Path:
 def read_tensorflow(prefix: Path, where: str) -> dict[str, Tensor]:
     """The floating-point variables of a checkpoint, in TensorFlow's names and layouts."""
     try:
-        import tensorflow
+        import tensorflow  # after Triton, which importing this package loads: the other order crashes
     except ImportError:
         raise ImportError(
             f"{where}: reading a TensorFlow checkpoint needs tensorflow; pip install 'deeplab_kernels[tensorflow]'"
