@@ -3,9 +3,8 @@
 
 #include <torch/headeronly/util/BFloat16.h>
 
-#include <cmath>
-
 #include "atrous_depthwise_isa.h"
+#include "finite.h"
 #include "instruction_set.h"
 
 namespace deeplab_kernels::cpu {
@@ -42,13 +41,6 @@ void with_kernels(F&& f) {
 }
 
 template <typename T>
-bool all_finite(const T* values, int64_t count) {
-  for (int64_t i = 0; i < count; ++i)
-    if (!std::isfinite(acc_t<T>(values[i]))) return false;
-  return true;
-}
-
-template <typename T>
 PlanBuilder make_plan(const DepthwiseShape& shape, Purpose purpose, bool exact) {
   const int64_t vector_bytes = chosen_instruction_set() == InstructionSet::kAvx512 ? 64
                                : chosen_instruction_set() == InstructionSet::kAvx2 ? 32
@@ -58,7 +50,7 @@ PlanBuilder make_plan(const DepthwiseShape& shape, Purpose purpose, bool exact) 
 
 template <typename T>
 bool weights_finite(const DepthwiseShape& shape, const T* weight) {
-  return all_finite(weight, shape.out_channels() * shape.taps());
+  return all_finite<acc_t<T>>(weight, shape.out_channels() * shape.taps());
 }
 
 template <typename T>

@@ -6,15 +6,13 @@
 #include <tuple>
 
 #include "../cpu/atrous_depthwise.h"
-#include "tensors.h"
+#include "cpu_tensors.h"
 #include "threads.h"
 
 namespace deeplab_kernels {
 namespace {
 
 using torch::headeronly::BFloat16;
-using Ints = std::vector<int64_t>;
-using OptionalTensor = std::optional<Tensor>;
 
 // Calls f with a value of the storage type, so that the kernels' template argument can be deduced from it.
 template <typename F>
@@ -31,29 +29,6 @@ void dispatch(ScalarType dtype, F&& f) {
   }
 }
 
-template <typename T>
-const T* in(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-template <typename T>
-T* out(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-// Null where a gradient is not wanted or a tensor was not kept (shape (0,)).
-template <typename T>
-T* out_or_null(const Tensor& t, bool wanted) {
-  return wanted ? out<T>(t) : nullptr;
-}
-template <typename A>
-const A* in_or_null(const OptionalTensor& t) {
-  return t ? in<A>(*t) : nullptr;
-}
-
-Activation activation_of(int64_t code) {
-  STD_TORCH_CHECK(code >= 0 && code <= 2, "activation must be 0 (none), 1 (relu) or 2 (relu6)");
-  return static_cast<Activation>(code);
-}
-
 template <typename A>
 cpu::NormParameters<A> norm_parameters(const OptionalTensor& gamma, const OptionalTensor& beta, double eps,
                                        int64_t activation) {
@@ -68,10 +43,6 @@ void check_norm(const OptionalTensor& gamma, const OptionalTensor& beta, const D
 // float16 has no kernels of its own on the CPU: it is computed in float32, at the price of the conversions.
 Tensor widened(const Tensor& t) {
   return t.scalar_type() == ScalarType::Half ? torch::stable::to(t, ScalarType::Float) : t;
-}
-
-Tensor as_dtype(const Tensor& t, ScalarType dtype) {
-  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
 
 Tensor conv2d(const Tensor& x_any, const Tensor& weight_any, const Ints& stride, const Ints& padding,

@@ -36,6 +36,17 @@ STABLE_TORCH_LIBRARY(deeplab_kernels, m) {
       "beta, "
       "Tensor mean, Tensor var, float eps, int activation, bool batch_statistics, int[2] stride, int[4] padding, "
       "int[2] dilation, bool need_grad_x, bool need_grad_weight) -> (Tensor, Tensor, Tensor, Tensor)");
+  // The whole separable convolution, for inference:
+  //   y   = depthwise_act(depthwise_norm(conv(pre_act(x), depthwise_weight)))
+  //   out = pointwise_act(pointwise_norm(sum_c pointwise_weight[., c] y_c) + residual)
+  // pointwise_weight (C', C*m, 1, 1) and residual, of out's shape, in the dtype of x. norm(z) is
+  // gamma (z - mean) / sqrt(var + eps) + beta; None: gamma 1, beta 0, mean 0, and without var no division.
+  m.def(
+      "atrous_separable_conv2d(Tensor x, Tensor depthwise_weight, Tensor pointwise_weight, Tensor? residual, "
+      "Tensor? depthwise_gamma, Tensor? depthwise_beta, Tensor? depthwise_mean, Tensor? depthwise_var, "
+      "Tensor? pointwise_gamma, Tensor? pointwise_beta, Tensor? pointwise_mean, Tensor? pointwise_var, "
+      "float depthwise_eps, float pointwise_eps, int pre_activation, int depthwise_activation, "
+      "int pointwise_activation, int[2] stride, int[4] padding, int[2] dilation) -> Tensor");
   // out_i = sum_j exp(-|f_i - f_j|^2 / 2) v_j. values (B, C, N), features (B, d, N) in any floating dtype; the result
   // in the accumulation dtype of values (float64 for float64, otherwise float32), as is grad_out.
   m.def("gaussian_filter(Tensor values, Tensor features) -> Tensor");

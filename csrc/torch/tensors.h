@@ -105,12 +105,16 @@ inline std::vector<int64_t> output_size(const DepthwiseShape& shape) {
   return {shape.batch, shape.out_channels(), shape.out_h, shape.out_w};
 }
 
-inline void check_vector(const Tensor& v, const char* name, const DepthwiseShape& shape, const Tensor& x) {
-  STD_TORCH_CHECK(v.dim() == 1 && v.size(0) == shape.out_channels() && v.is_contiguous(), name,
+inline void check_vector(const Tensor& v, const char* name, int64_t channels, const Tensor& x) {
+  STD_TORCH_CHECK(v.dim() == 1 && v.size(0) == channels && v.is_contiguous(), name,
                   " must be a contiguous vector with one value per output channel");
   STD_TORCH_CHECK(v.scalar_type() == accumulation_type(x.scalar_type()), name,
                   " must have the accumulation dtype (float32; float64 for float64 x)");
   STD_TORCH_CHECK(v.device() == x.device(), name, " must be on the device of x");
+}
+
+inline void check_vector(const Tensor& v, const char* name, const DepthwiseShape& shape, const Tensor& x) {
+  check_vector(v, name, shape.out_channels(), x);
 }
 
 // grad_out, or the convolution's output kept by the forward pass.

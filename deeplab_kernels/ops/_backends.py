@@ -24,6 +24,7 @@ OPERATORS: dict[str, str | None] = {
     "atrous_depthwise_bn_act_inference": "atrous_depthwise",
     "atrous_depthwise_bn_act_training": "atrous_depthwise",
     "atrous_depthwise_bn_act_backward": "atrous_depthwise",
+    "atrous_separable_conv2d": None,
     "gaussian_filter": "gaussian_filter",
     "gaussian_filter_backward": "gaussian_filter",
     "local_gaussian_filter": "local_gaussian_filter",
@@ -91,7 +92,10 @@ def _autocast_arguments(
     args: tuple[Any, ...], device_type: str, cast_arguments: int, dtype: torch.dtype | None = None
 ) -> tuple[Any, ...]:
     dtype = dtype or torch.get_autocast_dtype(device_type)
-    return (*(a.to(dtype) if a.dtype != torch.float64 else a for a in args[:cast_arguments]), *args[cast_arguments:])
+    return (
+        *(a.to(dtype) if a is not None and a.dtype != torch.float64 else a for a in args[:cast_arguments]),
+        *args[cast_arguments:],
+    )
 
 
 def register_autocast(operator: str, cast_arguments: int, dtype: torch.dtype | None = None) -> None:

@@ -135,7 +135,20 @@ def depthwise(
     return geometry
 
 
-def same_dtype(x: Tensor, weight: Tensor) -> None:
+def pointwise(weight: Tensor, depthwise_weight: Tensor) -> None:
+    """Checks the weight of a 1x1 convolution that follows the depthwise one."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"pointwise_weight must be a torch.Tensor, got {type(weight).__name__}")
+    channels = depthwise_weight.shape[0]
+    if weight.dim() != 4 or weight.shape[1:] != (channels, 1, 1):
+        raise ValueError(
+            f"pointwise_weight must have shape (out_channels, {channels}, 1, 1), got {tuple(weight.shape)}"
+        )
+    if weight.device != depthwise_weight.device:
+        raise ValueError(f"pointwise_weight must be on x's device {depthwise_weight.device}, got {weight.device}")
+
+
+def same_dtype(x: Tensor, weight: Tensor, name: str = "weight") -> None:
     if x.dtype == weight.dtype:
         return
     device = x.device.type
@@ -143,8 +156,8 @@ def same_dtype(x: Tensor, weight: Tensor) -> None:
         # Autocast casts every dtype but float64.
         if torch.float64 not in (x.dtype, weight.dtype):
             return
-        raise TypeError(f"weight must have x's dtype {x.dtype}, got {weight.dtype} (autocast leaves float64 as it is)")
-    raise TypeError(f"weight must have x's dtype {x.dtype}, got {weight.dtype}")
+        raise TypeError(f"{name} must have x's dtype {x.dtype}, got {weight.dtype} (autocast leaves float64 as it is)")
+    raise TypeError(f"{name} must have x's dtype {x.dtype}, got {weight.dtype}")
 
 
 def channel_vector(v: Tensor | None, name: str, weight: Tensor) -> None:

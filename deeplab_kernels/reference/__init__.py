@@ -11,6 +11,7 @@ from .atrous_depthwise import (
     atrous_depthwise_conv2d,
     atrous_depthwise_conv2d_backward,
 )
+from .atrous_separable import atrous_separable_conv2d
 from .dense_crf import dense_crf_mean_field, dense_crf_mean_field_backward
 from .gaussian_filter import gaussian_filter, gaussian_filter_backward
 from .local_gaussian_filter import local_gaussian_filter, local_gaussian_filter_backward
@@ -22,6 +23,7 @@ __all__ = [
     "atrous_depthwise_bn_act_training",
     "atrous_depthwise_conv2d",
     "atrous_depthwise_conv2d_backward",
+    "atrous_separable_conv2d",
     "dense_crf",
     "dense_crf_mean_field",
     "dense_crf_mean_field_backward",

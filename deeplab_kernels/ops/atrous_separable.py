@@ -1,0 +1,283 @@
+"""Atrous separable convolution as one operator.
+
+    y   = depthwise_activation(depthwise_norm(conv(pre_activation(x), depthwise_weight)))
+    out = pointwise_activation(pointwise_norm(sum_c pointwise_weight[., c] y_c) + residual)
+
+The block of DeepLab v3+ (Chen et al., arXiv:1802.02611, section 3.1). Executed in one of two ways:
+
+- "whole": one kernel makes y tile by tile in the caches and multiplies it there; y is never written to memory.
+  Inference only.
+- "two_kernels": the fused depthwise operator and torch's 1x1 convolution, one after the other; differentiable.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import _library
+from .._layout import output_memory_format
+from . import _backends, _validation
+from .atrous_depthwise import (
+    _accumulation_dtype,
+    _below_autograd,
+    _conv_flops,
+    _needs_autograd,
+    _output_size,
+    _transforms_active,
+    _vector,
+    atrous_depthwise_bn_act,
+    atrous_depthwise_conv2d,
+)
+
+_ops = torch.ops.deeplab_kernels
+
+EXECUTIONS = ("auto", "whole", "two_kernels")
+EXECUTION_VARIABLE = "DEEPLAB_KERNELS_SEPARABLE_EXECUTION"
+
+
+class BatchNorm(NamedTuple):
+    """Batch normalisation ``gamma (z - mean) / sqrt(var + eps) + beta``; vectors with one value a channel.
+
+    mean and var are running statistics: they normalise in inference and are updated in training, where they may be
+    None. gamma and beta may be None for 1 and 0.
+    """
+
+    mean: Tensor | None
+    var: Tensor | None
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+    eps: float = 1e-5
+    momentum: float = 0.1
+
+
+def default_execution() -> str:
+    """What ``execution="auto"`` is told by the environment: "auto" unless the variable says otherwise."""
+    value = os.environ.get(EXECUTION_VARIABLE, "auto")
+    if value not in EXECUTIONS:
+        raise ValueError(f"{EXECUTION_VARIABLE} must be one of {', '.join(EXECUTIONS)}, got {value!r}")
+    return value
+
+
+def _activate(x: Tensor, code: int) -> Tensor:
+    return F.relu6(x) if code == 2 else F.relu(x) if code == 1 else x
+
+
+def _prefers_whole(x: Tensor) -> bool:
+    """Whether one kernel is expected to be faster, where it serves.
+
+    On the CPU its matrix product is as fast as oneDNN's where it was written for the instruction set, and it saves
+    writing and reading y, and three passes over the output; its portable version is no match. float16 and bfloat16
+    would be converted to float32 and back, while torch multiplies them as they are.
+    """
+    if x.device.type != "cpu":
+        return False
+    return x.dtype in (torch.float32, torch.float64) and _library.cpu_instruction_set() in ("avx2", "avx512")
+
+
+def atrous_separable_conv2d(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    *,
+    depthwise_norm: BatchNorm | None = None,
+    pointwise_norm: BatchNorm | None = None,
+    depthwise_bias: Tensor | None = None,
+    pointwise_bias: Tensor | None = None,
+    pre_activation: str | None = None,
+    depthwise_activation: str | None = None,
+    pointwise_activation: str | None = None,
+    residual: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    training: bool = False,
+    execution: str = "auto",
+) -> Tensor:
+    """Depthwise convolution [+ norm] [+ activation], then 1x1 convolution [+ norm] [+ residual] [+ activation].
+
+    Args:
+        x, depthwise_weight, stride, padding, dilation: as in :func:`atrous_depthwise_conv2d`, weight (C*m, 1, kh, kw).
+        pointwise_weight: (C', C*m, 1, 1), dtype of ``x``.
+        depthwise_norm, pointwise_norm: :class:`BatchNorm` after the convolution, or None.
+        depthwise_bias, pointwise_bias: (C*m,) and (C',), added before the norm, or None.
+        pre_activation, depthwise_activation, pointwise_activation: "relu", "relu6", or None / "none".
+        residual: (N, C', H', W') in x's dtype, added before the last activation, or None.
+        training: the batch's own statistics normalise, and the running ones are updated.
+        execution: "auto" picks by cost; "whole" or "two_kernels" (see the module) insist. The environment variable
+            DEEPLAB_KERNELS_SEPARABLE_EXECUTION changes what "auto" means.
+
+    Returns:
+        (N, C', H', W') in x's dtype and memory format. Differentiable (by "two_kernels").
+
+    Raises:
+        ValueError, TypeError: an argument is not as above, or execution="whole" where one kernel does not serve: in
+            training, where gradients are needed, under torch.func's transforms, with a multiplier m > 1.
+    """
+    g = _validation.depthwise(x, depthwise_weight, stride, padding, dilation)
+    _validation.pointwise(pointwise_weight, depthwise_weight)
+    _validation.same_dtype(x, depthwise_weight, "depthwise_weight")
+    _validation.same_dtype(x, pointwise_weight, "pointwise_weight")
+    activations = [_validation.activation_code(a) for a in (pre_activation, depthwise_activation, pointwise_activation)]
+    vectors: list[Tensor | None] = []
+    for half, weight, norm, bias in (
+        ("depthwise", depthwise_weight, depthwise_norm, depthwise_bias),
+        ("pointwise", pointwise_weight, pointwise_norm, pointwise_bias),
+    ):
+        _validation.channel_vector(bias, f"{half}_bias", weight)
+        vectors.append(bias)
+        if norm is not None:
+            if not isinstance(norm, BatchNorm):
+                raise TypeError(f"{half}_norm must be an ops.BatchNorm or None, got {type(norm).__name__}")
+            _validation.channel_vector(norm.gamma, f"{half}_norm.gamma", weight)
+            _validation.channel_vector(norm.beta, f"{half}_norm.beta", weight)
+            _validation.running_statistics(norm.mean, norm.var, weight, training)
+            _validation.normalisation_constants(training, norm.momentum, norm.eps)
+            vectors += [norm.gamma, norm.beta]
+    height, width = _output_size(x, depthwise_weight, g.stride, g.padding, g.dilation)
+    out_size = (x.shape[0], pointwise_weight.shape[0], height, width)
+    if residual is not None:
+        _check_residual(residual, x, out_size)
+    if execution not in EXECUTIONS:
+        raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
+    if execution == "auto":
+        execution = default_execution()
+        insisted = False
+    else:
+        insisted = True
+    obstacle = _obstacle(x, depthwise_weight, pointwise_weight, residual, vectors, training)
+    if insisted and execution == "whole" and obstacle:
+        raise ValueError(f'execution="whole" does not serve {obstacle}: use "auto" or "two_kernels"')
+    if not obstacle and (execution == "whole" or (execution == "auto" and _prefers_whole(x))):
+        return _whole(
+            x, depthwise_weight, pointwise_weight, residual, (depthwise_norm, depthwise_bias),
+            (pointwise_norm, pointwise_bias), activations, g,
+        )  # fmt: skip
+    return _two_kernels(
+        x, depthwise_weight, pointwise_weight, residual, (depthwise_norm, depthwise_bias),
+        (pointwise_norm, pointwise_bias), activations, g, training,
+    )  # fmt: skip
+
+
+_Half = tuple[BatchNorm | None, Tensor | None]
+
+
+def _check_residual(residual: Tensor, x: Tensor, out_size: tuple[int, ...]) -> None:
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual must be a torch.Tensor or None, got {type(residual).__name__}")
+    _validation.same_dtype(x, residual, "residual")
+    if residual.shape != out_size:
+        raise ValueError(f"residual must have the output's shape {out_size}, got {tuple(residual.shape)}")
+    if residual.device != x.device:
+        raise ValueError(f"residual must be on x's device {x.device}, got {residual.device}")
+
+
+def _obstacle(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    residual: Tensor | None,
+    vectors: Sequence[Tensor | None],
+    training: bool,
+) -> str:
+    """Why the one kernel cannot serve, or an empty string."""
+    if training:
+        return "training"
+    if _needs_autograd(x, depthwise_weight, pointwise_weight, residual, *vectors):
+        return "where gradients are needed"
+    if _transforms_active():
+        return "under torch.func's transforms or forward-mode differentiation"
+    if depthwise_weight.shape[0] != x.shape[1]:
+        return f"{depthwise_weight.shape[0]} depthwise filters on {x.shape[1]} channels"
+    return ""
+
+
+def _norm_vectors(half: _Half, acc: torch.dtype) -> tuple[list[Tensor | None], float]:
+    """([gamma, beta, mean, var], eps), with the bias as part of the mean, or as beta where nothing is normalised."""
+    norm, bias = half
+    if norm is None:
+        return [None, _vector(bias, acc), None, None], 0.0
+    mean = norm.mean
+    if bias is not None and mean is not None:
+        mean = mean.to(acc) - bias.to(acc)
+    return [_vector(v, acc) for v in (norm.gamma, norm.beta, mean, norm.var)], norm.eps
+
+
+def _whole(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    residual: Tensor | None,
+    depthwise: _Half,
+    pointwise: _Half,
+    activations: Sequence[int],
+    g: _validation.Geometry,
+) -> Tensor:
+    acc = _accumulation_dtype(x.dtype)
+    (first, first_eps), (second, second_eps) = _norm_vectors(depthwise, acc), _norm_vectors(pointwise, acc)
+    args = (
+        x, depthwise_weight, pointwise_weight, residual, *first, *second, first_eps, second_eps, *activations,
+        g.stride, g.padding, g.dilation,
+    )  # fmt: skip
+    operator = _ops.atrous_separable_conv2d.default
+    # Below autograd's Python key, which costs more than a small convolution; the compiler wants the operator itself.
+    return operator(*args) if torch.compiler.is_compiling() else _below_autograd(operator, *args)
+
+
+def _two_kernels(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    residual: Tensor | None,
+    depthwise: _Half,
+    pointwise: _Half,
+    activations: Sequence[int],
+    g: _validation.Geometry,
+    training: bool,
+) -> Tensor:
+    pre, between, after = activations
+    geometry: dict[str, Any] = {"stride": g.stride, "padding": g.padding, "dilation": g.dilation}
+    x = _activate(x, pre)
+    norm, bias = depthwise
+    if norm is not None and bias is None:
+        name = next(n for n, code in _validation.ACTIVATIONS.items() if code == between)
+        y = atrous_depthwise_bn_act(
+            x, depthwise_weight, norm.gamma, norm.beta, norm.mean, norm.var, training=training,
+            momentum=norm.momentum, eps=norm.eps, activation=name, **geometry,
+        )  # fmt: skip
+    else:
+        y = atrous_depthwise_conv2d(x, depthwise_weight, **geometry)
+        y = _activate(_batch_norm(y, depthwise, training), between)
+    z = _batch_norm(F.conv2d(y, pointwise_weight), pointwise, training)
+    return _activate(z if residual is None else z + residual, after)
+
+
+def _batch_norm(z: Tensor, half: _Half, training: bool) -> Tensor:
+    norm, bias = half
+    if bias is not None:
+        z = z + bias.to(z.dtype).view(1, -1, 1, 1)
+    if norm is None:
+        return z
+    return F.batch_norm(z, norm.mean, norm.var, norm.gamma, norm.beta, training, norm.momentum, norm.eps)
+
+
+@torch.library.register_fake("deeplab_kernels::atrous_separable_conv2d")
+def _(x, depthwise_weight, pointwise_weight, *args):  # type: ignore[no-untyped-def]
+    size = (x.shape[0], pointwise_weight.shape[0], *_output_size(x, depthwise_weight, *args[-3:]))
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=output_memory_format(x))
+
+
+_backends.register_autocast("atrous_separable_conv2d", cast_arguments=4)
+
+
+@register_flop_formula(_ops.atrous_separable_conv2d)
+def _(x_shape, depthwise_shape, pointwise_shape, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
+    batch, out_channels, height, width = out_shape
+    depthwise = _conv_flops(x_shape, depthwise_shape, (batch, depthwise_shape[0], height, width))
+    return depthwise + 2 * batch * out_channels * pointwise_shape[1] * height * width
