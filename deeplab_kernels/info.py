@@ -100,6 +100,7 @@ def _torch_libraries() -> tuple[list[Report], Report]:
     try:
         backends = importlib.import_module("deeplab_kernels.ops._backends")
         library = importlib.import_module("deeplab_kernels._library")
+        separable = importlib.import_module("deeplab_kernels.ops.atrous_separable")
     except Exception as error:
         reason = one_line(error)
         cuda_reason = reason if cuda else _artefacts.build_info().get("cuda_missing_because") or reason
@@ -109,6 +110,7 @@ def _torch_libraries() -> tuple[list[Report], Report]:
         "cpu_instruction_set": library.cpu_instruction_set(),
         "serving": {name: backends.serving(name) for name in backends.OPERATORS},
         "missing": missing,
+        "separable_execution": separable.describe_execution(),
     }
     return [_library("_C", cpu, None), _library("_C_cuda", cuda, missing.get("cuda"))], operators
 
@@ -127,8 +129,9 @@ def collect() -> Report:
     """The report as plain data: keys versions, build, libraries, threads, devices, operators.
 
     In ``libraries`` and ``devices``, ``missing_because`` is None or absent for what works. ``operators`` has
-    ``serving`` (operator -> device -> backend), ``missing`` (backend -> reason) and ``cpu_instruction_set``, or only
-    ``missing_because`` where the operators cannot be loaded at all.
+    ``serving`` (operator -> device -> backend), ``missing`` (backend -> reason), ``separable_execution`` (device ->
+    "whole" or "two_kernels") and ``cpu_instruction_set``, or only ``missing_because`` where the operators cannot be
+    loaded at all.
     """
     libraries, operators = _torch_libraries()
     return {
@@ -183,7 +186,9 @@ def _operator_lines(operators: Report, has_cuda: bool) -> list[str]:
     cuda = "cuda" if has_cuda else "cuda (no device here)"
     rows = [["", "cpu", cuda, "other devices"]]
     rows += [[name, s["cpu"], s["cuda"], s["other"]] for name, s in operators["serving"].items()]
-    return table(rows) + [f"  {name} cannot serve: {reason}" for name, reason in operators["missing"].items()]
+    execution = "; ".join(f"{device}: {how}" for device, how in operators["separable_execution"].items())
+    lines = [*table(rows), f"  separable convolution, float32 inference: {execution}"]
+    return lines + [f"  {name} cannot serve: {reason}" for name, reason in operators["missing"].items()]
 
 
 def render(report: Report) -> str:

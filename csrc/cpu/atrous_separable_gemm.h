@@ -32,19 +32,22 @@ struct Results {
   Activation activation;
 };
 
-// Sums of a group of rows and panels between two runs over kDepth terms.
-template <typename A>
-struct Partial {
-  A* sums;
-  int64_t row_step;
+// What a block asks for beside its own work: `count` cache lines from number `first` on, 16 in a row at `data`, then 16
+// `step` bytes further.
+struct Ahead {
+  const char* data;
+  int64_t step, first, count;
 };
 
-template <typename A, int R>
-DK_INLINE void products(const A* a, int64_t a_step, const A* b, int64_t depth, Vec<A> (&sums)[R][2]) {
-  const A* rows[R];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) rows[r] = a + r * a_step, sums[r][0] = sums[r][1] = Vec<A>{};
-  for (int64_t k = 0; k < depth; ++k, b += kPanel<A>) {
+template <bool kAhead, typename A, int R>
+DK_INLINE void products(const A* const (&rows)[R], const A* b, int64_t begin, int64_t end, const Ahead& ahead,
+                        Vec<A> (&sums)[R][2]) {
+  b += begin * kPanel<A>;
+  for (int64_t k = begin; k < end; ++k, b += kPanel<A>) {
+    if (kAhead) {
+      const int64_t line = ahead.first + k;
+      __builtin_prefetch(ahead.data + (line >> 4) * ahead.step + (line & 15) * 64, 0, 2);
+    }
     const Vec<A> b0 = load(b), b1 = load(b + kLanes<A>);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -82,9 +85,22 @@ DK_INLINE void finish(Vec<A> (&sums)[R][2], const Results<A>& to, int64_t row, i
 // One block: the terms [0, depth) of a and b; first and last tell whether they are the first and last of the sum.
 template <typename A, bool kByColumn, int R>
 void block(const A* a, int64_t a_step, const A* b, int64_t depth, bool first, bool last, A* partial,
-           int64_t partial_step, const Results<A>& to, int64_t row, int64_t column, int64_t columns) {
+           int64_t partial_step, const Ahead& ahead, const Results<A>& to, int64_t row, int64_t column,
+           int64_t columns) {
   Vec<A> sums[R][2];
-  products<A, R>(a, a_step, b, depth, sums);
+  const A* rows[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) rows[r] = a + r * a_step, sums[r][0] = sums[r][1] = Vec<A>{};
+  if (last)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {  // until they are written, the results' lines have arrived
+      const A* at = to.out + (row + r) * to.row_step + column;
+      __builtin_prefetch(at, 1, 3);
+      __builtin_prefetch(at + kPanel<A> - 1, 1, 3);
+    }
+  const int64_t asking = smaller(ahead.count, depth);
+  products<true>(rows, b, 0, asking, ahead, sums);
+  products<false>(rows, b, asking, depth, ahead, sums);
   if (!first)
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -100,8 +116,8 @@ void block(const A* a, int64_t a_step, const A* b, int64_t depth, bool first, bo
 }
 
 template <typename A>
-using Block = void (*)(const A*, int64_t, const A*, int64_t, bool, bool, A*, int64_t, const Results<A>&, int64_t,
-                       int64_t, int64_t);
+using Block = void (*)(const A*, int64_t, const A*, int64_t, bool, bool, A*, int64_t, const Ahead&, const Results<A>&,
+                       int64_t, int64_t, int64_t);
 
 // By the number of rows, from 1 on.
 template <typename A, bool kByColumn, int... kRowsLess1>
@@ -110,38 +126,99 @@ DK_INLINE Block<A> block_of(int64_t rows, std::integer_sequence<int, kRowsLess1.
   return kBlocks[rows - 1];
 }
 
-// to = A B for `rows` rows of a and `columns` columns, b in panels of depth x kPanel. group_rows x group_panels are
-// what one run over kDepth terms takes: their sums lie in `sums`, which has room for that many.
+// Terms [begin, end) of the sums over `depth`, cut into runs of at most kDepth.
+struct Terms {
+  int64_t begin, end, depth;
+
+  static int64_t runs(int64_t depth) { return larger(1, (depth + kDepth - 1) / kDepth); }
+  // Those of runs [first, last).
+  static Terms of_runs(int64_t depth, int64_t first, int64_t last) {
+    return {depth * first / runs(depth), depth * last / runs(depth), depth};
+  }
+};
+
+// The product's operands from the first of the terms on: rows of a, and panels of b, lie `step` apart.
+template <typename A>
+struct Operand {
+  const A* data;
+  int64_t step;
+};
+
+// How much one run over kDepth terms takes, and the sums in between: laid out for the whole tile if `whole`, otherwise
+// for one group.
+template <typename A>
+struct Grouping {
+  int64_t rows, panels;
+  A* sums;
+  bool whole;
+};
+
+// Adds these terms of A B, for `rows` rows of a and `columns` columns of b; after the last, writes the results.
 template <typename A, bool kByColumn>
-void multiply(const A* a, int64_t a_step, const A* b, int64_t rows, int64_t columns, int64_t depth, int64_t group_rows,
-              int64_t group_panels, A* sums, const Results<A>& to) {
+void multiply(const Operand<A>& a, const Operand<A>& b, int64_t rows, int64_t columns, const Terms& terms,
+              const Grouping<A>& group, const Results<A>& to) {
   constexpr auto kAll = std::make_integer_sequence<int, kBlockRows>();
-  const int64_t panels = (columns + kPanel<A> - 1) / kPanel<A>, runs = larger(1, (depth + kDepth - 1) / kDepth);
-  const int64_t sums_step = group_panels * kPanel<A>;
-  for (int64_t p0 = 0; p0 < panels; p0 += group_panels)
-    for (int64_t r0 = 0; r0 < rows; r0 += group_rows) {
-      const int64_t p1 = smaller(p0 + group_panels, panels), r1 = smaller(r0 + group_rows, rows);
+  const int64_t panels = (columns + kPanel<A> - 1) / kPanel<A>;
+  const int64_t sums_step = (group.whole ? panels : group.panels) * kPanel<A>;
+  const int64_t runs = Terms::runs(terms.end - terms.begin);
+  for (int64_t p0 = 0; p0 < panels; p0 += group.panels)
+    for (int64_t r0 = 0; r0 < rows; r0 += group.rows) {
+      const int64_t p1 = smaller(p0 + group.panels, panels), r1 = smaller(r0 + group.rows, rows);
+      A* sums = group.whole ? group.sums + r0 * sums_step + p0 * kPanel<A> : group.sums;
       for (int64_t run = 0; run < runs; ++run) {
-        const int64_t k0 = depth * run / runs, k1 = depth * (run + 1) / runs;
-        for (int64_t p = p0; p < p1; ++p)
-          for (int64_t r = r0; r < r1; r += kBlockRows)
+        const Terms part = Terms::of_runs(terms.end - terms.begin, run, run + 1);
+        const bool first = terms.begin + part.begin == 0, last = terms.begin + part.end == terms.depth;
+        // The weights come from far away: what the next run, panel or group takes of them is asked for little by little.
+        const int64_t length = part.end - part.begin;
+        const int64_t blocks = kByColumn ? (r1 - r0 + kBlockRows - 1) / kBlockRows : p1 - p0;
+        const int64_t lines = ((kByColumn ? length : kBlockRows * 16) + blocks - 1) / blocks;
+        for (int64_t p = p0; p < p1; ++p) {
+          const A* panel = b.data + p * b.step + part.begin * kPanel<A>;
+          const A* next = kByColumn ? (p + 1 < p1 ? panel + b.step : panel + length * kPanel<A>)
+                                    : a.data + (run + 1 < runs ? r0 * a.step + part.end : (r0 + group.rows) * a.step);
+          for (int64_t r = r0; r < r1; r += kBlockRows) {
+            const int64_t block = kByColumn ? (r - r0) / kBlockRows : p - p0;
+            const Ahead ahead{reinterpret_cast<const char*>(kByColumn ? next : next + (r - r0) * a.step),
+                              kByColumn ? 1024 : a.step * int64_t(sizeof(A)), block * lines, lines};
             block_of<A, kByColumn>(smaller(r1 - r, kBlockRows), kAll)(
-                a + r * a_step + k0, a_step, b + (p * depth + k0) * kPanel<A>, k1 - k0, run == 0, run == runs - 1,
-                sums + (r - r0) * sums_step + (p - p0) * kPanel<A>, sums_step, to, r, p * kPanel<A>, columns);
+                a.data + r * a.step + part.begin, a.step, panel, length, first, last,
+                sums + (r - r0) * sums_step + (p - p0) * kPanel<A>, sums_step, ahead, to, r, p * kPanel<A>,
+                columns);
+          }
+        }
       }
     }
+}
+
+template <typename V, int... kIndex>
+DK_INLINE void transpose(V (&rows)[sizeof...(kIndex)], std::integer_sequence<int, kIndex...>) {
+  constexpr int n = int(sizeof...(kIndex));
+#pragma GCC unroll 4
+  for (int stage = 1; stage < n; stage *= 2) {
+    const V mixed[n] = {interleaved<kIndex % 2>(rows[kIndex / 2], rows[kIndex / 2 + n / 2])...};
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) rows[i] = mixed[i];
+  }
 }
 
 // Rows [kPanel * panel, ...) of w (rows, depth) as columns of a panel; those beyond the last are zero.
 template <typename A>
 void pack_panel(const A* w, int64_t rows, int64_t depth, int64_t panel, A* to) {
-  const int64_t first = panel * kPanel<A>, count = smaller(kPanel<A>, rows - first);
-  for (int64_t r = 0; r < count; ++r) {
-    const A* row = w + (first + r) * depth;
-    for (int64_t k = 0; k < depth; ++k) to[k * kPanel<A> + r] = row[k];
+  constexpr int64_t L = kLanes<A>, N = kPanel<A>;
+  for (int64_t half = 0; half < N; half += L) {
+    const int64_t first = panel * N + half, count = smaller(L, rows - first);
+    int64_t k = 0;
+    for (; k + L <= depth; k += L) {
+      Vec<A> block[L];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < L; ++r) block[r] = r < count ? load(w + (first + r) * depth + k) : Vec<A>{};
+      transpose(block, std::make_integer_sequence<int, L>());
+#pragma GCC unroll 16
+      for (int64_t l = 0; l < L; ++l) store(to + (k + l) * N + half, block[l]);
+    }
+    for (; k < depth; ++k)
+      for (int64_t r = 0; r < L; ++r) to[k * N + half + r] = r < count ? w[(first + r) * depth + k] : A(0);
   }
-  for (int64_t k = 0; k < depth; ++k)
-    for (int64_t r = count; r < kPanel<A>; ++r) to[k * kPanel<A> + r] = A(0);
 }
 
 }  // namespace

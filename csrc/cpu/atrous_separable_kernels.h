@@ -7,26 +7,6 @@
 namespace deeplab_kernels::cpu {
 namespace {
 
-// Of a tile of y: what is left of a core's second level cache holds the weights that pass by.
-constexpr int64_t kTileBytes = 256 << 10;
-// Tiles of an image in units of pixels (what the matrix product takes at once).
-struct TilePlan {
-  int64_t unit, units, tiles;
-  int64_t most_pixels() const { return (units + tiles - 1) / tiles * unit; }
-
-  TilePlan(int64_t pixels, int64_t pixels_at_once, int64_t bytes_a_pixel, int64_t batch, int64_t threads)
-      : unit(pixels_at_once), units((pixels + unit - 1) / unit) {
-    const int64_t most = larger(1, kTileBytes / larger(1, bytes_a_pixel * unit));
-    tiles = (units + most - 1) / most;
-    // The same number for each thread, unless there are many.
-    while (batch * tiles % threads != 0 && batch * tiles < 16 * threads && tiles < units) ++tiles;
-  }
-  Pixels tile(int64_t index, int64_t pixels) const {
-    const int64_t t = index % tiles;
-    return {index / tiles, units * t / tiles * unit, smaller(units * (t + 1) / tiles * unit, pixels)};
-  }
-};
-
 // What the calling thread works with, in its scratch memory.
 template <typename Tile, typename... Arguments>
 Tile in_scratch(const Arguments&... arguments) {
@@ -59,15 +39,20 @@ void run_nhwc(const SeparableJob<A>& job, const Parallel& parallel) {
     for (int64_t p = begin; p < end; ++p)
       pack_panel(job.tensors.pointwise_weight, job.out_channels, depth, p, weights + p * kPanel<A> * depth);
   });
-  const int64_t step = PixelTile<A>::step_of(job, in_place);
-  const TilePlan plan(pixels, kBlockRows, step * int64_t(sizeof(A)), s.batch, parallel.threads());
+  const TilePlan plan(s, job.out_channels, sizeof(A), kBlockRows, !in_place, parallel.threads());
+  const int64_t runs = Terms::runs(depth), step_runs = plan.by_depth ? 1 : runs;
   parallel(s.batch * plan.tiles, [&](int64_t begin, int64_t end) {
-    auto maker = in_scratch<PixelTile<A>>(job, taps, plan.most_pixels(), in_place);
+    auto maker = in_scratch<PixelTile<A>>(job, taps, plan, in_place);
     for (int64_t t = begin; t < end; ++t) {
       const Pixels tile = plan.tile(t, pixels);
-      const A* y = maker.make(tile);
       const auto to = results_at(job, (tile.image * pixels + tile.begin) * job.out_channels, job.out_channels);
-      multiply<A, true>(y, step, weights, tile.count(), job.out_channels, depth, tile.count(), 1, maker.sums(), to);
+      const Grouping<A> group{tile.count(), 1, maker.sums(), plan.by_depth};
+      for (int64_t run = 0; run < runs; run += step_runs) {
+        const Terms terms = Terms::of_runs(depth, run, run + step_runs);
+        const Operand<A> y{maker.make(tile, terms.begin, terms.end), maker.step()};
+        multiply<A, true>(y, {weights + terms.begin * kPanel<A>, depth * kPanel<A>}, tile.count(), job.out_channels,
+                          terms, group, to);
+      }
     }
   });
 }
@@ -76,16 +61,20 @@ template <typename A>
 void run_nchw(const SeparableJob<A>& job, const Parallel& parallel) {
   const DepthwiseShape& s = job.shape;
   const int64_t depth = s.channels, pixels = s.out_h * s.out_w;
-  const TilePlan plan(pixels, kPanel<A>, depth * int64_t(sizeof(A)), s.batch, parallel.threads());
+  const TilePlan plan(s, job.out_channels, sizeof(A), kPanel<A>, true, parallel.threads());
+  const int64_t runs = Terms::runs(depth), step_runs = plan.by_depth ? 1 : runs;
   parallel(s.batch * plan.tiles, [&](int64_t begin, int64_t end) {
-    const int64_t most = plan.most_pixels();
-    auto maker = in_scratch<PanelTile<A>>(job, most);
+    auto maker = in_scratch<PanelTile<A>>(job, plan);
     for (int64_t t = begin; t < end; ++t) {
       const Pixels tile = plan.tile(t, pixels);
-      const A* y = maker.make(tile);
       const auto to = results_at(job, tile.image * job.out_channels * pixels + tile.begin, pixels);
-      multiply<A, false>(job.tensors.pointwise_weight, depth, y, job.out_channels, tile.count(), depth, kGroupRows,
-                         most / kPanel<A>, maker.sums(), to);
+      const Grouping<A> group{kGroupRows, plan.most_pixels() / kPanel<A>, maker.sums(), plan.by_depth};
+      for (int64_t run = 0; run < runs; run += step_runs) {
+        const Terms terms = Terms::of_runs(depth, run, run + step_runs);
+        const Operand<A> y{maker.make(tile, terms.begin, terms.end), (terms.end - terms.begin) * kPanel<A>};
+        multiply<A, false>({job.tensors.pointwise_weight + terms.begin, depth}, y, job.out_channels, tile.count(),
+                           terms, group, to);
+      }
     }
   });
 }

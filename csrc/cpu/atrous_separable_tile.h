@@ -17,6 +17,35 @@ struct Pixels {
   int64_t count() const { return end - begin; }
 };
 
+// Of a tile's part of y, or of the sums over it: what is left of a core's second level cache holds what passes by.
+constexpr int64_t kTileBytes = 256 << 10;
+
+// The tiles of an image, in units of pixels (what the matrix product takes at once). A tile holds all channels of y and
+// is multiplied panel by panel; or, by_depth, where there are fewer results, it holds kDepth channels at a time and the
+// sums of all results.
+struct TilePlan {
+  int64_t unit, units, tiles;
+  bool by_depth;
+
+  // by_depth_too: whether that is possible.
+  TilePlan(const DepthwiseShape& s, int64_t out_channels, int64_t element, int64_t pixels_at_once, bool by_depth_too,
+           int64_t threads)
+      : unit(pixels_at_once), units((s.out_h * s.out_w + unit - 1) / unit) {
+    by_depth = by_depth_too && out_channels + kDepth < s.channels;
+    const int64_t values = by_depth ? out_channels + kDepth : larger(1, s.channels);
+    const int64_t most = larger(1, kTileBytes / (values * element * unit));
+    tiles = (units + most - 1) / most;
+    // The same number for each thread, unless there are many.
+    while (s.batch * tiles % threads != 0 && s.batch * tiles < 16 * threads && tiles < units) ++tiles;
+  }
+  int64_t most_pixels() const { return (units + tiles - 1) / tiles * unit; }
+  int64_t most_channels(int64_t channels) const { return by_depth ? smaller(channels, kDepth) : channels; }
+  Pixels tile(int64_t index, int64_t pixels) const {
+    const int64_t t = index % tiles;
+    return {index / tiles, units * t / tiles * unit, smaller(units * (t + 1) / tiles * unit, pixels)};
+  }
+};
+
 // Calls f(row, first column, last column + 1, first pixel in the tile) for each row's part of the tile.
 template <typename F>
 DK_INLINE void for_rows(const Pixels& tile, int64_t width, const F& f) {
@@ -38,31 +67,37 @@ struct PixelTaps {
   int64_t step;  // from pixel to pixel
 };
 
-// V: a vector or a scalar. load_at(pointer) reads one; store_at(pointer, value) writes one.
-template <int B, typename V, typename A, typename Load, typename Splat, typename Store>
-DK_INLINE void pixel_results(const PixelTaps<A>& taps, int64_t c, Activation pre, const ChannelAffine<A>& affine,
-                             const Load& load_at, const Splat& from, const Store& store_at) {
-  V acc[B];
-#pragma GCC unroll 8
-  for (int b = 0; b < B; ++b) acc[b] = V{};
-  if (pre == Activation::kNone)
-    for (int64_t t = 0; t < taps.count; ++t) {
-      const V weight = load_at(taps.weight[t] + c);
-      const A* p = taps.input[t] + c;
-#pragma GCC unroll 8
-      for (int b = 0; b < B; ++b) acc[b] += weight * load_at(p + b * taps.step);
-    }
-  else
-    for (int64_t t = 0; t < taps.count; ++t) {
-      const V weight = load_at(taps.weight[t] + c);
-      const A* p = taps.input[t] + c;
-#pragma GCC unroll 8
-      for (int b = 0; b < B; ++b) acc[b] += weight * activated(load_at(p + b * taps.step), pre);
-    }
-#pragma GCC unroll 8
-  for (int b = 0; b < B; ++b) {
-    if (affine.scale) acc[b] = activated(acc[b] * from(affine.scale + c) + from(affine.shift + c), affine.activation);
-    store_at(b, c, acc[b]);
+template <typename A>
+DK_INLINE void load_into(const A* p, A& value) {
+  value = *p;
+}
+template <typename A>
+DK_INLINE void load_into(const A* p, Vec<A>& value) {
+  value = load(p);
+}
+template <typename A>
+DK_INLINE void store_to(A* p, A value) {
+  *p = value;
+}
+template <typename A>
+DK_INLINE void store_to(A* p, Vec<A> value) {
+  store(p, value);
+}
+
+// sums[b] = the sum over the taps of B pixels, a vector or a scalar of channels from c on. N: the number of taps if the
+// compiler knows it, or 0.
+template <int N, Activation kPre, int B, typename V, typename A>
+DK_INLINE void sum_taps(const PixelTaps<A>& taps, int64_t c, V (&sums)[B]) {
+#pragma GCC unroll 4
+  for (int b = 0; b < B; ++b) sums[b] = V{};
+  const int64_t count = N ? N : taps.count;
+#pragma GCC unroll 9
+  for (int64_t t = 0; t < count; ++t) {
+    V weight, value;
+    const A* p = taps.input[t] + c;
+    load_into(taps.weight[t] + c, weight);
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) load_into(p + b * taps.step, value), sums[b] += weight * activated(value, kPre);
   }
 }
 
@@ -72,26 +107,29 @@ class PixelTile {
   using V = Vec<A>;
   static constexpr int64_t L = kLanes<A>;
 
-  // weight: (taps, channels). most_pixels: of a tile; in_place: the tile's pixels are x's own.
-  PixelTile(const SeparableJob<A>& job, const A* weight, int64_t most_pixels, bool in_place, Arena& arena)
-      : job_(job), s_(job.shape), weight_(weight), in_place_(in_place), step_(step_of(job, in_place)) {
-    y_ = arena.take<A>(in_place ? 0 : most_pixels * step_);
-    sums_ = arena.take<A>(most_pixels * kPanel<A>);
+  // weight: (taps, channels). in_place: the tile's pixels are x's own.
+  PixelTile(const SeparableJob<A>& job, const A* weight, const TilePlan& plan, bool in_place, Arena& arena)
+      : job_(job), s_(job.shape), weight_(weight), in_place_(in_place) {
+    const int64_t pixels = plan.most_pixels(), panels = (job.out_channels + kPanel<A> - 1) / kPanel<A>;
+    step_ = in_place ? s_.channels : step_of(plan.most_channels(s_.channels));
+    y_ = arena.take<A>(in_place ? 0 : pixels * step_);
+    sums_ = arena.take<A>(pixels * (plan.by_depth ? panels : 1) * kPanel<A>);
     inputs_ = arena.take<const A*>(s_.taps());
     weights_ = arena.take<const A*>(s_.taps());
   }
 
   // Room for rows of the tile: not a multiple of 1 KB apart, so that they lie in different sets of the cache.
-  static int64_t step_of(const SeparableJob<A>& job, bool in_place) {
-    if (in_place) return job.shape.channels;
-    const int64_t step = rounded_up(job.shape.channels, L);
+  static int64_t step_of(int64_t channels) {
+    const int64_t step = rounded_up(channels, L);
     return step * int64_t(sizeof(A)) % 1024 == 0 ? step + 16 : step;
   }
   int64_t step() const { return step_; }
   A* sums() const { return sums_; }
 
-  const A* make(const Pixels& tile) {
-    if (in_place_) return job_.tensors.x + (tile.image * s_.out_h * s_.out_w + tile.begin) * step_;
+  // Channels [begin, end) of the tile.
+  const A* make(const Pixels& tile, int64_t begin_channel, int64_t end_channel) {
+    if (in_place_) return job_.tensors.x + (tile.image * s_.out_h * s_.out_w + tile.begin) * step_ + begin_channel;
+    first_ = begin_channel, count_ = end_channel - begin_channel;
     // Columns whose taps all lie in the image's row.
     IndexRange inner{0, s_.out_w};
     for (int64_t v = 0; v < s_.kernel_w; ++v) {
@@ -126,30 +164,50 @@ class PixelTile {
       for (int64_t v = 0; v < s_.kernel_w; ++v) {
         const int64_t w = tap_input(j, v, s_.stride_w, s_.rate_w, s_.pad_left);
         if (w < 0 || w >= s_.in_w) continue;
-        inputs_[taps.count] = job_.tensors.x + ((image * s_.in_h + h) * s_.in_w + w) * channels;
-        weights_[taps.count++] = weight_ + (u * s_.kernel_w + v) * channels;
+        inputs_[taps.count] = job_.tensors.x + ((image * s_.in_h + h) * s_.in_w + w) * channels + first_;
+        weights_[taps.count++] = weight_ + (u * s_.kernel_w + v) * channels + first_;
       }
     }
-    auto vector = [&](int64_t c) {
-      pixel_results<B, V>(
-          taps, c, job_.pre_activation, job_.depthwise, [](const A* p) DK_INLINE_LAMBDA { return load(p); },
-          [](const A* p) DK_INLINE_LAMBDA { return load(p); },
-          [&](int b, int64_t at, V z) DK_INLINE_LAMBDA { store(to + b * step_ + at, z); });
-    };
+    switch (job_.pre_activation) {
+      case Activation::kNone:
+        return sum_channels<Activation::kNone, B>(taps, to);
+      case Activation::kRelu:
+        return sum_channels<Activation::kRelu, B>(taps, to);
+      case Activation::kRelu6:
+        return sum_channels<Activation::kRelu6, B>(taps, to);
+    }
+  }
+
+  template <Activation kPre, int B>
+  void sum_channels(const PixelTaps<A>& taps, A* to) const {
+    taps.count == 9 ? sum_channels<9, kPre, B>(taps, to) : sum_channels<0, kPre, B>(taps, to);
+  }
+
+  template <int N, Activation kPre, int B>
+  DK_INLINE void sum_channels(const PixelTaps<A>& taps, A* to) const {
     int64_t c = 0;
-    for (; c + L <= channels; c += L) vector(c);
-    if (c < channels && channels >= L) return vector(channels - L);
-    for (; c < channels; ++c)
-      pixel_results<B, A>(
-          taps, c, job_.pre_activation, job_.depthwise, [](const A* p) { return *p; }, [](const A* p) { return *p; },
-          [&](int b, int64_t at, A z) { to[b * step_ + at] = z; });
+    for (; c + L <= count_; c += L) write<N, kPre, B, V>(taps, c, to);
+    if (c < count_ && count_ >= L) return write<N, kPre, B, V>(taps, count_ - L, to);
+    for (; c < count_; ++c) write<N, kPre, B, A>(taps, c, to);
+  }
+
+  template <int N, Activation kPre, int B, typename X>
+  DK_INLINE void write(const PixelTaps<A>& taps, int64_t c, A* to) const {
+    X sums[B];
+    sum_taps<N, kPre>(taps, c, sums);
+    const ChannelAffine<A>& affine = job_.depthwise;
+    X scale = {}, shift = {};
+    if (affine.scale) load_into(affine.scale + first_ + c, scale), load_into(affine.shift + first_ + c, shift);
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b)
+      store_to(to + b * step_ + c, affine.scale ? activated(sums[b] * scale + shift, affine.activation) : sums[b]);
   }
 
   const SeparableJob<A>& job_;
   const DepthwiseShape& s_;
   const A* weight_;
   bool in_place_;
-  int64_t step_;
+  int64_t step_, first_ = 0, count_ = 0;
   A* y_;
   A* sums_;
   const A** inputs_;
@@ -167,10 +225,10 @@ class PanelTile {
   using V = Vec<A>;
   static constexpr int64_t L = kLanes<A>, N = kPanel<A>;
 
-  // most_pixels: of a tile.
-  PanelTile(const SeparableJob<A>& job, int64_t most_pixels, Arena& arena) : job_(job), s_(job.shape) {
-    y_ = arena.take<A>(most_pixels * s_.channels);
-    sums_ = arena.take<A>(kGroupRows * most_pixels);
+  PanelTile(const SeparableJob<A>& job, const TilePlan& plan, Arena& arena) : job_(job), s_(job.shape) {
+    const int64_t most_pixels = plan.most_pixels();
+    y_ = arena.take<A>(most_pixels * plan.most_channels(s_.channels));
+    sums_ = arena.take<A>(most_pixels * (plan.by_depth ? job.out_channels : kGroupRows));
     const int64_t rows = (most_pixels + s_.out_w - 2) / s_.out_w + 1;
     const int64_t columns = larger((s_.pad_left + s_.in_w - 1) / s_.stride_w,
                                    s_.out_w - 1 + (s_.kernel_w - 1) * s_.rate_w / s_.stride_w);
@@ -185,7 +243,8 @@ class PanelTile {
   }
   A* sums() const { return sums_; }
 
-  const A* make(const Pixels& tile) {
+  // Channels [begin, end) of the tile.
+  const A* make(const Pixels& tile, int64_t begin, int64_t end) {
     choose_slots(tile);
     for (int64_t v = 0; v < s_.kernel_w; ++v) {
       const int64_t offset = v * s_.rate_w;
@@ -194,19 +253,19 @@ class PanelTile {
     const int64_t padded = rounded_up(tile.count(), N);
     __builtin_memset(slots_, 0, size_t((count_ + 1) * pitch_) * sizeof(A));
     __builtin_memset(line_, 0, size_t(padded + 4 * L) * sizeof(A));
-    for (int64_t c = 0; c < s_.channels; ++c) {
+    for (int64_t c = begin; c < end; ++c) {
       const A* image = job_.tensors.x + (tile.image * s_.channels + c) * s_.in_h * s_.in_w;
       const A* weight = job_.tensors.depthwise_weight ? job_.tensors.depthwise_weight + c * s_.taps() : nullptr;
       if (!job_.finite_weights) {
         exact_channel(tile, image, weight);
       } else {
-        for (int64_t k = 1; k <= count_; ++k) fill(image + slot_rows_[k] * s_.in_w, slots_ + k * pitch_);
+        fill(image);
         if (s_.kernel_h == 3 && s_.kernel_w == 3)
           channel_3x3(tile, weight);
         else
           channel(tile, weight);
       }
-      write(c, padded);
+      write(c, padded, y_ + (c - begin) * N, (end - begin) * N);
     }
     return y_;
   }
@@ -229,28 +288,39 @@ class PanelTile {
     first_row_ = first;
   }
 
-  // A row behind pad_left zeros, one phase of the stride after the other, after the activation.
-  DK_INLINE void fill(const A* row, A* slot) const {
+  void fill(const A* image) const {
+    switch (job_.pre_activation) {
+      case Activation::kNone:
+        return fill<Activation::kNone>(image);
+      case Activation::kRelu:
+        return fill<Activation::kRelu>(image);
+      case Activation::kRelu6:
+        return fill<Activation::kRelu6>(image);
+    }
+  }
+
+  // Each row behind pad_left zeros, one phase of the stride after the other, after the activation.
+  template <Activation kPre>
+  DK_INLINE void fill(const A* image) const {
     const int64_t pad = s_.pad_left, stride = s_.stride_w, width = s_.in_w;
-    const Activation pre = job_.pre_activation;
-    if (stride == 1) {
-      A* to = slot + pad;
+    for (int64_t k = 1; k <= count_; ++k) {
+      const A* row = image + slot_rows_[k] * width;
+      A* slot = slots_ + k * pitch_;
       int64_t w = 0;
-      for (; w + L <= width; w += L) store(to + w, activated(load(row + w), pre));
-      for (; w < width; ++w) to[w] = activated(row[w], pre);
-      return;
-    }
-    int64_t w = 0;
-    if (stride == 2) {
-      A* even = slot + pad % 2 * phase_ + pad / 2;
-      A* odd = slot + (pad + 1) % 2 * phase_ + (pad + 1) / 2;
-      for (; w + 2 * L <= width; w += 2 * L) {
-        const V a = activated(load(row + w), pre), b = activated(load(row + w + L), pre);
-        store(even + w / 2, every_second<0>(a, b));
-        store(odd + w / 2, every_second<1>(a, b));
+      if (stride == 1) {
+        for (; w + L <= width; w += L) store(slot + pad + w, activated(load(row + w), kPre));
+        if (w < width && width >= L) store(slot + pad + width - L, activated(load(row + width - L), kPre)), w = width;
+      } else if (stride == 2) {
+        A* even = slot + pad % 2 * phase_ + pad / 2;
+        A* odd = slot + (pad + 1) % 2 * phase_ + (pad + 1) / 2;
+        for (; w + 2 * L <= width; w += 2 * L) {
+          const V a = activated(load(row + w), kPre), b = activated(load(row + w + L), kPre);
+          store(even + w / 2, every_second<0>(a, b));
+          store(odd + w / 2, every_second<1>(a, b));
+        }
       }
+      for (; w < width; ++w) slot[(w + pad) % stride * phase_ + (w + pad) / stride] = activated(row[w], kPre);
     }
-    for (; w < width; ++w) slot[(w + pad) % stride * phase_ + (w + pad) / stride] = activated(row[w], pre);
   }
 
   void channel_3x3(const Pixels& tile, const A* weight) const {
@@ -315,12 +385,11 @@ class PanelTile {
     }
   }
 
-  void write(int64_t c, int64_t padded) const {
+  void write(int64_t c, int64_t padded, A* to, int64_t step) const {
     const ChannelAffine<A>& affine = job_.depthwise;
     const V scale = broadcast(affine.scale ? affine.scale[c] : A(1));
     const V shift = broadcast(affine.scale ? affine.shift[c] : A(0));
-    A* to = y_ + c * N;
-    for (int64_t p = 0; p < padded; p += N, to += s_.channels * N)
+    for (int64_t p = 0; p < padded; p += N, to += step)
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) {
         V z = load(line_ + p + h * L);

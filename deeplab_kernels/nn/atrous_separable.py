@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..ops import _validation
+from ..ops import BatchNorm, _validation, atrous_separable_conv2d
+from ..ops.atrous_separable import EXECUTIONS, picks_whole
 from ._halves import activate, conv_act, conv_norm_act, convolve, fusable, norm_in_place
 from ._separable_blocks import check_convolutions, check_norm, only_zeros, renamed, sort_modules, untouched
 from .init import truncated_normal_
@@ -126,6 +127,13 @@ def _make_norm(
     return module.to(device=device, dtype=dtype)
 
 
+def _parameters(norm: nn.Module) -> BatchNorm | None:
+    if isinstance(norm, nn.Identity):
+        return None
+    assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
+    return BatchNorm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+
+
 class AtrousSeparableConv2d(nn.Module):
     """Atrous separable convolution, ``nn.Conv2d``'s place-holder in DeepLab v3+.
 
@@ -140,7 +148,8 @@ class AtrousSeparableConv2d(nn.Module):
       pointwise_activation="relu"``;
     - Xception's entry and middle flow: ``pre_activation="relu", depthwise_norm=True, pointwise_norm=True``.
 
-    The depthwise half is one fused operator wherever that is the same as calling its submodules: batch normalisation
+    In inference the block is one operator (:func:`ops.atrous_separable_conv2d`) where that is faster; otherwise its
+    depthwise half is, wherever that is the same as calling its submodules: batch normalisation
     (``nn.BatchNorm2d`` in training and inference, ``nn.SyncBatchNorm`` in inference) or none. Hooks on a submodule or
     on all modules, parametrisations, another norm or a replaced submodule make the block call its submodules instead.
 
@@ -163,6 +172,8 @@ class AtrousSeparableConv2d(nn.Module):
         weight_std: standard deviations of the truncated normal distributions (cut at two deviations) that depthwise and
             pointwise weights are drawn from. The default is that of the official ASPP and decoder; the official
             Xception uses (0.09, 0.09). Biases start at zero.
+        execution: how inference runs, as in :func:`ops.atrous_separable_conv2d`: "auto" by cost, "whole" as one kernel
+            wherever it serves, "two_kernels" never so. Gradients and training always take two.
 
     Attributes:
         depthwise: :class:`AtrousDepthwiseConv2d`; depthwise_norm: the norm or ``nn.Identity``;
@@ -204,9 +215,11 @@ class AtrousSeparableConv2d(nn.Module):
         momentum: float | None = 0.1,
         depthwise_bias: bool = False,
         weight_std: tuple[float, float] = WEIGHT_STD,
+        execution: str = "auto",
     ) -> None:
         super().__init__()
         only_zeros(padding_mode)
+        self.execution = execution
         self.in_channels = _positive(in_channels, "in_channels")
         self.out_channels = _positive(out_channels, "out_channels")
         self.channel_multiplier = _positive(channel_multiplier, "channel_multiplier")
@@ -266,11 +279,64 @@ class AtrousSeparableConv2d(nn.Module):
         conv = self.depthwise
         conv.padding = _normalise_padding(value, conv.kernel_size, conv.stride, conv.dilation)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, out_channels, H', W')."""
+    @property
+    def execution(self) -> str:
+        return self._execution
+
+    @execution.setter
+    def execution(self, value: str) -> None:
+        if value not in EXECUTIONS:
+            raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {value!r}")
+        self._execution = value
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(N, in_channels, H, W) -> (N, out_channels, H', W'); ``residual``, of the output's shape, is added before the
+        pointwise activation."""
         observed = _has_any_global_hook()
+        if not observed and self._is_one_operator(x, residual):
+            return self._whole(x, residual)
         x = activate(x, self.pre_activation)
-        return self._pointwise_half(self._depthwise_half(x, observed), observed)
+        return self._pointwise_half(self._depthwise_half(x, observed), observed, residual)
+
+    def _is_one_operator(self, x: Tensor, residual: Tensor | None) -> bool:
+        """Whether one kernel computes the same as the submodules, and is the choice."""
+        if torch.jit.is_tracing():  # the trace would be another with gradients than without
+            return False
+        tensors: list[Any] = [x, residual]
+        halves: tuple[tuple[nn.Conv2d, nn.Module, type[nn.Conv2d]], ...] = (
+            (self.depthwise, self.depthwise_norm, AtrousDepthwiseConv2d),
+            (self.pointwise, self.pointwise_norm, nn.Conv2d),
+        )
+        for conv, norm, own_type in halves:
+            if not untouched(conv, own_type):
+                return False
+            tensors += [conv.weight, conv.bias]
+            if not untouched(norm, nn.Identity):
+                if not untouched(norm, nn.BatchNorm2d, nn.SyncBatchNorm) or norm.training or norm.running_mean is None:
+                    return False
+                tensors += [norm.weight, norm.bias]
+        return picks_whole(self.execution, x, self.depthwise.weight, tensors)
+
+    def _whole(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        conv = self.depthwise
+        conv.check_input(x)
+        return atrous_separable_conv2d(
+            x,
+            conv.weight,
+            self.pointwise.weight,
+            depthwise_norm=_parameters(self.depthwise_norm),
+            pointwise_norm=_parameters(self.pointwise_norm),
+            depthwise_bias=conv.bias,
+            pointwise_bias=self.pointwise.bias,
+            pre_activation=self.pre_activation,
+            depthwise_activation=self.depthwise_activation,
+            pointwise_activation=self.pointwise_activation,
+            residual=residual,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            execution="whole",
+        )
 
     def _depthwise_half(self, x: Tensor, observed: bool) -> Tensor:
         conv, norm, activation = self.depthwise, self.depthwise_norm, self.depthwise_activation
@@ -283,7 +349,7 @@ class AtrousSeparableConv2d(nn.Module):
                 return conv_norm_act(conv, norm, activation, x, conv.padding)
         return activate(norm(conv(x)), activation)
 
-    def _pointwise_half(self, y: Tensor, observed: bool) -> Tensor:
+    def _pointwise_half(self, y: Tensor, observed: bool, residual: Tensor | None) -> Tensor:
         conv, norm = self.pointwise, self.pointwise_norm
         # Where nobody else may hold the result, the activation overwrites it.
         plain = (
@@ -292,6 +358,8 @@ class AtrousSeparableConv2d(nn.Module):
             and untouched(norm, nn.Identity, nn.BatchNorm2d, nn.SyncBatchNorm)
         )
         out = norm_in_place(norm, conv(y)) if plain else norm(conv(y))
+        if residual is not None:
+            out = out + residual
         return activate(out, self.pointwise_activation, inplace=plain)
 
     @classmethod

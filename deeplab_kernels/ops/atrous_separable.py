@@ -39,6 +39,8 @@ from .atrous_depthwise import (
 _ops = torch.ops.deeplab_kernels
 
 EXECUTIONS = ("auto", "whole", "two_kernels")
+# Instruction sets whose matrix product keeps up with torch's.
+_WHOLE_ON_CPU = _library.cpu_instruction_set() in ("avx2", "avx512")
 EXECUTION_VARIABLE = "DEEPLAB_KERNELS_SEPARABLE_EXECUTION"
 
 
@@ -69,16 +71,47 @@ def _activate(x: Tensor, code: int) -> Tensor:
     return F.relu6(x) if code == 2 else F.relu(x) if code == 1 else x
 
 
+def picks_whole(
+    execution: str, x: Tensor, depthwise_weight: Tensor, tensors: Sequence[Tensor | None], training: bool = False
+) -> bool:
+    """Whether one kernel computes the block under this ``execution``; ``tensors``: all that could need gradients."""
+    if execution == "auto":
+        execution = default_execution()
+    if execution == "two_kernels" or _obstacle(x, depthwise_weight, tensors, training):
+        return False
+    return execution == "whole" or _prefers_whole(x)
+
+
+def _obstacle(x: Tensor, depthwise_weight: Tensor, tensors: Sequence[Tensor | None], training: bool) -> str:
+    """Why one kernel cannot serve, or an empty string."""
+    if training:
+        return "training"
+    if _needs_autograd(*tensors):
+        return "where gradients are needed"
+    if _transforms_active():
+        return "under torch.func's transforms or forward-mode differentiation"
+    if depthwise_weight.shape[0] != x.shape[1]:
+        return f"{depthwise_weight.shape[0]} depthwise filters on {x.shape[1]} channels"
+    return ""
+
+
 def _prefers_whole(x: Tensor) -> bool:
     """Whether one kernel is expected to be faster, where it serves.
 
-    On the CPU its matrix product is as fast as oneDNN's where it was written for the instruction set, and it saves
-    writing and reading y, and three passes over the output; its portable version is no match. float16 and bfloat16
+    On the CPU it saves writing and reading y, and up to three passes over the output, and its matrix product keeps up
+    with oneDNN's where it was written for the instruction set; the portable version does not. float16 and bfloat16
     would be converted to float32 and back, while torch multiplies them as they are.
     """
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
-    return x.dtype in (torch.float32, torch.float64) and _library.cpu_instruction_set() in ("avx2", "avx512")
+    return _WHOLE_ON_CPU and x.dtype in (torch.float32, torch.float64)
+
+
+def describe_execution() -> dict[str, str]:
+    """How a float32 block runs in inference on each device under execution="auto"."""
+    if (forced := default_execution()) != "auto":
+        return dict.fromkeys(("cpu", "cuda"), f"{forced} ({EXECUTION_VARIABLE})")
+    return {"cpu": "whole" if _WHOLE_ON_CPU else "two_kernels", "cuda": "two_kernels"}
 
 
 def atrous_separable_conv2d(
@@ -146,15 +179,10 @@ def atrous_separable_conv2d(
         _check_residual(residual, x, out_size)
     if execution not in EXECUTIONS:
         raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
-    if execution == "auto":
-        execution = default_execution()
-        insisted = False
-    else:
-        insisted = True
-    obstacle = _obstacle(x, depthwise_weight, pointwise_weight, residual, vectors, training)
-    if insisted and execution == "whole" and obstacle:
+    tensors = [x, depthwise_weight, pointwise_weight, residual, *vectors]
+    if execution == "whole" and (obstacle := _obstacle(x, depthwise_weight, tensors, training)):
         raise ValueError(f'execution="whole" does not serve {obstacle}: use "auto" or "two_kernels"')
-    if not obstacle and (execution == "whole" or (execution == "auto" and _prefers_whole(x))):
+    if picks_whole(execution, x, depthwise_weight, tensors, training):
         return _whole(
             x, depthwise_weight, pointwise_weight, residual, (depthwise_norm, depthwise_bias),
             (pointwise_norm, pointwise_bias), activations, g,
@@ -176,26 +204,6 @@ def _check_residual(residual: Tensor, x: Tensor, out_size: tuple[int, ...]) -> N
         raise ValueError(f"residual must have the output's shape {out_size}, got {tuple(residual.shape)}")
     if residual.device != x.device:
         raise ValueError(f"residual must be on x's device {x.device}, got {residual.device}")
-
-
-def _obstacle(
-    x: Tensor,
-    depthwise_weight: Tensor,
-    pointwise_weight: Tensor,
-    residual: Tensor | None,
-    vectors: Sequence[Tensor | None],
-    training: bool,
-) -> str:
-    """Why the one kernel cannot serve, or an empty string."""
-    if training:
-        return "training"
-    if _needs_autograd(x, depthwise_weight, pointwise_weight, residual, *vectors):
-        return "where gradients are needed"
-    if _transforms_active():
-        return "under torch.func's transforms or forward-mode differentiation"
-    if depthwise_weight.shape[0] != x.shape[1]:
-        return f"{depthwise_weight.shape[0]} depthwise filters on {x.shape[1]} channels"
-    return ""
 
 
 def _norm_vectors(half: _Half, acc: torch.dtype) -> tuple[list[Tensor | None], float]:
@@ -255,7 +263,7 @@ def _two_kernels(
         y = atrous_depthwise_conv2d(x, depthwise_weight, **geometry)
         y = _activate(_batch_norm(y, depthwise, training), between)
     z = _batch_norm(F.conv2d(y, pointwise_weight), pointwise, training)
-    return _activate(z if residual is None else z + residual, after)
+    return _activate(z if residual is None else z + residual.to(z.dtype), after)
 
 
 def _batch_norm(z: Tensor, half: _Half, training: bool) -> Tensor:

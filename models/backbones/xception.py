@@ -72,10 +72,11 @@ class XceptionBlock(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the output and what the second convolution gave (the decoder's low-level feature is one of those)."""
         second = self.convs[1](self.convs[0](x))
-        y = self.convs[2](second)
-        if self.shortcut is not None:
-            y = y + self.shortcut(x)
-        return y, second
+        if self.shortcut is None:
+            return self.convs[2](second), second
+        if self.config.inner_activation:  # the shortcut comes after the activation
+            return self.convs[2](second) + self.shortcut(x), second
+        return self.convs[2](second, self.shortcut(x)), second
 
 
 class Xception(Backbone):
