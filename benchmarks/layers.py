@@ -53,10 +53,24 @@ def _halved(size: int) -> int:
     return (size - 1) // 2 + 1
 
 
-def xception65_layers(
+@dataclass(frozen=True, order=True)
+class Block:
+    """A separable convolution: depthwise, batch norm, 1 x 1, batch norm. ReLU is before it, or after either half."""
+
+    layer: Layer
+    out_channels: int
+    inner_activation: bool
+
+    @property
+    def name(self) -> str:
+        """For example 728x33->728, A12:2048x33r12->256."""
+        return f"{self.layer.name}->{self.out_channels}"
+
+
+def xception65_blocks(
     output_stride: int, input_size: int = 513, multi_grid: Sequence[int] = (1, 2, 4)
-) -> Counter[Layer]:
-    """Every depthwise layer of DeepLab v3+ Xception-65 (separable ASPP and decoder) -> how often it occurs."""
+) -> Counter[Block]:
+    """Every separable convolution of DeepLab v3+ Xception-65 (separable ASPP and decoder) -> how often it occurs."""
     if output_stride not in (8, 16):
         raise ValueError(f"output_stride must be 8 or 16, got {output_stride}")
     # (channels of the three separable convolutions, stride of the third, units, multi-grid)
@@ -68,17 +82,19 @@ def xception65_layers(
         ((728, 1024, 1024), 2, 1),
         ((1536, 1536, 2048), 1, 1),
     ]
-    layers: Counter[Layer] = Counter()
+    found: Counter[Block] = Counter()
     size, channels = _halved(input_size), 64  # after the root: 3x3/2, 3x3
     current_stride, rate = 2, 1
     low_level_size = 0
     for index, (widths, stride, units) in enumerate(blocks):
-        grid = multi_grid if index == len(blocks) - 1 else (1, 1, 1)
+        last = index == len(blocks) - 1
+        grid = multi_grid if last else (1, 1, 1)
         for _ in range(units):
             at_target = current_stride == output_stride
             unit_stride = 1 if at_target else stride
             for i, width in enumerate(widths):
-                layers[Layer(channels, size, unit_stride if i == 2 else 1, rate * grid[i])] += 1
+                layer = Layer(channels, size, unit_stride if i == 2 else 1, rate * grid[i])
+                found[Block(layer, width, inner_activation=last)] += 1
                 channels = width
             if index == 1:
                 low_level_size = size  # the decoder's feature is taken before the stride of entry block 2
@@ -88,9 +104,19 @@ def xception65_layers(
                 current_stride *= stride
                 size = _halved(size) if stride == 2 else size
     for branch in (6, 12, 18):
-        layers[Layer(channels, size, 1, branch * 16 // output_stride)] += 1
-    layers[Layer(256 + 48, low_level_size)] += 1
-    layers[Layer(256, low_level_size)] += 1
+        found[Block(Layer(channels, size, 1, branch * 16 // output_stride), 256, True)] += 1
+    found[Block(Layer(256 + 48, low_level_size), 256, True)] += 1
+    found[Block(Layer(256, low_level_size), 256, True)] += 1
+    return found
+
+
+def xception65_layers(
+    output_stride: int, input_size: int = 513, multi_grid: Sequence[int] = (1, 2, 4)
+) -> Counter[Layer]:
+    """The depthwise halves of :func:`xception65_blocks` -> how often each occurs."""
+    layers: Counter[Layer] = Counter()
+    for block, count in xception65_blocks(output_stride, input_size, multi_grid).items():
+        layers[block.layer] += count
     return layers
 
 

@@ -72,11 +72,13 @@ class XceptionBlock(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the output and what the second convolution gave (the decoder's low-level feature is one of those)."""
         second = self.convs[1](self.convs[0](x))
+        last = self.convs[2]
         if self.shortcut is None:
-            return self.convs[2](second), second
-        if self.config.inner_activation:  # the shortcut comes after the activation
-            return self.convs[2](second) + self.shortcut(x), second
-        return self.convs[2](second, self.shortcut(x)), second
+            return last(second), second
+        # One operator adds the shortcut too; the others have it after their activation, or have been put in its place.
+        if isinstance(last, AtrousSeparableConv2d) and last.pointwise_activation is None:
+            return last(second, self.shortcut(x)), second
+        return last(second) + self.shortcut(x), second
 
 
 class Xception(Backbone):
