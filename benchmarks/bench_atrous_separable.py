@@ -1,8 +1,8 @@
 """The whole separable convolution in inference against PyTorch, at each of DeepLab v3+ Xception-65's, on the CPU.
 
-    python benchmarks/bench_atrous_separable.py                     # writes results/<machine>/atrous_separable.{json,md}
+    python benchmarks/bench_atrous_separable.py                 # writes results/<machine>/atrous_separable.{json,md}
     python benchmarks/bench_atrous_separable.py --quick             # three blocks
-    python benchmarks/bench_atrous_separable.py --threads 1 --cpu-time --no-write     # on a busy machine
+    python benchmarks/bench_atrous_separable.py --threads 1 --cpu-time --no-write # on a busy machine
     pytest benchmarks/bench_atrous_separable.py --benchmark-only
 
 Contenders, float32, in both layouts: ours as one kernel and as two; PyTorch eager with both batch norms folded into the
