@@ -20,6 +20,8 @@ of a process that does nothing but one call, in the layout that was faster.
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import json
 import subprocess
 import sys
@@ -46,6 +48,7 @@ FILE = "models.json"
 OURS, EAGER, COMPILED = "ours", "eager", "compiled"
 # (mode, output stride) -> times faster than the better of PyTorch's
 BARS = {("inference", 16): 1.5, ("inference", 8): 2.0, ("training", 16): 1.5, ("training", 8): 1.5}
+CHECK_SIZE = 33
 GEMM_SHAPES = ((2048, 2048, 2048), (1089, 2048, 1536), (4225, 728, 728))
 COLUMNS = [
     "case",
@@ -152,15 +155,21 @@ def fold(model: nn.Module) -> nn.Module:
     return model
 
 
-def build(case: Case, kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Ours, or the plain network with the same weights. He-initialised: activations keep their size through all layers,
-    so that an error would show."""
+@functools.cache
+def weights(name: str) -> nn.Module:
+    """He-initialised: activations keep their size through all layers, so that an error would show."""
     torch.manual_seed(0)
-    model = models.build(case.model, 21, case.output_stride, dropout=0.0)
+    model = models.build(name, 21, dropout=0.0)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
-    model.to(dtype).train(case.mode == "training")
+    return model
+
+
+def build(case: Case, kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Ours, or the plain network with the same weights."""
+    model = copy.deepcopy(weights(case.model)).to(dtype).train(case.mode == "training")
+    model.set_output_stride(case.output_stride)
     if kind == OURS:
         return model
     plain = to_plain(model).train(model.training)
@@ -186,8 +195,8 @@ def check(case: Case) -> float:
     Raises:
         measure.CheckFailed: they are not the same network.
     """
-    x = images(case, 65, torch.float64)
-    labels = torch.randint(0, 21, (case.batch, 65, 65), generator=torch.Generator().manual_seed(2))
+    x = images(case, CHECK_SIZE, torch.float64)
+    labels = torch.randint(0, 21, (case.batch, CHECK_SIZE, CHECK_SIZE), generator=torch.Generator().manual_seed(2))
     results = []
     for kind in (OURS, EAGER):
         model = build(case, kind, torch.float64)
