@@ -166,10 +166,11 @@ def operators(model: nn.Module, *inputs: Any) -> list[str]:
     return names
 
 
-INFERENCE, TRAINING, ALONE = (
+INFERENCE, TRAINING, ALONE, WHOLE = (
     "atrous_depthwise_bn_act_inference",
     "atrous_depthwise_bn_act_training",
     "atrous_depthwise_conv2d",
+    "atrous_separable_conv2d",
 )
 
 
@@ -194,6 +195,50 @@ def test_hand_written(channels_last: bool) -> None:
     fused.load_state_dict(plain.state_dict())
     torch.testing.assert_close(fused.eval()(x, 3.0), plain.eval()(x, 3.0))
     torch.testing.assert_close(fused(x, scale=3.0), plain(x, scale=3.0))
+
+
+class Separable(nn.Module):
+    """A whole block; its second activation may be one that the operator has not."""
+
+    def __init__(self, last: nn.Module | None = None) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(6, 6, 3, padding=4, dilation=4, groups=6, bias=False)
+        self.norm1 = nn.BatchNorm2d(6)
+        self.relu = nn.ReLU(inplace=True)
+        self.pointwise = nn.Conv2d(6, 9, 1, bias=True)
+        self.norm2 = nn.BatchNorm2d(9)
+        self.last = last
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norm1(self.depthwise(x)))
+        x = self.norm2(self.pointwise(x))
+        return self.relu(x) if self.last is None else self.last(x)
+
+
+@pytest.mark.parametrize("last", [None, nn.SiLU(), nn.ReLU6()])
+def test_whole_blocks(last: nn.Module | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPLAB_KERNELS_SEPARABLE_EXECUTION", "whole")
+    plain = randomise(Separable(last)).double()
+    fused = copy.deepcopy(plain)
+    (entry,) = fuse(fused).fused
+    assert entry.fused == ("depthwise", "norm1", "relu")
+    assert entry.pointwise[:2] == ("pointwise", "norm2")
+    for mode in (True, False):  # both with gradients, where the halves run one by one
+        assert_same(fused.train(mode), plain.train(mode), X)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(X), plain(X), rtol=1e-12, atol=1e-12)
+    assert operators(fused, X) == [WHOLE]
+    monkeypatch.setenv("DEEPLAB_KERNELS_SEPARABLE_EXECUTION", "two_kernels")
+    assert operators(fused, X) == [INFERENCE]
+    monkeypatch.setenv("DEEPLAB_KERNELS_SEPARABLE_EXECUTION", "whole")
+    assert operators(fused.train(), X) == [TRAINING]
+    fused.eval().load_state_dict(plain.eval().state_dict())
+    seen: list[Tensor] = []
+    fused.pointwise.register_forward_pre_hook(lambda m, i: seen.append(i[0]))
+    assert operators(fused, X) == [INFERENCE]
+    torch.testing.assert_close(seen[0], plain.relu(plain.norm1(plain.depthwise(X))))
+    fused.pointwise = nn.Conv2d(6, 9, 3, padding=1).double()
+    assert operators(fused, X) == [INFERENCE]
 
 
 def test_sequential() -> None:

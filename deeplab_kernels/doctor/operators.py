@@ -59,6 +59,12 @@ def _training_backward(call: Call, t: _Inputs) -> Any:
     return call("atrous_depthwise_bn_act_backward", *inputs, 1e-3, 0, True, *_GEOMETRY, True, True)
 
 
+def _separable(call: Call, t: _Inputs) -> Any:
+    norms = t(5), t(5), t(5), t.positive(5), t(7), t(7), t(7), t.positive(7)
+    tensors = t(2, 5, 9, 11), t(5, 1, 3, 3), t(7, 5, 1, 1), t(2, 7, 5, 11), *norms
+    return call("atrous_separable_conv2d", *tensors, 1e-3, 1e-5, 1, 2, 1, *_GEOMETRY)
+
+
 def _gaussian(call: Call, t: _Inputs) -> Any:
     return call("gaussian_filter", t(2, 3, 41), t(2, 4, 41))
 
@@ -106,6 +112,7 @@ CASES: dict[str, Callable[[Call, _Inputs], Any]] = {
     "atrous_depthwise_bn_act_inference": _inference,
     "atrous_depthwise_bn_act_training": _training,
     "atrous_depthwise_bn_act_backward": _training_backward,
+    "atrous_separable_conv2d": _separable,
     "gaussian_filter": _gaussian,
     "gaussian_filter_backward": _gaussian_backward,
     "local_gaussian_filter": _local,

@@ -99,7 +99,14 @@ class _Fusion:
             return
         self.seen.add(id(conv))
         scope = EVERYWHERE if self.always else scope_of(conv, alone=len(chain.names) == 1)  # type: ignore[arg-type]
-        found = {"fused": chain.names, "activation": activation, "scope": str(scope), "reason": reason}
+        half = chain.depthwise_names
+        found = {
+            "fused": half,
+            "pointwise": chain.names[len(half) :],
+            "activation": activation,
+            "scope": str(scope),
+            "reason": reason,
+        }
         self.report.fused.append(_entry(self.names[id(conv)], conv, **found))
 
     def own(self, owner: nn.Module, convs: dict[str, nn.Module]) -> None:

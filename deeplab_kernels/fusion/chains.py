@@ -10,27 +10,29 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
 from ..nn import AtrousDepthwiseConv2d, AtrousSeparableConv2d
-from ..nn._separable_blocks import untouched
 from .modules import (
     ACTIVATIONS,
     SAME_CONVOLUTION,
     STATIC_SAME_CONVOLUTION,
     Chain,
     _calls_super,
+    activation_name,
     is_class,
+    is_pointwise,
     norm_parts,
     unfused_class,
 )
 
 # Bounds of one forward's control flow, all of which is traced.
 _MAX_PATHS, _MAX_CONDITIONS = 32, 16
+_LONGEST = 6  # modules of a chain
 
 
 @dataclass(frozen=True)
@@ -167,41 +169,50 @@ def describe(module: nn.Module | None) -> str:
     return "nothing" if module is None else unfused_class(module).__name__
 
 
-class _Extender:
-    """Grows chains from the names of the children that follow each other."""
+def _is_activation(module: nn.Module | None) -> bool:
+    return module is not None and type(module) in ACTIVATIONS
 
-    def __init__(self, module: nn.Module) -> None:
-        self.children = module._modules
 
-    def chain(self, names: list[str], end: str) -> tuple[Chain, str]:
-        """The chain at the beginning of ``names`` (convolution first), and why it is not longer."""
-        conv, *rest = names
-        norm = activation = None
-        if rest and norm_parts(self.children[rest[0]])[0]:
-            norm, *rest = rest
-            carried = norm_parts(self.children[norm])[1]
-            if carried is not None and not isinstance(carried, nn.Identity):
-                kind = type(carried)
-                remark = "" if kind in ACTIVATIONS else f"{kind.__name__} is not one of the fused activations"
-                return Chain(conv, norm), remark
-        elif rest and "norm" in describe(self.children[rest[0]]).lower():
-            return Chain(conv), f"{rest[0]} ({describe(self.children[rest[0]])}) is not a plain batch norm"
-        if rest and type(self.children[rest[0]]) in ACTIVATIONS:
-            if untouched(self.children[rest[0]], *ACTIVATIONS):  # type: ignore[arg-type]
-                activation = rest[0]
-                return Chain(conv, norm, activation), ""
-            return Chain(conv, norm), f"{rest[0]} has hooks"
-        if rest:
-            return Chain(conv, norm), f"{rest[0]} ({describe(self.children[rest[0]])}) follows"
-        return Chain(conv, norm), end
+def _half(children: Mapping[str, nn.Module | None], names: list[str]) -> tuple[list[str | None], list[str], str]:
+    """([norm, activation] that ``names``, which follow a convolution, begin with; the other names; why nothing else may
+    join, or an empty string)."""
+    norm = None
+    if names and norm_parts(children[names[0]])[0]:
+        norm, *names = names
+        carried = norm_parts(children[norm])[1]
+        if carried is not None:
+            kind = type(carried)
+            remark = "" if kind in ACTIVATIONS else f"{kind.__name__} is not one of the fused activations"
+            return [norm, None], names, remark
+    elif names and "norm" in describe(children[names[0]]).lower():
+        return [None, None], names, f"{names[0]} ({describe(children[names[0]])}) is not a plain batch norm"
+    if names and _is_activation(children[names[0]]):
+        if activation_name(children[names[0]]) is None:
+            return [norm, None], names, f"{names[0]} has hooks"
+        return [norm, names[0]], names[1:], ""
+    return [norm, None], names, ""
+
+
+def _chain(children: Mapping[str, nn.Module | None], names: list[str], end: str) -> tuple[Chain, str]:
+    """The chain at the beginning of ``names`` (convolution first; behind the last one comes what ``end`` says), and why
+    it is not longer."""
+    conv, *rest = names
+    (norm, activation), rest, remark = _half(children, rest)
+    half = Chain(conv, norm, activation)
+    if remark or not rest:
+        return half, remark or end
+    if is_pointwise(children[rest[0]]):
+        second, _, _ = _half(children, rest[1:])
+        return Chain(conv, norm, activation, rest[0], *second), ""
+    return half, f"{rest[0]} ({describe(children[rest[0]])}) follows"
 
 
 def _sequence(module: nn.Module, convs: list[str]) -> Flow:
     names = [name for name, child in module._modules.items() if child is not None]
-    extender, chains, remarks = _Extender(module), {}, {}
+    chains, remarks = {}, {}
     for conv in convs:
-        start = names.index(conv)
-        chains[conv], remarks[conv] = extender.chain(names[start : start + 3], "it is the last of its nn.Sequential")
+        following = names[names.index(conv) :][:_LONGEST]
+        chains[conv], remarks[conv] = _chain(module._modules, following, "it is the last of its nn.Sequential")
     return Flow(chains, remarks)
 
 
@@ -213,7 +224,7 @@ def _chain_in(graph: fx.Graph, conv: str, module: nn.Module) -> tuple[Chain, str
         return Chain(conv), f"is called {times} times in one forward" if times else "is not called by its parent"
     names, end = [conv], ""
     node: fx.Node | None = calls[conv][0]
-    while node is not None and len(names) < 3:
+    while node is not None and len(names) < _LONGEST:
         node, end = _next_child(node, module)
         if node is None:
             break
@@ -225,7 +236,7 @@ def _chain_in(graph: fx.Graph, conv: str, module: nn.Module) -> tuple[Chain, str
             end = f"{name} is called {len(calls[name])} times"
             break
         names.append(name)
-    return _Extender(module).chain(names, end)
+    return _chain(module._modules, names, end)
 
 
 def _traced(module: nn.Module, convs: list[str]) -> Flow:
@@ -237,10 +248,11 @@ def _traced(module: nn.Module, convs: list[str]) -> Flow:
             inputs.append(required + len(defaults))
     chains, remarks = {}, {}
     for conv in convs:
-        (chain, remark), *others = (_chain_in(graph, conv, module) for graph in graphs)
-        same = all(other == chain for other, _ in others)
-        chains[conv] = chain if same else Chain(conv)
-        remarks[conv] = remark if same else "it is followed by one module or another: the parent's forward has branches"
+        found = [_chain_in(graph, conv, module) for graph in graphs]
+        whole, halves = {chain for chain, _ in found}, {chain.depthwise_half() for chain, _ in found}
+        chains[conv] = (whole if len(whole) == 1 else halves).pop() if len(halves) == 1 else Chain(conv)
+        branches = "it is followed by one module or another: the parent's forward has branches"
+        remarks[conv] = found[0][1] if len(halves) == 1 else branches
     return Flow(chains, remarks, tuple(inputs))
 
 

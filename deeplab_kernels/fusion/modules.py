@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..nn._halves import conv_act, conv_norm_act, convolve, fusable
+from ..nn._halves import conv_act, conv_norm_act, convolve, fusable, norm_parameters
 from ..nn._separable_blocks import untouched
-from ..ops import _validation
+from ..ops import _validation, atrous_separable_conv2d
+from ..ops.atrous_separable import picks_whole
 from .scope import covers
 
 # Classes of timm and segmentation_models_pytorch that are understood without importing them: convolutions with
@@ -139,12 +140,34 @@ class Chain:
     conv: str
     norm: str | None = None
     activation: str | None = None
+    pointwise: str | None = None
+    pointwise_norm: str | None = None
+    pointwise_activation: str | None = None
     names: tuple[str, ...] = field(init=False)
     """Those that are there, in order."""
+    depthwise_names: tuple[str, ...] = field(init=False)
+    """Those of the depthwise half."""
 
     def __post_init__(self) -> None:
-        names = (name for name in (self.conv, self.norm, self.activation) if name is not None)
-        object.__setattr__(self, "names", tuple(names))
+        first = (self.conv, self.norm, self.activation)
+        second = (self.pointwise, self.pointwise_norm, self.pointwise_activation)
+        for attribute, names in (("depthwise_names", first), ("names", (*first, *second))):
+            object.__setattr__(self, attribute, tuple(name for name in names if name is not None))
+
+    def depthwise_half(self) -> Chain:
+        return Chain(self.conv, self.norm, self.activation)
+
+
+def is_pointwise(module: nn.Module | None) -> bool:
+    """Whether this is a plain 1x1 convolution."""
+    return (
+        module is not None
+        and untouched(module, nn.Conv2d)
+        and isinstance(module, nn.Conv2d)
+        and module.kernel_size == module.stride == (1, 1)
+        and module.padding in ((0, 0), "same", "valid")
+        and module.groups == 1
+    )
 
 
 def norm_parts(norm: nn.Module | None) -> tuple[bool, nn.Module | None]:
@@ -179,7 +202,7 @@ class _Run:
             if x is self.result:
                 self.passed = (*self.passed, name)
                 return x
-            if name == self.chain.norm:
+            if name not in (self.chain.activation, self.chain.pointwise_activation):
                 raise self._changed()
         return self.modules[name](x)  # type: ignore[misc]
 
@@ -206,18 +229,68 @@ class _Run:
             return conv._unfused.forward(conv, x) if isinstance(x, Tensor) else conv(x)
         last = activation_name(activation)
         padding = conv.sides(x)
+        plain, carried = norm_parts(norm)
+        own = activation_name(carried)
+        if self.chain.pointwise is not None:
+            unresolved = (activation is not None and last is None) or (carried is not None and own is None)
+            if not unresolved and (norm is None or plain):
+                out = self._whole(conv, norm, last if carried is None else own, x, padding)
+                if out is not None:
+                    return out
+        half = self.chain.depthwise_names[1:]
         if self.chain.norm is None:
             if last is None:
                 return conv(x)
-            self.covered = self.chain.names[1:]
+            self.covered = half
             return conv_act(conv, last, x, padding)
-        plain, carried = norm_parts(norm)
         if not plain or norm is None or not fusable(norm, conv, x):
             return conv(x)
-        own = activation_name(carried)
-        self.covered = self.chain.names[1:] if last is not None and carried is None else (self.chain.norm,)
+        self.covered = half if last is not None and carried is None else (self.chain.norm,)
         out = conv_norm_act(conv, norm, own if carried is not None else last, x, padding)
         return out if carried is None or own is not None else carried(out)
+
+    def _whole(
+        self, conv: FusedConvolution, norm: nn.Module | None, activation: str | None, x: Tensor, padding: Any
+    ) -> Tensor | None:
+        """Both halves in one operator, or None where that is not faster or not the same."""
+        chain = self.chain
+        pointwise, second, last = (
+            None if name is None else self.modules.get(name)
+            for name in (chain.pointwise, chain.pointwise_norm, chain.pointwise_activation)
+        )
+        if torch.jit.is_tracing():  # the trace would be another with gradients than without
+            return None
+        if not is_pointwise(pointwise) or pointwise.weight.dtype != x.dtype:  # type: ignore[union-attr]
+            return None
+        assert isinstance(pointwise, nn.Conv2d)
+        plain, carried = norm_parts(second)
+        own, name = activation_name(carried), activation_name(last)
+        if (second is not None and not plain) or (last is not None and name is None) or (carried and not own):
+            return None
+        norms = [norm_parameters(n) for n in (norm, second)]
+        tensors = [x, conv.weight, conv.bias, pointwise.weight, pointwise.bias]
+        for n, parameters in zip((norm, second), norms, strict=True):
+            if parameters is not None:
+                if n.training or parameters.mean is None or parameters.var is None:  # type: ignore[union-attr]
+                    return None
+                tensors += [parameters.gamma, parameters.beta]
+        if not picks_whole("auto", x, conv.weight, tensors):
+            return None
+        self.covered = chain.names[1:]
+        return atrous_separable_conv2d(
+            x,
+            conv.weight,
+            pointwise.weight,
+            depthwise_norm=norms[0],
+            pointwise_norm=norms[1],
+            depthwise_bias=conv.bias,
+            pointwise_bias=pointwise.bias,
+            depthwise_activation=activation,
+            pointwise_activation=name if carried is None else own,
+            stride=conv.stride,
+            padding=padding,
+            dilation=conv.dilation,
+        )
 
     def _roles(self) -> tuple[nn.Module | None, ...]:
         chain, modules = self.chain, self.modules

@@ -14,7 +14,9 @@ class Entry:
 
     name: of the convolution in the model; channels: (in, out); kernel, stride, rate: (vertical, horizontal).
     fused: the children of one parent that run as one operator, such as ("conv_dw", "bn1", "act"); empty if skipped.
-    activation: what that operator ends with, "relu", "relu6" or None.
+    pointwise: those that join them in inference, where the whole block as one operator is faster
+    (:func:`ops.atrous_separable_conv2d`), such as ("conv_pw", "bn2").
+    activation: what the depthwise half of that operator ends with, "relu", "relu6" or None.
     scope: where it runs on a CPU.
     reason: why it was skipped, or why nothing more was fused with it; may be empty.
     """
@@ -25,6 +27,7 @@ class Entry:
     stride: tuple[int, ...]
     rate: tuple[int, ...]
     fused: tuple[str, ...] = ()
+    pointwise: tuple[str, ...] = ()
     activation: str | None = None
     scope: str = ""
     reason: str = ""
@@ -35,7 +38,14 @@ class Entry:
         shape = [self.name or "(the model)", kernel, channels, _axes(self.stride), _axes(self.rate)]
         if not self.fused:
             return [*shape, self.reason]
-        return [*shape, " + ".join(self.fused), self.activation or "", self.scope, self.reason]
+        return [
+            *shape,
+            " + ".join(self.fused),
+            self.activation or "",
+            " + ".join(self.pointwise),
+            self.scope,
+            self.reason,
+        ]
 
 
 def _axes(values: tuple[int, ...]) -> str:
@@ -62,7 +72,7 @@ class FusionReport:
             return "deeplab_kernels.fuse: the model has no depthwise convolution"
         lines = [f"deeplab_kernels.fuse: {len(self.fused)} of {total} depthwise convolutions fused"]
         if self.fused:
-            head = [*_SHAPE, "one operator", "activation", "where on a CPU", "not further because"]
+            head = [*_SHAPE, "one operator", "activation", "in inference with", "where on a CPU", "not further because"]
             lines += ["", *table([head, *(entry._row() for entry in self.fused)])]
         if self.skipped:
             lines += ["", "not fused", *table([[*_SHAPE, "because it"], *(entry._row() for entry in self.skipped)])]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from ..ops import atrous_depthwise_bn_act, atrous_depthwise_conv2d
 from ..ops.atrous_depthwise import _transforms_active
 
@@ -46,6 +47,13 @@ def conv_act(conv: nn.Conv2d, activation: str | None, x: Tensor, padding: Paddin
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def norm_parameters(norm: nn.Module | None) -> ops.BatchNorm | None:
+    """What a batch norm does in inference, for :func:`ops.atrous_separable_conv2d`; None for any other module."""
+    if not isinstance(norm, BatchNorm):
+        return None
+    return ops.BatchNorm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
 
 
 def fusable(norm: nn.Module, conv: nn.Conv2d, x: Tensor) -> TypeGuard[BatchNorm]:

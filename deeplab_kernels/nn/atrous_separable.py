@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..ops import BatchNorm, _validation, atrous_separable_conv2d
+from ..ops import _validation, atrous_separable_conv2d
 from ..ops.atrous_separable import EXECUTIONS, picks_whole
-from ._halves import activate, conv_act, conv_norm_act, convolve, fusable, norm_in_place
+from ._halves import activate, conv_act, conv_norm_act, convolve, fusable, norm_in_place, norm_parameters
 from ._separable_blocks import check_convolutions, check_norm, only_zeros, renamed, sort_modules, untouched
 from .init import truncated_normal_
 
@@ -125,13 +125,6 @@ def _make_norm(
     if not isinstance(module, nn.Module):
         raise TypeError(f"{name} must return an nn.Module, got {type(module).__name__}")
     return module.to(device=device, dtype=dtype)
-
-
-def _parameters(norm: nn.Module) -> BatchNorm | None:
-    if isinstance(norm, nn.Identity):
-        return None
-    assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
-    return BatchNorm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
 
 
 class AtrousSeparableConv2d(nn.Module):
@@ -324,8 +317,8 @@ class AtrousSeparableConv2d(nn.Module):
             x,
             conv.weight,
             self.pointwise.weight,
-            depthwise_norm=_parameters(self.depthwise_norm),
-            pointwise_norm=_parameters(self.pointwise_norm),
+            depthwise_norm=norm_parameters(self.depthwise_norm),
+            pointwise_norm=norm_parameters(self.pointwise_norm),
             depthwise_bias=conv.bias,
             pointwise_bias=self.pointwise.bias,
             pre_activation=self.pre_activation,
