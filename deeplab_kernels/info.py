@@ -186,7 +186,7 @@ def _operator_lines(operators: Report, has_cuda: bool) -> list[str]:
     cuda = "cuda" if has_cuda else "cuda (no device here)"
     rows = [["", "cpu", cuda, "other devices"]]
     rows += [[name, s["cpu"], s["cuda"], s["other"]] for name, s in operators["serving"].items()]
-    execution = "; ".join(f"{device}: {how}" for device, how in operators["separable_execution"].items())
+    execution = ", ".join(f"{device}: {how}" for device, how in operators["separable_execution"].items())
     lines = [*table(rows), f"  separable convolution, float32 inference: {execution}"]
     return lines + [f"  {name} cannot serve: {reason}" for name, reason in operators["missing"].items()]
 

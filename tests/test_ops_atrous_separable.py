@@ -247,6 +247,22 @@ def test_execution_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         problem.run("auto")
 
 
+def test_choice_by_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.empty(1, 600, 5, 5)
+    weight = torch.empty(600, 1, 3, 3)
+
+    def picks(image: Tensor, out_channels: int) -> bool:
+        return atrous_separable.picks_whole("auto", image, weight, out_channels, [image, weight])
+
+    monkeypatch.setattr(atrous_separable, "_WHOLE_ON_CPU", True)
+    last = x.to(memory_format=torch.channels_last)
+    assert [picks(x, 400), picks(x, 100), picks(last, 100), picks(last.half(), 100)] == [True, False, True, False]
+    assert not picks(x.requires_grad_(), 400)
+    monkeypatch.setattr(atrous_separable, "_WHOLE_ON_CPU", False)
+    assert not picks(last, 400)
+    assert atrous_separable.describe_execution() == {"cpu": "two_kernels", "cuda": "two_kernels"}
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

@@ -274,7 +274,7 @@ class _Run:
                 if n.training or parameters.mean is None or parameters.var is None:  # type: ignore[union-attr]
                     return None
                 tensors += [parameters.gamma, parameters.beta]
-        if not picks_whole("auto", x, conv.weight, tensors):
+        if not picks_whole("auto", x, conv.weight, pointwise.out_channels, tensors):
             return None
         self.covered = chain.names[1:]
         return atrous_separable_conv2d(

@@ -308,7 +308,7 @@ class AtrousSeparableConv2d(nn.Module):
                 if not untouched(norm, nn.BatchNorm2d, nn.SyncBatchNorm) or norm.training or norm.running_mean is None:
                     return False
                 tensors += [norm.weight, norm.bias]
-        return picks_whole(self.execution, x, self.depthwise.weight, tensors)
+        return picks_whole(self.execution, x, self.depthwise.weight, self.out_channels, tensors)
 
     def _whole(self, x: Tensor, residual: Tensor | None) -> Tensor:
         conv = self.depthwise

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import _library
-from .._layout import output_memory_format
+from .._layout import is_channels_last_only, output_memory_format
 from . import _backends, _validation
 from .atrous_depthwise import (
     _accumulation_dtype,
@@ -41,6 +41,8 @@ _ops = torch.ops.deeplab_kernels
 EXECUTIONS = ("auto", "whole", "two_kernels")
 # Instruction sets whose matrix product keeps up with torch's.
 _WHOLE_ON_CPU = _library.cpu_instruction_set() in ("avx2", "avx512")
+# NCHW: this many channels more than results are too many for one kernel.
+_FEW_RESULTS = 256
 EXECUTION_VARIABLE = "DEEPLAB_KERNELS_SEPARABLE_EXECUTION"
 
 
@@ -72,14 +74,19 @@ def _activate(x: Tensor, code: int) -> Tensor:
 
 
 def picks_whole(
-    execution: str, x: Tensor, depthwise_weight: Tensor, tensors: Sequence[Tensor | None], training: bool = False
+    execution: str,
+    x: Tensor,
+    depthwise_weight: Tensor,
+    out_channels: int,
+    tensors: Sequence[Tensor | None],
+    training: bool = False,
 ) -> bool:
     """Whether one kernel computes the block under this ``execution``; ``tensors``: all that could need gradients."""
     if execution == "auto":
         execution = default_execution()
     if execution == "two_kernels" or _obstacle(x, depthwise_weight, tensors, training):
         return False
-    return execution == "whole" or _prefers_whole(x)
+    return execution == "whole" or _prefers_whole(x, out_channels)
 
 
 def _obstacle(x: Tensor, depthwise_weight: Tensor, tensors: Sequence[Tensor | None], training: bool) -> str:
@@ -95,23 +102,28 @@ def _obstacle(x: Tensor, depthwise_weight: Tensor, tensors: Sequence[Tensor | No
     return ""
 
 
-def _prefers_whole(x: Tensor) -> bool:
+def _prefers_whole(x: Tensor, out_channels: int) -> bool:
     """Whether one kernel is expected to be faster, where it serves.
 
     On the CPU it saves writing and reading y, and up to three passes over the output, and its matrix product keeps up
     with oneDNN's where it was written for the instruction set; the portable version does not. float16 and bfloat16
-    would be converted to float32 and back, while torch multiplies them as they are.
+    would be converted to float32 and back, while torch multiplies them as they are. Where many NCHW channels make few
+    results (ASPP), copying rows behind zeros, tile by tile, outweighs what is saved
+    (benchmarks/NOTES_atrous_separable.md).
     """
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
-    return _WHOLE_ON_CPU and x.dtype in (torch.float32, torch.float64)
+    if not _WHOLE_ON_CPU or x.dtype not in (torch.float32, torch.float64):
+        return False
+    return is_channels_last_only(x) or x.shape[1] <= out_channels + _FEW_RESULTS
 
 
 def describe_execution() -> dict[str, str]:
     """How a float32 block runs in inference on each device under execution="auto"."""
     if (forced := default_execution()) != "auto":
         return dict.fromkeys(("cpu", "cuda"), f"{forced} ({EXECUTION_VARIABLE})")
-    return {"cpu": "whole" if _WHOLE_ON_CPU else "two_kernels", "cuda": "two_kernels"}
+    on_cpu = f"whole; two_kernels for NCHW with over {_FEW_RESULTS} channels more than results"
+    return {"cpu": on_cpu if _WHOLE_ON_CPU else "two_kernels", "cuda": "two_kernels"}
 
 
 def atrous_separable_conv2d(
@@ -182,7 +194,7 @@ def atrous_separable_conv2d(
     tensors = [x, depthwise_weight, pointwise_weight, residual, *vectors]
     if execution == "whole" and (obstacle := _obstacle(x, depthwise_weight, tensors, training)):
         raise ValueError(f'execution="whole" does not serve {obstacle}: use "auto" or "two_kernels"')
-    if picks_whole(execution, x, depthwise_weight, tensors, training):
+    if picks_whole(execution, x, depthwise_weight, pointwise_weight.shape[0], tensors, training):
         return _whole(
             x, depthwise_weight, pointwise_weight, residual, (depthwise_norm, depthwise_bias),
             (pointwise_norm, pointwise_bias), activations, g,
