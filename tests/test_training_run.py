@@ -172,15 +172,31 @@ def test_the_weights_are_the_best_ones(tmp_path, monkeypatch):
     assert (notes["step"], notes["mean_iou"]) == (2, 0.7)
 
 
-def test_pretrained_weights(tmp_path):
-    assert cli.main(flags(tmp_path / "first", steps=1)) == 0
-    weights = tmp_path / "first" / "weights.pt"
-    assert cli.main(flags(tmp_path / "second", steps=1, learning_rate=1e-9, init=weights)) == 0
-    first, second = (build_from_file(tmp_path / n / "weights.pt")[0].state_dict() for n in ("first", "second"))
+@pytest.mark.parametrize(
+    ("model", "classes", "skip", "afresh"),
+    [
+        ("deeplabv3plus_small", 7, False, "nothing"),
+        ("deeplabv3plus_small", 3, False, "classifier"),
+        ("deeplabv3plus_small", 7, True, "classifier"),
+        ("deeplabv1_small", 3, False, "head.branches.0.fc8"),
+        ("deeplabv1_small", 7, True, "head.branches.0.fc8"),
+    ],
+)
+def test_pretrained_weights(tmp_path, capsys, model, classes, skip, afresh):
+    """The generated dataset has 7 classes."""
+    torch.manual_seed(1)
+    first = build(model, classes).state_dict()
+    torch.save(first, tmp_path / "init.pt")
+    arguments = flags(tmp_path / "run", model=model, steps=1, learning_rate=1e-9, init=tmp_path / "init.pt")
+    assert cli.main([*arguments, *(["--skip-classifier"] if skip else []), "--json"]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["init"].endswith(f"; {afresh} starts afresh")
+    assert f"; {afresh} starts afresh\n" in output.err
+    second = build_from_file(tmp_path / "run" / "weights.pt")[0].state_dict()
     for name in first:
-        if "classifier" in name:
-            assert not torch.allclose(first[name], second[name]) or not first[name].any()
-        elif not re.search("running|num_batches", name):
+        if name == f"{afresh}.weight":
+            assert first[name].shape != second[name].shape or not torch.allclose(first[name], second[name])
+        elif name != f"{afresh}.bias" and not re.search("running|num_batches", name):
             torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-6)
 
 

@@ -18,7 +18,7 @@ import torch
 from deeplab_kernels.models import build, known_weights, list_models, load_weights
 from deeplab_kernels.models.crf_stage import with_crf
 from deeplab_kernels.models.system import IMAGENET, SYMMETRIC
-from deeplab_kernels.models.weights import origins, save_weights_file
+from deeplab_kernels.models.weights import load, origins, save_weights_file
 from torch import nn
 
 from deeplab_kernels import cli
@@ -143,6 +143,27 @@ def test_every_layer_of_another_number_of_classes(name) -> None:
     assert all(3 in state[name].shape for name in report.missing)
     for name in report.matched:
         assert torch.equal(model.state_dict()[name], state[name]), name
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_last_layers_are_known_by_name(name) -> None:
+    options = {"auxiliary": True} if name.startswith(("deeplabv3", "fcn_", "pspnet")) else {}
+    state, other = (build(name, classes, device="meta", **options).state_dict() for classes in (7, 9))
+    assert {n for n in state if load._LAST.fullmatch(n)} == {n for n in state if state[n].shape != other[n].shape}
+
+
+def test_a_last_layer_that_fits_is_taken(state) -> None:
+    report = load_weights(model := small(), state, skip_classifier=None)
+    assert report.missing == report.ignored == report.untouched() == []
+    assert torch.equal(model.classifier.weight, state["classifier.weight"])
+    report = load_weights(small(5), state, skip_classifier=None)
+    assert report.missing == report.ignored == ["classifier.weight", "classifier.bias"]
+    assert report.untouched() == ["classifier"]
+    given = {name: value for name, value in state.items() if not name.startswith("classifier.")}
+    assert load_weights(small(), given, skip_classifier=None).untouched() == ["classifier"]
+    given = {name: value for name, value in state.items() if name.startswith("backbone.")}
+    with pytest.raises(UserError, match="missing"):
+        load_weights(small(), given, skip_classifier=None)
 
 
 def test_a_crf_as_last_stage_stays(state) -> None:

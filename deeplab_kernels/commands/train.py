@@ -20,6 +20,7 @@ SETTINGS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("model", "str", "name of the model (default: deeplabv3plus_small), see models.list_models()"),
         ("options", "toml", "its options, such as '{decoder = false}'"),
         ("init", "str", "pretrained weights: a file, a name, or a URL"),
+        ("skip-classifier", "bool", "start the last layer afresh even where that of --init is for as many classes"),
         ("near-identity", "bool", "start depthwise kernels near the identity (default: for *_small without --init)"),
         ("crf", "bool", "a fully connected CRF as last stage, trained, too"),
         ("output", "str", "folder to write into (default: training)"),

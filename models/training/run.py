@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ class _Run:
         self.classes = len(self.train_set.class_names)
         self._check_folder(resume)
         content = read_checkpoint(self.folder / CHECKPOINT, self.classes) if resume else None
+        self.init: str | None = None
         self.model = self._model(weights=content is None)
         self.trainer = Trainer(
             self.model, self.train_set, config.training, workers=config.workers, compile=config.compile
@@ -119,9 +121,17 @@ class _Run:
             if config.near_identity:
                 start_near_identity(model)
             if config.init:
-                load_weights(model, config.init, skip_classifier=True)
+                self._load_init(model)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         return model.to(self.device, memory_format=memory_format)  # type: ignore[call-overload,no-any-return]
+
+    def _load_init(self, model: SegmentationModel) -> None:
+        config = self.config
+        report = load_weights(model, config.init, skip_classifier=config.skip_classifier or None)
+        afresh = report.untouched()
+        self.init = f"{report}; {', '.join(afresh) if afresh else 'nothing'} starts afresh"
+        if self.rank == 0:
+            print(f"init: {self.init}", file=sys.stderr)
 
     def go(self) -> dict[str, Any]:
         start = time.perf_counter()
@@ -215,6 +225,7 @@ class _Run:
         return {
             "model": config.model,
             "data": config.data,
+            "init": self.init,
             "classes": self.classes,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "images": len(self.train_set),

@@ -36,6 +36,7 @@ class RunConfig:
         data, train_split, val_split: see :func:`deeplab_kernels.models.data.open_dataset`; val_split "" validates
             nothing.
         model, options: ``models.build(model, ..., **options)``.
+        skip_classifier: start the last layer afresh even where that of ``init`` is for as many classes.
         near_identity: see :func:`deeplab_kernels.models.training.start_near_identity`.
         init: source of pretrained weights for :func:`deeplab_kernels.models.load_weights`; "" for none.
         crf: a fully connected CRF as the last stage, whose parameters are trained, too.
@@ -54,6 +55,7 @@ class RunConfig:
     val_split: str = "val"
     output: str = "training"
     init: str = ""
+    skip_classifier: bool = False
     near_identity: bool = False
     crf: bool = False
     validate_every: int = 0

@@ -26,6 +26,10 @@ LAYOUTS: tuple[Layout, ...] = tuple(
     layout for library in (tensorflow, huggingface, smp, torchvision, timm) for layout in library.LAYOUTS
 )
 _SHOWN = 20  # names in an error message
+# What depends on the number of classes in the networks here.
+_LAST = re.compile(
+    r"(model\.)?((aux_)?classifier(\.4)?|head\.(classifier|fc8|branches\.\d+(\.fc8)?)|(skips|deconvolutions)\.\d+)\.(weight|bias)"
+)
 _COUNTER = "num_batches_tracked"  # torch counts batches for momentum=None only; other libraries do not
 
 
@@ -58,6 +62,11 @@ class LoadReport:
     normalization: Normalization | None = None
     differences: list[str] = field(default_factory=list)
 
+    def untouched(self) -> list[str]:
+        """The modules of which nothing was loaded, each named by the largest part that was left as it is."""
+        touched = {prefix for name in (*self.matched, *self.renamed) for prefix in _prefixes(name)}
+        return list(dict.fromkeys(next(p for p in (*_prefixes(n), n) if p not in touched) for n in self.missing))
+
     def __str__(self) -> str:
         counts = f"{len(self.matched) + len(self.renamed)} tensors loaded"
         for name in ("missing", "surplus", "ignored"):
@@ -74,7 +83,7 @@ def load_weights(
     *,
     origin: str | None = None,
     strict: bool = True,
-    skip_classifier: bool = False,
+    skip_classifier: bool | None = False,
     cache: str | os.PathLike[str] | None = None,
     progress: bool = True,
     sha256: str | None = None,
@@ -92,7 +101,8 @@ def load_weights(
             TensorFlow checkpoint's prefix, folder or .tar.gz), an https URL, or a state_dict.
         origin: the library, where its names should not tell: one of :func:`origins`.
         strict: False takes what fits by name, and reports what is missing and surplus.
-        skip_classifier: leave the last layer as it is, for another number of classes.
+        skip_classifier: leave the last layer as it is, for another number of classes. None does so only where the
+            weights have another number of classes, or no last layer.
         cache: folder of downloads; by default that of ``torch.hub``.
         progress: show a progress bar while downloading.
         sha256: of the file, or the beginning of it; it is checked.
@@ -110,6 +120,12 @@ def load_weights(
     return load_state(model, loaded, origin=origin, strict=strict, skip_classifier=skip_classifier)
 
 
+def _prefixes(name: str) -> list[str]:
+    """The modules that a parameter lies in, the outermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
 def origins() -> list[str]:
     """The libraries whose names are known."""
     return sorted({OWN, *(layout.origin for layout in LAYOUTS)})
@@ -121,7 +137,7 @@ def load_state(
     *,
     origin: str | None = None,
     strict: bool = True,
-    skip_classifier: bool = False,
+    skip_classifier: bool | None = False,
 ) -> LoadReport:
     """:func:`load_weights` for what was already read."""
     if isinstance(model, DenseCRFStage) and not any(name.startswith("crf.") for name in loaded.state):
@@ -134,7 +150,10 @@ def load_state(
         translation = layout.translate(model, loaded.state)
     theirs = translation.theirs
     tensors = {name: tensor for name, tensor in translation.tensors.items() if name in expected}
-    last = _last_layers(model, layout, tensors, expected)
+    last = _last_layers(model, tensors, expected)
+    may_lack_last = skip_classifier is not False
+    if skip_classifier is None:
+        skip_classifier = any(tensors[n].shape[:1] != expected[n].shape[:1] for n in last if n in tensors)
     skipped = [name for name in tensors if skip_classifier and name in last]
     for name in skipped:
         del tensors[name]
@@ -143,7 +162,7 @@ def load_state(
     if strict:
         prefix = layout.prefix if layout else ""
         _refuse(
-            report, [n for n in report.missing if n.startswith(prefix) and not (skip_classifier and n in last)], model
+            report, [n for n in report.missing if n.startswith(prefix) and not (may_lack_last and n in last)], model
         )
     _check_shapes(loaded.where, tensors, expected, theirs, last)
     if not tensors:
@@ -157,12 +176,9 @@ def load_state(
     return report
 
 
-def _last_layers(
-    model: SegmentationModel, layout: Layout | None, tensors: State, expected: Mapping[str, Tensor]
-) -> set[str]:
+def _last_layers(model: SegmentationModel, tensors: State, expected: Mapping[str, Tensor]) -> set[str]:
     """Names of what depends on the number of classes: the classifiers, and what has another size here."""
-    layers = (layout.classifier if layout else "classifier", "aux_classifier.4")
-    names = {f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")}
+    names = {name for name in expected if _LAST.fullmatch(name)}
     for name, tensor in tensors.items():
         shape = expected[name].shape
         if tensor.shape != shape and shape[:1] == (model.num_classes,):
