@@ -130,10 +130,11 @@ def on_resnet101(rates: Sequence[int]) -> Callable[..., SegmentationModel]:
 # models, here and in v2.
 SMALL: dict[str, Any] = {"hidden": 64, "norm": True, "dropout": 0.0}
 LARGE_FOV = (12,)
+_RELEASED: dict[str, Any] = {"average_pooling": True}  # of LargeFOV alone; v2's have none
 
 BUILDERS: dict[str, Callable[..., SegmentationModel]] = {
-    "deeplabv1_vgg16": on_vgg(vgg16, LARGE_FOV),
-    "deeplabv1_vgg16_bn": on_vgg(vgg16_bn, LARGE_FOV, norm=True),
+    "deeplabv1_vgg16": on_vgg(vgg16, LARGE_FOV, **_RELEASED),
+    "deeplabv1_vgg16_bn": on_vgg(vgg16_bn, LARGE_FOV, norm=True, **_RELEASED),
     "deeplabv1_resnet101": on_resnet101(LARGE_FOV),
     "deeplabv1_small": on_vgg(vgg_small, (5,), **SMALL),
 }

@@ -45,6 +45,27 @@ def test_forward_is_the_plain_composition() -> None:
         assert relative_error(model(x), expected) < 1e-12
 
 
+def test_average_pooling_of_the_released_network() -> None:
+    for name in models.list_models():
+        if name.startswith(("deeplabv1", "deeplabv2")):
+            poolings = [m for m in models.build(name, device="meta").modules() if isinstance(m, nn.AvgPool2d)]
+            assert len(poolings) == name.startswith("deeplabv1_vgg16"), name
+    plain, pooled = small().eval(), small(average_pooling=True).eval()
+    pooled.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 3, 65, 49)
+    for output_stride in (8, 16, 32):
+        for model in (plain, pooled):
+            model.set_output_stride(output_stride)
+        with torch.no_grad():
+            *maps, before = plain.backbone.pyramid(x)
+            *others, after = pooled.backbone.pyramid(x)
+        # The mean of nine values, zeros beyond the border.
+        expected = F.conv2d(before, torch.full((before.shape[1], 1, 3, 3), 1 / 9), padding=1, groups=before.shape[1])
+        assert relative_error(after, expected) < 1e-5
+        assert all(torch.equal(a, b) for a, b in zip(maps, others, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(plain.backbone.pools(x), pooled.backbone.pools(x), strict=True))
+
+
 def test_score_map_is_the_dense_sliding_evaluation() -> None:
     # fc6 with rate r is a 3x3 classifier that looks at every r-th feature, evaluated at every position: on each of the
     # r x r phases of the feature map it is an ordinary convolution.

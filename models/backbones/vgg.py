@@ -31,6 +31,8 @@ class VGG(Backbone):
         aligned: 3x3 poolings with padding 1, as DeepLab's: they centre every feature on an input pixel, so that sizes
             ``output_stride * k + 1`` keep corners aligned. False: the 2x2 poolings of VGG; the last one of an odd row
             takes what there is, so that (H, W) become (ceil(H / 2), ceil(W / 2)).
+        average_pooling: a 3x3 average pooling of stride 1 after pool5, at every output stride: pool5a of the LargeFOV
+            model that DeepLab v1's authors released. Zeros beyond the border count, as in Caffe.
         norm: batch normalisation after every convolution.
         output_stride: 8, 16 or 32; 32 alone where ``aligned`` is False. See :meth:`set_output_stride`.
         momentum: of the batch normalisations.
@@ -42,6 +44,7 @@ class VGG(Backbone):
         convolutions: Sequence[int] = CONVOLUTIONS,
         *,
         aligned: bool = True,
+        average_pooling: bool = False,
         norm: bool = False,
         output_stride: int = 8,
         momentum: float = 0.1,
@@ -58,6 +61,8 @@ class VGG(Backbone):
                     layers.append(nn.BatchNorm2d(width, momentum=momentum))
                 layers.append(nn.ReLU(inplace=True))
             layers.append(nn.MaxPool2d(3, 2, 1) if aligned else nn.MaxPool2d(2, 2, ceil_mode=True))
+        if average_pooling:
+            layers.append(nn.AvgPool2d(3, 1, 1))
         self.features = nn.Sequential(*layers)
         self.channels = {1 << i: width for i, width in enumerate((*self.widths, self.widths[-1]))}
         self.set_output_stride(output_stride)
