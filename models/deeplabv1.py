@@ -3,28 +3,26 @@ arXiv:1412.7062)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from deeplab_kernels.nn import DenseCRF
-
 from .backbones import VGG, Backbone, resnet101, vgg16, vgg16_bn, vgg_small
-from .backbones.features import LAST_STRIDE
+from .backbones.features import LAST_STRIDE, rates_at
 from .builders import PAPER, on_backbone
-from .crf_stage import with_crf
 from .heads import AtrousScores
 from .layers import positive_ints, resize_bilinear
 from .multi_scale import check_scales, max_over_scales
-from .system import SegmentationModel, check_images
+from .system import BackboneModel, SegmentationModel, check_images
 
 
-class AtrousScoring(SegmentationModel):
+class AtrousScoring(BackboneModel):
     """DeepLab v1 and v2: a backbone, the summed scores of atrous branches, and their bilinear resize to the image.
 
     forward: (N, 3, H, W) -> logits (N, num_classes, H, W), any H, W >= 1. Sizes ``output_stride * k + 1`` (321) keep
-    the resize exactly aligned.
+    the resize exactly aligned. ``build(..., crf=True)`` adds the dense CRF, the papers' last stage; they train the
+    networks without it, so that it may as well be added to a trained one.
 
     Args:
         rates: of the branches at output stride 8, the papers'. At 16 they are halved, at 32 quartered (at least 1),
@@ -39,8 +37,8 @@ class AtrousScoring(SegmentationModel):
         self,
         backbone: Backbone,
         num_classes: int,
-        rates: Sequence[int],
         *,
+        rates: Sequence[int] = (12,),
         hidden: int | None = 1024,
         norm: bool = False,
         dropout: float = 0.5,
@@ -57,19 +55,9 @@ class AtrousScoring(SegmentationModel):
         )
         self.set_output_stride(backbone.output_stride)
 
-    @property
-    def output_stride(self) -> int:
-        """Input pixels per pixel of the score map: 8, 16 or 32."""
-        return self.backbone.output_stride
-
     def set_output_stride(self, output_stride: int) -> None:
-        """Changes strides and rates in place; the state_dict stays the same.
-
-        Raises:
-            ValueError: ``output_stride`` is not 8, 16 or 32.
-        """
-        self.backbone.set_output_stride(output_stride)
-        self.head.set_rates([max(1, rate * 8 // output_stride) for rate in self.atrous_rates])
+        super().set_output_stride(output_stride)
+        self.head.set_rates(rates_at(output_stride, self.atrous_rates, own=8))
 
     def scores(self, x: Tensor) -> Tensor:
         """The score map of one scale: (N, num_classes, ceil(H / output_stride), ceil(W / output_stride))."""
@@ -81,41 +69,9 @@ class AtrousScoring(SegmentationModel):
         return resize_bilinear(max_over_scales(self.scores, x, self.scales), x.shape[2:])
 
 
-def atrous_scoring(
-    backbone: Backbone,
-    num_classes: int,
-    *,
-    rates: Sequence[int] = (12,),
-    hidden: int | None = 1024,
-    norm: bool = False,
-    dropout: float = 0.5,
-    momentum: float = 0.1,
-    scales: Sequence[float] = (1.0,),
-    crf: DenseCRF | bool | Mapping[str, Any] = False,
-) -> SegmentationModel:
-    """DeepLab v1 or v2 on ``backbone``, e.g. ``deeplab_kernels.models.backbones.vgg16(output_stride=8)``.
-
-    ``crf`` adds the dense CRF as the last stage: True for the papers' parameters, a mapping of the options of
-    :class:`deeplab_kernels.nn.DenseCRF`, or the layer (:func:`deeplab_kernels.models.crf_stage.with_crf`). The networks
-    are trained without it, in the papers, so that it may as well be added to the trained one. For the other arguments
-    see :class:`AtrousScoring`.
-    """
-    model = AtrousScoring(
-        backbone,
-        num_classes,
-        rates,
-        hidden=hidden,
-        norm=norm,
-        dropout=dropout,
-        momentum=momentum,
-        scales=scales,
-    )
-    return with_crf(model, crf)
-
-
 def on_vgg(backbone: Callable[..., VGG], rates: Sequence[int], **options: Any) -> Callable[..., SegmentationModel]:
     """The builder of v1 or v2 on VGG-16."""
-    return on_backbone(atrous_scoring, backbone, {PAPER: {"output_stride": 8, "rates": rates, **options}})
+    return on_backbone(AtrousScoring, backbone, {PAPER: {"output_stride": 8, "rates": rates, **options}})
 
 
 def on_resnet101(rates: Sequence[int]) -> Callable[..., SegmentationModel]:
@@ -123,7 +79,7 @@ def on_resnet101(rates: Sequence[int]) -> Callable[..., SegmentationModel]:
     strided in the first 1x1 convolution of a unit; the variant "torchvision" is strided in the 3x3."""
     common = {"output_stride": 8, "rates": rates, "hidden": None}
     variants = {name: {**common, "strided_conv": conv} for name, conv in ((PAPER, 1), ("torchvision", 2))}
-    return on_backbone(atrous_scoring, resnet101, variants)
+    return on_backbone(AtrousScoring, resnet101, variants)
 
 
 # For images of about 128 x 128, whose maps of 17 x 17 are 0.4 of the papers' 41 x 41: so are the rates of the small

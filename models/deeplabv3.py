@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from deeplab_kernels.nn.init import truncated_normal_
 
 from .backbones import Backbone, mobilenetv2, resnet50, resnet101, resnet_small
-from .backbones.features import LAST_STRIDE, check_output_stride
+from .backbones.features import LAST_STRIDE, rates_at
 from .builders import Variants, on_backbone
 from .heads import ASPP, Decoder, FCNHead
 from .heads.aspp import head_convolution
 from .heads.fcn import AUXILIARY_STRIDE
 from .layers import BN_MOMENTUM, HEAD_BN_EPS, positive_ints, resize_bilinear
-from .system import SegmentationModel, check_images
+from .system import BackboneModel, SegmentationModel, check_images
 
 
-class DeepLabV3(SegmentationModel):
+class DeepLabV3(BackboneModel):
     """Backbone, ASPP and a 1x1 classifier. forward: (N, 3, H, W) -> logits (N, num_classes, H, W), any H, W >= 1.
 
     With ``auxiliary`` and in training mode: (logits, auxiliary logits), both of that shape. Sizes
@@ -88,21 +88,9 @@ class DeepLabV3(SegmentationModel):
         self.aux_classifier = FCNHead(backbone.channels[AUXILIARY_STRIDE], num_classes) if auxiliary else None
         self.set_output_stride(backbone.output_stride)
 
-    @property
-    def output_stride(self) -> int:
-        """Input pixels per pixel of the ASPP's feature, 8, 16 or 32."""
-        return self.backbone.output_stride
-
     def set_output_stride(self, output_stride: int) -> None:
-        """Changes strides and rates of the built model in place. The state_dict is the same at every output stride, so
-        that a model trained at 16 can be evaluated at 8.
-
-        Raises:
-            ValueError: ``output_stride`` is not 8, 16 or 32.
-        """
-        check_output_stride(output_stride)
-        self.backbone.set_output_stride(output_stride)
-        self.aspp.set_rates([max(1, rate * 16 // output_stride) for rate in self.atrous_rates])
+        super().set_output_stride(output_stride)
+        self.aspp.set_rates(rates_at(output_stride, self.atrous_rates, own=16))
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         check_images(x)

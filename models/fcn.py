@@ -13,13 +13,13 @@ from .backbones.vgg import FC6_KERNEL, FC_CHANNELS
 from .builders import PAPER, on_backbone
 from .heads import FCNHead, ScoreBranch
 from .heads.fcn import AUXILIARY_STRIDE
-from .system import SegmentationModel, check_images
+from .system import BackboneModel, SegmentationModel, check_images
 from .upsampling import BilinearDeconvolution, resize_centred
 
 _SKIP_STAGE = {8: 2, 16: 3}  # stride -> index of the pooling, pool3 and pool4
 
 
-class FCN(SegmentationModel):
+class FCN(BackboneModel):
     """FCN-32s, -16s and -8s. forward: (N, 3, H, W) -> logits (N, num_classes, H, W), any H, W >= 1.
 
     VGG-16 with its fully connected layers as convolutions and a 1x1 score layer; scores of pool4 and pool3 are added
@@ -36,6 +36,8 @@ class FCN(SegmentationModel):
         hidden, kernel_size: channels of fc6 and fc7, and the size of fc6.
         norm, dropout: as of :class:`deeplab_kernels.models.heads.ScoreBranch`.
     """
+
+    backbone: VGG
 
     def __init__(
         self,
@@ -62,11 +64,6 @@ class FCN(SegmentationModel):
         for parameter in self.skips.parameters():
             nn.init.zeros_(parameter)
 
-    @property
-    def output_stride(self) -> int:
-        """32: that of the deepest features."""
-        return self.backbone.output_stride
-
     def set_output_stride(self, output_stride: int) -> None:
         """Raises ValueError unless ``output_stride`` is 32: skips, not atrous convolution, make FCN's scores denser."""
         if output_stride != 32:
@@ -83,7 +80,7 @@ class FCN(SegmentationModel):
         return scores[:, :, : x.shape[2], : x.shape[3]]
 
 
-class FCNOnBackbone(SegmentationModel):
+class FCNOnBackbone(BackboneModel):
     """torchvision's FCN: a head on the last features, logits resized to the image.
 
     forward: (N, 3, H, W) -> logits (N, num_classes, H, W), any H, W >= 1. With ``auxiliary`` and in training mode:
@@ -102,13 +99,6 @@ class FCNOnBackbone(SegmentationModel):
         self.aux_classifier: FCNHead | None = None
         if auxiliary:
             self.aux_classifier = FCNHead(backbone.channels[AUXILIARY_STRIDE], num_classes, dropout=dropout)
-
-    @property
-    def output_stride(self) -> int:
-        return self.backbone.output_stride
-
-    def set_output_stride(self, output_stride: int) -> None:
-        self.backbone.set_output_stride(output_stride)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         check_images(x)

@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from .backbones import Backbone, vgg16, vgg_small
-from .backbones.features import LAST_STRIDE
+from .backbones.features import LAST_STRIDE, rates_at
 from .builders import PAPER, on_backbone
 from .heads import FullyConnected, Hypercolumn
 from .heads.atrous_scores import set_rate
 from .layers import positive_ints, resize_bilinear
-from .system import SegmentationModel, check_images
+from .system import BackboneModel, SegmentationModel, check_images
 
 
-class HypercolumnNet(SegmentationModel):
+class HypercolumnNet(BackboneModel):
     """Backbone, fc6 and fc7 as convolutions, and a classifier of hypercolumns, resized to the image.
 
     forward: (N, 3, H, W) -> logits (N, num_classes, H, W), any H, W >= 1. The paper classifies the pixels of given
@@ -59,18 +59,9 @@ class HypercolumnNet(SegmentationModel):
         )
         self.set_output_stride(backbone.output_stride)
 
-    @property
-    def output_stride(self) -> int:
-        return self.backbone.output_stride
-
     def set_output_stride(self, output_stride: int) -> None:
-        """Changes strides and rates in place; the state_dict stays the same.
-
-        Raises:
-            ValueError: ``output_stride`` is not 8, 16 or 32.
-        """
-        self.backbone.set_output_stride(output_stride)
-        set_rate(self.fc.fc6, max(1, self.rate * 8 // output_stride))
+        super().set_output_stride(output_stride)
+        set_rate(self.fc.fc6, *rates_at(output_stride, [self.rate], own=8))
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x)

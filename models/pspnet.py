@@ -13,10 +13,10 @@ from .heads import FCNHead
 from .heads.fcn import AUXILIARY_STRIDE
 from .heads.pyramid_pooling import PyramidPooling
 from .layers import HEAD_BN_EPS, ConvNormAct, resize_bilinear
-from .system import SegmentationModel, check_images
+from .system import BackboneModel, SegmentationModel, check_images
 
 
-class PSPNet(SegmentationModel):
+class PSPNet(BackboneModel):
     """Backbone, pyramid pooling, a convolution and a classifier.
 
     forward: (N, 3, H, W) -> logits (N, num_classes, H, W), any H, W >= 1; with ``auxiliary`` and in training
@@ -75,9 +75,6 @@ class PSPNet(SegmentationModel):
     def output_stride(self) -> int:
         """Input pixels per pixel of the pooled features."""
         return min(self.backbone.output_stride, self.feature_stride)
-
-    def set_output_stride(self, output_stride: int) -> None:
-        self.backbone.set_output_stride(output_stride)
 
     def _logits(self, features: Tensor, size: Sequence[int]) -> Tensor:
         features = self.dropout(self.project(self.pyramid_pooling(features)))

@@ -63,7 +63,7 @@ def build(
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     allowed = list(inspect.signature(builder).parameters)
-    crf = False if "crf" in allowed else options.pop("crf", False)
+    crf = options.pop("crf", False)
     for option in options:
         if option not in allowed:
             raise TypeError(f"{name} has no option {option!r}; it has {', '.join(allowed)}")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .backbones.features import Backbone
+
 
 @dataclass(frozen=True)
 class Normalization:
@@ -73,6 +75,26 @@ class SegmentationModel(nn.Module):
             ValueError: the system does not exist at this output stride.
         """
         raise NotImplementedError
+
+
+class BackboneModel(SegmentationModel):
+    """Base of the systems on a backbone: their output stride is the backbone's."""
+
+    backbone: Backbone
+
+    @property
+    def output_stride(self) -> int:
+        """Input pixels per pixel of the backbone's deepest feature map: 8, 16 or 32."""
+        return self.backbone.output_stride
+
+    def set_output_stride(self, output_stride: int) -> None:
+        """Changes strides and rates of the built model in place. The state_dict is the same at every output stride, so
+        that a model trained at 16 can be evaluated at 8.
+
+        Raises:
+            ValueError: ``output_stride`` is not 8, 16 or 32.
+        """
+        self.backbone.set_output_stride(output_stride)
 
 
 def check_images(x: Tensor) -> None:

@@ -14,7 +14,7 @@ from deeplab_kernels.nn.init import he_uniform_
 from .backbones import Backbone, resnet50
 from .builders import on_backbone
 from .layers import positive_ints
-from .system import SegmentationModel, check_images
+from .system import BackboneModel, SegmentationModel, check_images
 from .upsampling import Upsampling, check_mode
 
 WIDTHS = (64, 128, 256, 512, 1024)
@@ -117,7 +117,7 @@ def unet(
     return model
 
 
-class BackboneUNet(SegmentationModel):
+class BackboneUNet(BackboneModel):
     """segmentation_models_pytorch's Unet: a backbone as the contracting path, and nearest resizes in the expanding one.
 
     forward: (N, 3, H, W) -> logits (N, num_classes, H, W), any H, W >= 1.
@@ -153,13 +153,6 @@ class BackboneUNet(SegmentationModel):
         self.classifier = nn.Conv2d(widths[-1], num_classes, 3, padding=1)
 
     STRIDES = (2, 4, 8, 16, 32)
-
-    @property
-    def output_stride(self) -> int:
-        return self.backbone.output_stride
-
-    def set_output_stride(self, output_stride: int) -> None:
-        self.backbone.set_output_stride(output_stride)
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x)

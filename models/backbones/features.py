@@ -81,6 +81,12 @@ def check_output_stride(output_stride: int) -> None:
         raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride!r}")
 
 
+def rates_at(output_stride: int, rates: Iterable[int], own: int) -> list[int]:
+    """``rates`` of output stride ``own`` at another one: they keep the field of view in image pixels, rounded down, and
+    are at least 1."""
+    return [max(1, rate * own // output_stride) for rate in rates]
+
+
 def strides_and_rates(natural: Iterable[int], stride: int, output_stride: int) -> list[tuple[int, int, int]]:
     """Where atrous convolution takes the place of stride: (stride, rate before, rate after) of consecutive units.
 
