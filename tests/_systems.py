@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -27,19 +29,26 @@ def check_any_size(model: nn.Module, sizes: list[tuple[int, int]] = SIZES) -> No
             model(torch.randn(shape))
 
 
-def check_training(model: nn.Module, learning_rate: float = 0.1, steps: int = 10) -> None:
-    """A few steps of SGD on stripes told apart by colour: the loss falls, and reaches every parameter."""
+def check_training(
+    model: nn.Module,
+    learning_rate: float = 0.1,
+    steps: int = 10,
+    fall: float = 0.7,
+    loss_of: Callable[[Any, torch.Tensor], torch.Tensor] = F.cross_entropy,
+) -> None:
+    """A few steps of SGD on stripes told apart by colour: the loss, ``loss_of`` the output and the labels, falls below
+    ``fall`` of the first, and reaches every parameter."""
     labels = (torch.arange(33) * model.num_classes // 33).expand(4, 33, 33)
     x = F.one_hot(labels, 3).permute(0, 3, 1, 2) + 0.2 * torch.randn(4, 3, 33, 33)
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9)
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), labels)
+        loss = loss_of(model(x), labels)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < fall * losses[0]
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name

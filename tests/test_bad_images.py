@@ -9,28 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from deeplab_kernels.models import build
-from deeplab_kernels.models.data import CLASS_NAMES, PALETTE, SceneDataset
+from _commands import small_weights
+from deeplab_kernels.models.data import CLASS_NAMES, SceneDataset
 from deeplab_kernels.models.segmenter import Segmenter
-from deeplab_kernels.models.weights import save_weights_file
 from PIL import Image
 from torch import nn
 
 from deeplab_kernels import cli
 
-NAME = "deeplabv3plus_small"
 RGB = SceneDataset(1, (40, 56), seed=3)[0].image
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    model = build(NAME, num_classes=7)
-    with torch.no_grad():
-        model.classifier.weight.normal_()  # so that more than one class comes out
-    path = tmp_path_factory.mktemp("weights") / "weights.pt"
-    save_weights_file(path, model, name=NAME, class_names=CLASS_NAMES, palette=PALETTE)
-    return str(path)
+    return small_weights(tmp_path_factory.mktemp("weights"))
 
 
 def segment(*arguments: object) -> int:

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from deeplab_kernels.models import build
+from _commands import check_refusals, small_weights
 from deeplab_kernels.models.data import (
     CLASS_NAMES,
     IGNORE,
@@ -26,24 +25,18 @@ from deeplab_kernels.models.evaluation import evaluate, plots
 from deeplab_kernels.models.evaluation.pictures import WorstImages, boundary_picture
 from deeplab_kernels.models.inference import PAPER_SCALES, Inference
 from deeplab_kernels.models.refinement import CRFParameters
-from deeplab_kernels.models.weights import build_from_file, save_weights_file
+from deeplab_kernels.models.weights import build_from_file
 from PIL import Image
 
 from deeplab_kernels import cli
 from deeplab_kernels.commands import eval as eval_command
 
-NAME, DATA = "deeplabv3plus_small", "generated:length=3,size=49"
+DATA = "generated:length=3,size=49"
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    model = build(NAME, num_classes=7)
-    with torch.no_grad():
-        model.classifier.weight.normal_()  # so that more than one class comes out
-    path = tmp_path_factory.mktemp("weights") / "weights.pt"
-    save_weights_file(path, model, name=NAME, class_names=CLASS_NAMES, palette=PALETTE)
-    return str(path)
+    return small_weights(tmp_path_factory.mktemp("weights"))
 
 
 def run_eval(*arguments: object) -> int:
@@ -162,12 +155,7 @@ def test_errors_are_one_line_with_exit_code_2(weights, tmp_path, capsys):
         ([*good, "-o", tmp_path / "file" / "below"], "not a folder"),
         ([*good, "--device", "abacus"], "--device abacus"),
     ]
-    for arguments, message in cases:
-        assert run_eval(*arguments) == 2, arguments
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert message in captured.err
-        assert captured.err.count("\n") == 1
+    check_refusals(run_eval, cases, capsys)
 
 
 def test_a_damaged_image_of_the_dataset_is_named(weights, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from _backbones import backward_of_equals, check_dense_features
 from _models import assert_same_gradients, copy_parameters, randomise, relative_error
 from _peers import peer
 from deeplab_kernels.models.backbones import MobileNetV2
@@ -80,25 +81,14 @@ def test_training_step_equals_torchvisions() -> None:
     copy_parameters(theirs, ours)
     x = torch.randn(3, 3, 97, 65, dtype=torch.float64)
     expected, output = theirs.features(x), ours(x).output
-    assert relative_error(output, expected) < 1e-11
-    weight = torch.randn_like(expected)
-    (expected * weight).sum().backward()
-    (output * weight).sum().backward()
+    backward_of_equals(output, expected)
     assert_same_gradients(ours, theirs, 1e-9)
     for ours_buffer, buffer in zip(ours.buffers(), theirs.buffers(), strict=True):
         assert torch.allclose(ours_buffer, buffer, rtol=1e-11)
 
 
 def test_atrous_convolution_computes_the_strided_network_densely() -> None:
-    model = randomise(MobileNetV2(width_multiplier=0.35, output_stride=32)).double().eval()
-    x = torch.randn(1, 3, 97, 65, dtype=torch.float64)
-    with torch.no_grad():
-        expected = model.pyramid(x)
-        for output_stride in (16, 8):
-            model.set_output_stride(output_stride)
-            for nominal, dense, strided in zip(model.channels, model.pyramid(x), expected, strict=True):
-                step = max(1, nominal // output_stride)
-                assert relative_error(dense[:, :, ::step, ::step], strided) < 1e-12
+    check_dense_features(MobileNetV2(width_multiplier=0.35))
 
 
 def same_padding(size: int, stride: int, kernel: int = 3) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _commands import check_refusals
 from deeplab_kernels.models import refinement
 from deeplab_kernels.models.data import LabelMap, read_annotation, voc_palette
 from deeplab_kernels.models.refinement import CRFParameters, energy_of_labels, energy_of_scores, refine
@@ -552,12 +553,7 @@ def test_other_errors_are_one_line_with_exit_code_2(photo, labels, tmp_path, cap
         ([photo, coarse, "--device", "abacus"], "--device abacus"),
     ]
     monkeypatch.chdir(tmp_path)
-    for arguments, message in cases:
-        assert run(*arguments) == 2, arguments
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert message in captured.err, captured.err
-        assert captured.err.count("\n") == 1
+    check_refusals(run, cases, capsys)
     assert not (tmp_path / "photo-refined.png").exists()
     monkeypatch.setattr(refinement, "available_memory", lambda: 1000)
     assert run(photo, coarse) == 2

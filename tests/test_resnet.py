@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from _backbones import backward_of_equals, check_dense_features
 from _models import copy_parameters, randomise, relative_error
 from _peers import peer
 from deeplab_kernels.models.backbones import ResNet, resnet18, resnet50, resnet101, resnet_small
@@ -86,10 +87,7 @@ def test_training_step_equals_torchvisions() -> None:
     theirs.avgpool = theirs.fc = nn.Identity()
     x = torch.randn(2, 3, 65, 49, dtype=torch.float64)
     expected, output = theirs(x), ours(x).output.flatten(1)
-    assert relative_error(output, expected) < 1e-11
-    weight = torch.randn_like(expected)
-    (expected * weight).sum().backward()
-    (output * weight).sum().backward()
+    backward_of_equals(output, expected)
     for name in ("conv1", "layer2.1.conv2", "layer4.0.downsample.0"):
         assert relative_error(ours.get_submodule(name).weight.grad, theirs.get_submodule(name).weight.grad) < 1e-10
     for name in ("bn1", "layer2.1.bn3", "layer4.0.downsample.1"):
@@ -102,17 +100,7 @@ def test_training_step_equals_torchvisions() -> None:
 def test_atrous_convolution_computes_the_strided_network_densely(
     strided_unit: str, strided_conv: int, stem: str
 ) -> None:
-    # What atrous convolution is for: at output stride 8 every fourth value is that of output stride 32.
-    model = ResNet(**TINY, strided_unit=strided_unit, strided_conv=strided_conv, stem=stem, output_stride=32)
-    model = randomise(model).double().eval()
-    x = torch.randn(1, 3, 97, 65, dtype=torch.float64)
-    with torch.no_grad():
-        expected = model.pyramid(x)
-        for output_stride in (16, 8):
-            model.set_output_stride(output_stride)
-            for nominal, dense, strided in zip(model.channels, model.pyramid(x), expected, strict=True):
-                step = max(1, nominal // output_stride)
-                assert relative_error(dense[:, :, ::step, ::step], strided) < 1e-12
+    check_dense_features(ResNet(**TINY, strided_unit=strided_unit, strided_conv=strided_conv, stem=stem))
 
 
 def geometry(model: ResNet) -> list[list[tuple[int, int]]]:

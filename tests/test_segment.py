@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _commands import SMALL, check_refusals, small_weights
 from deeplab_kernels.models import build
 from deeplab_kernels.models import segmenter as segmenter_module
-from deeplab_kernels.models.data import CLASS_NAMES, PALETTE, SceneDataset
+from deeplab_kernels.models.data import CLASS_NAMES, SceneDataset
 from deeplab_kernels.models.refinement import CRFParameters, energy_of_scores, refine
 from deeplab_kernels.models.segmenter import Segmenter, colourise, overlay
-from deeplab_kernels.models.weights import LoadReport, save_weights_file
+from deeplab_kernels.models.weights import LoadReport
 from deeplab_kernels.models.weights.adopt import Adopted, check_complete
 from deeplab_kernels.models.weights.sources import Known
 from PIL import Image
@@ -30,18 +31,10 @@ from deeplab_kernels import cli
 from deeplab_kernels.commands import segment as segment_command
 from deeplab_kernels.errors import UserError
 
-NAME = "deeplabv3plus_small"
-
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    model = build(NAME, num_classes=7)
-    with torch.no_grad():
-        model.classifier.weight.normal_()  # so that more than one class comes out
-    path = tmp_path_factory.mktemp("weights") / "weights.pt"
-    save_weights_file(path, model, name=NAME, class_names=CLASS_NAMES, palette=PALETTE, notes={"steps": 0})
-    return str(path)
+    return small_weights(tmp_path_factory.mktemp("weights"))
 
 
 class PixelNet(nn.Module):
@@ -241,7 +234,7 @@ def test_command_errors_are_one_line_with_exit_code_2(photo, weights, tmp_path, 
         ([tmp_path / "*.webp", "--weights", weights], "*.webp: no file has such a name"),
         ([photo, "--weights", "torchvision/fcn_resnet5"], "torchvision/fcn_resnet5"),
         (
-            [photo, "--weights", weights, "--model", NAME, "--classes", "none.txt"],
+            [photo, "--weights", weights, "--model", SMALL, "--classes", "none.txt"],
             "classes are voc, cityscapes, ade20k, or",
         ),
         ([photo, "--weights", weights, "--classes", "voc"], "weights.pt"),  # of 7 classes, not VOC's 21
@@ -259,12 +252,7 @@ def test_command_errors_are_one_line_with_exit_code_2(photo, weights, tmp_path, 
         ([photo, "--weights", weights, "--crf", "--crf-iterations", "0"], "--crf-iterations must be at least 1"),
         ([photo, "--weights", weights, "--crf", "--crf-color-sigma", "nan"], "--crf-color-sigma must be finite"),
     ]
-    for arguments, message in cases:
-        assert segment(*arguments) == 2, arguments
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert message in captured.err
-        assert captured.err.count("\n") == 1
+    check_refusals(segment, cases, capsys)
 
 
 def test_command_does_not_overwrite_the_photo(weights, tmp_path, capsys):
@@ -359,24 +347,24 @@ def test_weights_without_classes(photo, weights, tmp_path):
     plain = tmp_path / "plain.pth"
     torch.save(torch.load(weights, weights_only=True)["state_dict"], plain)
     (tmp_path / "names.txt").write_text("\n".join(CLASS_NAMES))
-    arguments = ["--weights", plain, "--model", NAME, "--classes", tmp_path / "names.txt"]
+    arguments = ["--weights", plain, "--model", SMALL, "--classes", tmp_path / "names.txt"]
     assert segment(photo, *arguments, "-o", tmp_path / "x.png") == 0
     assert np.array_equal(np.asarray(Image.open(tmp_path / "x.png")), Segmenter.from_file(weights)(photo))
-    segmenter = Segmenter.from_pretrained(plain, NAME, classes=CLASS_NAMES)
+    segmenter = Segmenter.from_pretrained(plain, SMALL, classes=CLASS_NAMES)
     assert segmenter.class_names == CLASS_NAMES
     with pytest.raises(UserError, match="classifier"):
-        Segmenter.from_pretrained(plain, NAME, classes="cityscapes")
+        Segmenter.from_pretrained(plain, SMALL, classes="cityscapes")
 
 
 def test_names_of_known_weights(weights, tmp_path, monkeypatch):
     assert Segmenter.from_pretrained(weights).class_names == CLASS_NAMES
     plain = tmp_path / "plain.pth"
     torch.save(torch.load(weights, weights_only=True)["state_dict"], plain)
-    assert Segmenter.from_pretrained(plain, NAME).class_names == tuple(f"class {i}" for i in range(7))
+    assert Segmenter.from_pretrained(plain, SMALL).class_names == tuple(f"class {i}" for i in range(7))
     (tmp_path / "names.txt").write_text("a\nb\nc\nd\ne\nf\ng")
     known = {str(plain): Known("", None, str(tmp_path / "names.txt"))}
     monkeypatch.setattr(segmenter_module, "known_weights", lambda: known)
-    assert Segmenter.from_pretrained(plain, NAME).class_names == tuple("abcdefg")
+    assert Segmenter.from_pretrained(plain, SMALL).class_names == tuple("abcdefg")
 
 
 def test_weights_of_a_backbone_alone_are_refused():
@@ -386,7 +374,7 @@ def test_weights_of_a_backbone_alone_are_refused():
 
 
 def test_classes_must_be_the_models():
-    model = build(NAME, num_classes=7)
+    model = build(SMALL, num_classes=7)
     with pytest.raises(ValueError, match="must be the 7 classes of the model, got 2 names"):
         Segmenter(model, ["a", "b"], [(0, 0, 0), (1, 1, 1)])
 

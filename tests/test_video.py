@@ -9,12 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from deeplab_kernels.models import build
-from deeplab_kernels.models.data import CLASS_NAMES, PALETTE
+from _commands import small_weights
 from deeplab_kernels.models.data.video import Frame, VideoWriter, read_video
 from deeplab_kernels.models.segmenter import Segmenter
-from deeplab_kernels.models.weights import save_weights_file
 from PIL import Image
 
 from deeplab_kernels import cli
@@ -47,13 +44,7 @@ def video(tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    model = build("deeplabv3plus_small", num_classes=7)
-    with torch.no_grad():
-        model.classifier.weight.normal_()
-    path = tmp_path_factory.mktemp("weights") / "weights.pt"
-    save_weights_file(path, model, name="deeplabv3plus_small", class_names=CLASS_NAMES, palette=PALETTE)
-    return str(path)
+    return small_weights(tmp_path_factory.mktemp("weights"))
 
 
 def test_what_is_written_is_read_again(video):
