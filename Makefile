@@ -3,7 +3,8 @@
 #   make demo      train the small model, segment scenes and photographs, write demo/report.html
 #   make test      the test suite
 #   make lint      formatting, ruff, mypy
-#   make bench     the operators against PyTorch
+#   make bench     the benchmark suite and its report.html; BENCH_ARGS=--quick: under 3 minutes
+#   make bench-pytest   depthwise, separable and filters under pytest-benchmark (BENCH_ARGS=--benchmark-json=FILE ...)
 #   make study     the papers' findings in miniature: 30 short trainings, half an hour on 4 cores, resumable
 #   make install   the package in .venv, editable; `make clean` removes .venv and every build product
 #
@@ -18,7 +19,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 STAMPS := $(VENV)/stamps
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: demo test lint bench study abi install clean
+.PHONY: demo test lint bench bench-pytest study abi install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/install $(STAMPS)/demo
@@ -34,8 +35,11 @@ lint: $(STAMPS)/lint
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 	$(RUN) -m mypy
 
-# The allocator keeps large blocks: otherwise page faults, alike for all contenders, hide the kernels.
 bench: $(STAMPS)/install $(STAMPS)/bench
+	$(RUN) -m deeplab_kernels bench $(BENCH_ARGS)
+
+# The allocator keeps large blocks: otherwise page faults, alike for all contenders, hide the kernels.
+bench-pytest: $(STAMPS)/install $(STAMPS)/bench
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 \
 	  $(RUN) -m pytest benchmarks --benchmark-only $(BENCH_ARGS)
 

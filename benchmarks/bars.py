@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+LAYOUTS = ("nchw", "nhwc")
 LARGE = 64e6  # bytes of x from which a run is bound by memory
 
 
@@ -52,14 +53,14 @@ def best_pytorch(record: Mapping[str, Any], dtype: str, layouts: Iterable[str]) 
 def layouts_of(record: Mapping[str, Any]) -> list[str]:
     return [
         layout
-        for layout in ("nchw", "nhwc")
+        for layout in LAYOUTS
         if any(key.startswith("ours") and key.endswith(layout) for key in record["timings"])
     ]
 
 
 def yardstick(record: Mapping[str, Any], dtype: str, layout: str) -> tuple[float, str] | None:
     """PyTorch's fastest that ours is compared with: of the same layout in inference, of both in training."""
-    return best_pytorch(record, dtype, [layout] if record["mode"] == "inference" else ["nchw", "nhwc"])
+    return best_pytorch(record, dtype, [layout] if record["mode"] == "inference" else LAYOUTS)
 
 
 def bars(record: Mapping[str, Any], last_level_cache_bytes: int = 32 << 20) -> list[Bar]:
@@ -89,3 +90,12 @@ def bars(record: Mapping[str, Any], last_level_cache_bytes: int = 32 << 20) -> l
         if ours is not None and half is not None:
             found.append(Bar("bf16 / fp32", layout, half / ours, 2, False))
     return found
+
+
+def separable(record: Mapping[str, Any]) -> list[Bar]:
+    """The demand on a record of bench_atrous_separable: one kernel against PyTorch's best, in the better layouts."""
+    times = {name: timing["median_ms"] for name, timing in record["timings"].items()}
+    ours = [ms for name, ms in times.items() if name.startswith("whole")]
+    theirs = [ms for name, ms in times.items() if name.startswith(("eager", "compile"))]
+    limit = 3 if record["name"].startswith("A") else 1.3  # the layers of the ASPP have names of their own
+    return [Bar("speed-up", "best layout", min(theirs) / min(ours), limit, True)] if ours and theirs else []

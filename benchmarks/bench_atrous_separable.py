@@ -13,7 +13,6 @@ convolutions' weights; torch.compile of the modules with frozen weights (--compi
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -222,20 +221,20 @@ def main(arguments: list[str] | None = None) -> int:
     measure.use_tuned_allocator()
     if args.threads:
         torch.set_num_threads(args.threads)
-    records = []
+    records: list[dict] = []
     statistic = "min_ms" if args.cpu_time else "median_ms"
+    file = measure.results_folder() / FILE
+    content = {} if args.no_write else {"machine": measure.machine(), **measure.stamp(), "records": records}
     for block in chosen(args):
         torch._dynamo.reset()
         records.append(measure_block(block, args))
         print(table(records[-1:], statistic).splitlines()[-1], file=sys.stderr, flush=True)
+        if content:
+            measure.save(file, content)
     text = table(records, statistic)
     print(text)
-    if not args.no_write:
-        file = measure.results_folder() / FILE
-        file.parent.mkdir(parents=True, exist_ok=True)
-        content = {"machine": measure.machine(), **measure.stamp(), "records": records}
-        file.write_text(json.dumps(content, indent=1) + "\n")
-        file.with_suffix(".md").write_text(f"{measure.machine()['cpu']}, {torch.get_num_threads()} threads.\n\n{text}")
+    if content:
+        file.with_suffix(".md").write_text(f"{measure.cpu_name()}, {torch.get_num_threads()} threads.\n\n{text}")
     return 0
 
 

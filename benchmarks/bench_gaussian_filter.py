@@ -14,9 +14,9 @@ which no method that forms every pair can exceed by much. Notes: NOTES_gaussian_
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import measure
 import pytest
@@ -186,20 +186,19 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     exponentials = exponentials_per_second()
-    records = []
+    records: list[dict] = []
+    file = measure.results_folder() / FILE
+    content = {} if options.no_write else {"machine": measure.machine(), **measure.stamp(), "exp_per_s": exponentials}
     for name in list(SIZES)[: 1 if options.quick else None]:
-        for sigmas in SIGMAS:
-            records.append(measure_exact(name, sigmas, options.rounds))
-        for radius in RADII:
-            records.append(measure_local(name, radius, options.rounds))
+        exact = [partial(measure_exact, name, sigmas) for sigmas in SIGMAS]
+        for measured in (*exact, *(partial(measure_local, name, radius) for radius in RADII)):
+            records.append(measured(options.rounds))
+            if content:
+                measure.save(file, {**content, "records": records})
     text = table(records, exponentials)
     print(text)
-    if not options.no_write:
-        file = measure.results_folder() / FILE
-        file.parent.mkdir(parents=True, exist_ok=True)
-        content = {"machine": measure.machine(), **measure.stamp(), "exp_per_s": exponentials, "records": records}
-        file.write_text(json.dumps(content, indent=1) + "\n")
-        head = f"# Gaussian filters on {content['machine']['cpu']}, {torch.get_num_threads()} threads\n\n"
+    if content:
+        head = f"# Gaussian filters on {measure.cpu_name()}, {torch.get_num_threads()} threads\n\n"
         head += "Written by `python benchmarks/bench_gaussian_filter.py`, which says what is measured.\n\n"
         file.with_suffix(".md").write_text(head + text)
     return 0

@@ -49,7 +49,6 @@ OURS, EAGER, COMPILED = "ours", "eager", "compiled"
 # (mode, output stride) -> times faster than the better of PyTorch's
 BARS = {("inference", 16): 1.5, ("inference", 8): 2.0, ("training", 16): 1.5, ("training", 8): 1.5}
 CHECK_SIZE = 33
-GEMM_SHAPES = ((2048, 2048, 2048), (1089, 2048, 1536), (4225, 728, 728))
 COLUMNS = [
     "case",
     "ours NCHW",
@@ -246,16 +245,6 @@ def check_outputs(case: Case, functions: Mapping[str, Callable[[], Tensor]]) -> 
     return errors
 
 
-def gemm_rate() -> float:
-    """Multiply-Adds per second of the fastest fp32 matrix product."""
-    best = 0.0
-    for m, k, n in GEMM_SHAPES:
-        a, b, out = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
-        timing = interleaved({"mm": lambda a=a, b=b, out=out: torch.mm(a, b, out=out)}, rounds=9)["mm"]
-        best = max(best, m * k * n / timing.minimum * 1e3)
-    return best
-
-
 def memory_of(case: Case, kind: str, layout: str, threads: int) -> int:
     """Growth of a process's peak by the first call, in bytes."""
     arguments = json.dumps({"case": asdict(case), "kind": kind, "layout": layout, "threads": threads})
@@ -280,7 +269,7 @@ def run(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     equal = check(case)
     network = models.build(case.model, 21, case.output_stride, device="meta")
     madds = case.batch * models.madds(network, case.size, "true") * (3 if case.mode == "training" else 1)
-    rate = gemm_rate()
+    rate = measure.matrix_rate()
     with torch.inference_mode(case.mode == "inference"):
         functions = contenders(case, options.compile_layouts)
         errors = check_outputs(case, functions) if case.mode == "inference" else {}

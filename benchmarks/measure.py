@@ -36,8 +36,9 @@ LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RESULTS = Path(__file__).parent / "results"
 EPS = 1e-3
+GEMM_SHAPES = ((2048, 2048, 2048), (1089, 2048, 1536), (4225, 728, 728))
 
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+TUNED_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 
 
 class CheckFailed(AssertionError):
@@ -48,13 +49,13 @@ class CheckFailed(AssertionError):
 
 
 def allocator() -> str:
-    return "tuned" if all(os.environ.get(k) == v for k, v in _ALLOCATOR.items()) else "default"
+    return "tuned" if all(os.environ.get(k) == v for k, v in TUNED_ALLOCATOR.items()) else "default"
 
 
 def use_tuned_allocator() -> None:
     """Starts this very command again with malloc's thresholds raised: glibc reads them only when a process starts."""
     if sys.platform == "linux" and allocator() != "tuned":
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, **_ALLOCATOR})
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **TUNED_ALLOCATOR})
 
 
 def cpu_name() -> str:
@@ -75,6 +76,9 @@ def cache_bytes() -> int:
 
 
 def results_folder() -> Path:
+    """results/<machine>/, or the folder named by DEEPLAB_KERNELS_RESULTS."""
+    if folder := os.environ.get("DEEPLAB_KERNELS_RESULTS"):
+        return Path(folder)
     slug = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
     return RESULTS / f"{slug}-{os.cpu_count()}-cores"
 
@@ -105,6 +109,16 @@ def copy_bandwidth(megabytes: int = 256) -> float:
     return 2 * source.nbytes / timing.median / 1e6
 
 
+def matrix_rate() -> float:
+    """Multiply-Adds per second of the fastest fp32 matrix product."""
+    best = 0.0
+    for m, k, n in GEMM_SHAPES:
+        a, b, out = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
+        timing = interleaved({"mm": lambda a=a, b=b, out=out: torch.mm(a, b, out=out)}, rounds=9)["mm"]
+        best = max(best, m * k * n / timing.minimum * 1e3)
+    return best
+
+
 def machine() -> dict[str, Any]:
     from deeplab_kernels._library import cpu_instruction_set
 
@@ -114,6 +128,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "last_level_cache_bytes": cache_bytes(),
         "copy_gb_per_s": round(copy_bandwidth(), 1),
+        "matrix_gflop_per_s": round(2e-9 * matrix_rate(), 1),
         "instruction_set": cpu_instruction_set(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .._html import escape, page
 from .crf import WIDTHS, Comparison
 from .speed import SpeedRow
 
@@ -140,13 +140,7 @@ def render(results: Results) -> str:
             _section("How this was made", _provenance(results)),
         ]
     )
-    return (
-        "<!DOCTYPE html>\n"
-        '<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>deeplab_kernels demo</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
-        "</body>\n</html>\n"
-    )
+    return page("deeplab_kernels demo", body, style=_STYLE)
 
 
 def _header(r: Results) -> str:
@@ -163,7 +157,7 @@ def _header(r: Results) -> str:
         (f"{r.seconds.get('training', 0):.0f} s", f"training, {len(r.losses)} steps"),
         *_speed_tiles(r.speed),
     ]
-    cards = "".join(f"<div class=tile><b>{value}</b><span>{_e(label)}</span></div>" for value, label in tiles)
+    cards = "".join(f"<div class=tile><b>{value}</b><span>{escape(label)}</span></div>" for value, label in tiles)
     return (
         "<header><h1>DeepLab v3+ on fused atrous separable convolutions</h1>"
         f"<p>A small DeepLab v3+ ({r.parameters / 1e6:.2f} M parameters) was trained here from random weights on "
@@ -183,12 +177,12 @@ def _speed_tiles(rows: Sequence[SpeedRow]) -> list[tuple[str, str]]:
 
 def _scenes(r: Results) -> str:
     legend = "".join(
-        f'<li><i style="background:rgb({",".join(str(int(v)) for v in colour)})"></i>{_e(name)}</li>'
+        f'<li><i style="background:rgb({",".join(str(int(v)) for v in colour)})"></i>{escape(name)}</li>'
         for name, colour in zip(r.class_names, r.palette, strict=True)
     )
     rows = [
         [
-            _e(name),
+            escape(name),
             _percent(value),
             f'<span class=bar><i style="width:{0 if math.isnan(value) else 100 * value:.1f}%"></i></span>',
         ]
@@ -237,7 +231,7 @@ def _crf(r: Results, comparison: Comparison) -> str:
         chosen = f"best of {row.tried}" if row.tried > 1 else "given" if p else ""
         iou = ["&ndash;" if math.isnan(v) else f"{100 * v:.1f}" for v in (row.mean_iou, *row.trimap)]
         note = "<br>".join([*kernels, chosen] if chosen else kernels)
-        rows.append([_e(row.name), f"<b>{iou[0]}</b>", *iou[1:], f"<small>{note}</small>"])
+        rows.append([escape(row.name), f"<b>{iou[0]}</b>", *iou[1:], f"<small>{note}</small>"])
     head = ["", "mean IoU, %", *(f"b = {width}" for width in WIDTHS), "kernels"]
     scenes = columns.format("five", _spans("input", "labels", "network", "short-range", "fully connected"))
     photographs = (
@@ -264,7 +258,7 @@ def _crf(r: Results, comparison: Comparison) -> str:
 
 
 def _spans(*texts: str) -> str:
-    return "".join(f"<span>{_e(text)}</span>" for text in texts)
+    return "".join(f"<span>{escape(text)}</span>" for text in texts)
 
 
 def _verdict(comparison: Comparison) -> str:
@@ -274,7 +268,7 @@ def _verdict(comparison: Comparison) -> str:
         gain, near = row.mean_iou - base.mean_iou, row.trimap[0] - base.trimap[0]
         effect = "helps" if gain > 0.005 else "harms" if gain < -0.005 else "changes next to nothing"
         items.append(
-            f"<li>{_e(row.name)}: <b>{effect}</b>, {_points(gain)} of mean IoU, {_points(near)} within {WIDTHS[0]} "
+            f"<li>{escape(row.name)}: <b>{effect}</b>, {_points(gain)} of mean IoU, {_points(near)} within {WIDTHS[0]} "
             "pixel of a boundary</li>"
         )
     return f"<p>Against the network alone:</p><ul>{''.join(items)}</ul>"
@@ -311,7 +305,7 @@ def _trimap_curve(comparison: Comparison) -> str:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(f'<polyline points="{path}" class="line line{number}"/>')
     legend = "".join(
-        f'<li><i class="key line{number}"></i>{_e(row.name)}</li>' for number, row in enumerate(comparison.rows)
+        f'<li><i class="key line{number}"></i>{escape(row.name)}</li>' for number, row in enumerate(comparison.rows)
     )
     picture = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="trimap mean IoU">{"".join(parts)}</svg>'
     return f"{picture}<ul class=legend>{legend}</ul>"
@@ -320,7 +314,7 @@ def _trimap_curve(comparison: Comparison) -> str:
 def _training(r: Results) -> str:
     steps = f"{len(r.losses)} steps" + (f" of {r.planned_steps} planned" if len(r.losses) < r.planned_steps else "")
     return (
-        f"<p>{_e(r.model)}, {steps} of {r.batch_size} crops of {r.crop} &times; {r.crop} pixels from "
+        f"<p>{escape(r.model)}, {steps} of {r.batch_size} crops of {r.crop} &times; {r.crop} pixels from "
         f"{r.train_scenes} scenes, mirrored half of the time; SGD with momentum 0.9 and the poly learning rate; "
         f"cross entropy.</p>{_curve(r.losses)}"
     )
@@ -399,7 +393,7 @@ def _upsampling(figure: Figure) -> str:
 def _speed(r: Results) -> str:
     rows = [
         [
-            _e(row.layer.name),
+            escape(row.layer.name),
             f"{row.layer.channels} &times; {row.layer.size} &times; {row.layer.size}",
             row.layout,
             row.task,
@@ -421,38 +415,34 @@ def _speed(r: Results) -> str:
 
 
 def _provenance(r: Results) -> str:
-    facts = {"command": f"<code>{_e(r.command)}</code>", "seed": str(r.seed)}
-    facts |= {key: _e(value) for key, value in r.machine.items()}
+    facts = {"command": f"<code>{escape(r.command)}</code>", "seed": str(r.seed)}
+    facts |= {key: escape(value) for key, value in r.machine.items()}
     seconds = {name: f"{value:.1f}" for name, value in r.seconds.items()}
     seconds["all"] = f"{sum(r.seconds.values()):.1f}"
     return (
-        _table(["", ""], [[_e(key), value] for key, value in facts.items()])
+        _table(["", ""], [[escape(key), value] for key, value in facts.items()])
         + "<h3>Seconds</h3>"
-        + _table(["part", "seconds"], [[_e(key), value] for key, value in seconds.items()])
+        + _table(["part", "seconds"], [[escape(key), value] for key, value in seconds.items()])
     )
 
 
 # Pieces of HTML and text.
 
 
-def _e(text: object) -> str:
-    return html.escape(str(text))
-
-
 def _section(title: str, content: str) -> str:
-    return f"<section><h2>{_e(title)}</h2>{content}</section>"
+    return f"<section><h2>{escape(title)}</h2>{content}</section>"
 
 
 def _figures(figures: Iterable[Figure]) -> str:
     return "".join(
-        f'<figure><img src="data:image/png;base64,{base64.b64encode(f.png).decode()}" alt="{_e(f.alt)}">'
-        f"<figcaption>{_e(f.caption)}</figcaption></figure>"
+        f'<figure><img src="data:image/png;base64,{base64.b64encode(f.png).decode()}" alt="{escape(f.alt)}">'
+        f"<figcaption>{escape(f.caption)}</figcaption></figure>"
         for f in figures
     )
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    titles = "".join(f"<th>{_e(title)}</th>" for title in head)
+    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
     lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     top = f"<thead><tr>{titles}</tr></thead>" if any(head) else ""
     return f"<div class=scroll><table>{top}<tbody>{lines}</tbody></table></div>"
@@ -479,22 +469,7 @@ def _geometric_mean(values: Sequence[float]) -> float:
 
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f27; --soft: #5b6472; --line: #d9dde4; --back: #fafbfc; --card: #fff;
-  --mark: #2f6fde; --good: #1d7f3f; --bad: #b3381f; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #9aa4b2; --line: #333a46; --back: #14171c;
-  --card: #1c2027; --mark: #7aa7ff; --good: #63c684; --bad: #f08a6c; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 900px; margin: 0 auto; padding: 32px 20px 64px; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .5rem; }
-h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: 1rem; border-top: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
-p { max-width: 72ch; }
-.note { color: var(--bad); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 12px; margin-top: 1.2rem; }
-.tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px; }
-.tile b { display: block; font-size: 1.6rem; line-height: 1.2; }
-.tile span, figcaption, .columns { color: var(--soft); font-size: .86rem; }
+figcaption, .columns { color: var(--soft); font-size: .86rem; }
 figure { margin: 0 0 14px; }
 figure img { width: 100%; height: auto; display: block; }
 figcaption { margin-top: 4px; }
@@ -507,21 +482,9 @@ figcaption { margin-top: 4px; }
 .line3 { --tone: var(--mark); }
 .line4 { --tone: #3aa06a; }
 .legend .key { height: .25em; border: 0; vertical-align: .2em; background: var(--tone); }
-.legend { list-style: none; display: flex; flex-wrap: wrap; gap: 4px 16px; padding: 0; font-size: .9rem; }
-.legend i { display: inline-block; width: .9em; height: .9em; margin-right: .4em; border-radius: 3px;
-  vertical-align: -.1em; border: 1px solid var(--line); }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; margin: .6rem 0 0; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 5px 16px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 600; }
 td small { white-space: nowrap; color: var(--soft); }
-code { font: .88em ui-monospace, monospace; overflow-wrap: anywhere; }
 .bar { display: block; width: 220px; height: 10px; margin-top: 8px; background: var(--line); border-radius: 5px; }
 .bar i { display: block; height: 100%; background: var(--mark); border-radius: 5px; }
-.faster { color: var(--good); }
-.slower { color: var(--bad); }
-svg { width: 100%; height: auto; font-size: 12px; fill: var(--soft); }
-.grid { stroke: var(--line); }
 .faint, .strong { fill: none; stroke: var(--mark); }
 .faint { opacity: .3; }
 .strong { stroke-width: 2; }

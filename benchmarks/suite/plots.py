@@ -1,0 +1,198 @@
+"""The report's two plots as inline SVG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from deeplab_kernels._html import escape
+
+from .rows import KINDS, Row
+
+WIDTH, HEIGHT = 640, 440
+LEFT, RIGHT, TOP, BOTTOM = 62, 16, 12, 48
+
+
+@dataclass(frozen=True)
+class Point:
+    """A mark in units of the axes; ``text`` appears beside it, ``tip`` when it is pointed at."""
+
+    x: float
+    y: float
+    tip: str
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of one colour (a class of the style sheet), joined by a line where ``line``."""
+
+    name: str
+    tone: str
+    points: Sequence[Point]
+    line: bool = False
+
+
+class LogAxes:
+    """Two logarithmic axes that hold ``xs`` and ``ys``, with a little room around."""
+
+    def __init__(self, xs: Iterable[float], ys: Iterable[float], x_title: str, y_title: str) -> None:
+        self.x_range, self.y_range = _padded(list(xs)), _padded(list(ys))
+        self.titles = x_title, y_title
+
+    def x(self, value: float) -> float:
+        return LEFT + _share(value, self.x_range) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        return TOP + (1 - _share(value, self.y_range)) * (HEIGHT - TOP - BOTTOM)
+
+    def draw(self) -> str:
+        parts = []
+        for value in _ticks(self.x_range):
+            x = self.x(value)
+            parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" class="grid"/>')
+            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{value:g}</text>')
+        for value in _ticks(self.y_range):
+            y = self.y(value)
+            parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
+            parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+        middle = (TOP + HEIGHT - BOTTOM) / 2
+        parts.append(
+            f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{self.titles[0]}</text>'
+            f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{self.titles[1]}</text>'
+        )
+        return "".join(parts)
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    room = max((high / low) ** 0.05, 1.15)
+    return low / room, high * room
+
+
+def _share(value: float, ends: tuple[float, float]) -> float:
+    return math.log(value / ends[0]) / math.log(ends[1] / ends[0])
+
+
+def _ticks(ends: tuple[float, float]) -> list[float]:
+    """Powers of ten, and more between them the shorter the axis is."""
+    low, high = (math.floor(math.log10(end)) for end in ends)
+    steps = (1,) if high - low > 2 else (1, 2, 5) if ends[1] / ends[0] > 20 else (1, 1.5, 2, 3, 4, 5, 7)
+    found = (step * 10.0**exponent for exponent in range(low, high + 1) for step in steps)
+    return [value for value in found if ends[0] <= value <= ends[1]]
+
+
+def figure(title: str, axes: LogAxes, series: Sequence[Series], before: str = "") -> str:
+    """A plot with its title and legend. before: SVG under the marks."""
+    marks = []
+    for one in series:
+        places = [(axes.x(p.x), axes.y(p.y), p) for p in one.points]
+        if one.line and len(places) > 1:
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in places)
+            marks.append(f'<polyline points="{path}" class="{one.tone}"/>')
+        for x, y, point in places:
+            tip = f"<title>{escape(point.tip)}</title>"
+            marks.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" class="{one.tone}">{tip}</circle>')
+            if point.text:
+                beside, anchor = (x - 9, "end") if x > 0.7 * WIDTH else (x + 9, "start")
+                place = f'x="{beside:.1f}" y="{y + 4:.1f}" text-anchor="{anchor}"'
+                marks.append(f"<text {place}>{escape(point.text)}</text>")
+    legend = "".join(f'<li><i class="{one.tone}"></i>{escape(one.name)}</li>' for one in series)
+    return (
+        f'<figure class=plot><figcaption>{escape(title)}</figcaption><div class=scroll><svg viewBox="0 0 {WIDTH} '
+        f'{HEIGHT}" role="img" aria-label="{escape(title)}">{axes.draw()}{before}{"".join(marks)}</svg></div>'
+        f"<ul class=legend>{legend}</ul></figure>"
+    )
+
+
+def roofline(rows: Sequence[Row]) -> str:
+    """Arithmetic intensity against the speed reached, ours and the best alternatives, under the measured ceilings."""
+    usable = [row for row in rows if row.madds and row.bytes]
+    if not usable:
+        return ""
+    groups: dict[tuple[str, bool], list[Point]] = {}
+    best = {(row.subject, row.case, row.mode, row.setting, row.rival) for row in usable if row.ours}
+    for row in usable:
+        rival = (row.subject, row.case, row.mode, row.setting, row.contender) in best
+        if not (row.ours or rival):
+            continue
+        speed = row.achieved_gflop_per_s or 0.0
+        tip = f"{row.case}, {row.mode}, {row.contender}: {speed:.3g} GFLOP/s, {row.median_ms:.3g} ms"
+        groups.setdefault((row.subject, row.ours), []).append(Point(2 * row.madds / row.bytes, speed, tip))
+    # Ours last: they lie on top.
+    order = sorted(groups, key=lambda group: (group[1], group[0]))
+    subjects = list(dict.fromkeys(subject for subject, _ in order))
+    series = [
+        Series(
+            f"{subject}: {'ours' if ours else 'best of PyTorch'}",
+            f"{'solid' if ours else 'hollow'} tone{subjects.index(subject)}",
+            groups[subject, ours],
+        )
+        for subject, ours in order
+    ]
+    points = [point for group in groups.values() for point in group]
+    copy = max((row.copy_gb_per_s or 0.0 for row in usable), default=0.0)
+    matrix = max((row.gflop_per_s or 0.0 for row in usable), default=0.0)
+    xs = [point.x for point in points]
+    ys = [point.y for point in points] + ([matrix] if matrix else [])
+    axes = LogAxes(xs, ys, "arithmetic intensity, FLOP per byte", "achieved speed, GFLOP/s")
+    return figure("Roofline: speed against arithmetic intensity", axes, series, _ceilings(axes, copy, matrix))
+
+
+def _ceilings(axes: LogAxes, copy: float, matrix: float) -> str:
+    """The slope of the copy bandwidth (GB/s) and the level of the matrix products (GFLOP/s)."""
+    parts = []
+    left, right = axes.x_range
+    bottom, top = axes.y_range
+    if copy:
+        start, end = max(left, bottom / copy), min(right, (matrix or top) / copy, top / copy)
+        if start < end:
+            parts.append(
+                f'<line x1="{axes.x(start):.1f}" y1="{axes.y(start * copy):.1f}" x2="{axes.x(end):.1f}" '
+                f'y2="{axes.y(end * copy):.1f}" class="ceiling"/>'
+            )
+        parts.append(f'<text x="{LEFT + 8}" y="{TOP + 30}" class="strong">slope: copy, {copy:g} GB/s</text>')
+    if matrix:
+        y = axes.y(matrix)
+        start = min(max(left, matrix / copy if copy else left), right)
+        parts.append(f'<line x1="{axes.x(start):.1f}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="ceiling"/>')
+        parts.append(
+            f'<text x="{LEFT + 8}" y="{TOP + 14}" class="strong">level: matrix product, {matrix:.0f} GFLOP/s</text>'
+        )
+    return "".join(parts)
+
+
+def latency(rows: Sequence[Row]) -> str:
+    """Whole networks in inference: Multiply-Adds against milliseconds, the best layout of each contender."""
+    kinds: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if row.subject == KINDS["models"].title and row.mode == "inference" and row.madds:
+            cases = kinds.setdefault(row.contender.split()[0], {})
+            if row.case not in cases or row.median_ms < cases[row.case].median_ms:
+                cases[row.case] = row
+    if not kinds:
+        return ""
+    series = []
+    for number, (kind, cases) in enumerate(kinds.items()):
+        points = [
+            Point(
+                1e-9 * row.madds,
+                row.median_ms,
+                f"{row.case}, {row.contender}: {1e-9 * row.madds:.1f} billion Multiply-Adds, {row.median_ms:.0f} ms",
+                _short(row.case) if kind == "ours" else "",
+            )
+            for row in sorted(cases.values(), key=lambda row: row.madds or 0)
+        ]
+        name = kind if kind == "ours" else f"PyTorch, {kind}"
+        series.append(Series(name, f"{'solid' if kind == 'ours' else 'hollow'} tone{number}", points, line=True))
+    points = [point for one in series for point in one.points]
+    xs, ys = [point.x for point in points], [point.y for point in points]
+    axes = LogAxes(xs, ys, "Multiply-Adds of the call, billions", "latency, ms")
+    return figure("Whole networks in inference: latency against Multiply-Adds", axes, series)
+
+
+def _short(case: str) -> str:
+    """ "deeplabv3plus_xception65, output stride 16, 513 x 513, N = 1" -> "output stride 16"."""
+    parts = case.split(", ")
+    return parts[1] if len(parts) > 1 else case

@@ -1,0 +1,154 @@
+"""Runs the jobs of the suite, each in a process of its own, and tells how far it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import measure
+from tqdm import tqdm
+
+from .subjects import Job
+
+BENCHMARKS = Path(__file__).resolve().parent.parent
+TIMES = "suite_seconds.json"  # how long each file took here, for the next estimate
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one job ended. cases: records in its results file that are of this run."""
+
+    subject: str
+    script: str
+    ok: bool
+    seconds: float
+    cases: int
+    error: str = ""
+
+
+def _records(path: Path) -> set[str]:
+    """The records of a results file as text, to see which are new; the file is replaced at once, never half written."""
+    try:
+        return {json.dumps(record) for record in json.loads(path.read_text())["records"]}
+    except (OSError, ValueError, KeyError):
+        return set()
+
+
+def _times(folder: Path, quick: bool) -> dict[str, float]:
+    try:
+        return dict(json.loads((folder / TIMES).read_text())["quick" if quick else "full"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _remember(folder: Path, quick: bool, outcome: Outcome) -> None:
+    known = {mode == "quick": _times(folder, mode == "quick") for mode in ("full", "quick")}
+    known[quick][outcome.script] = round(outcome.seconds, 1)
+    measure.save(folder / TIMES, {"full": known[False], "quick": known[True]})
+
+
+class Progress:
+    """A bar over estimated seconds. The time left follows how fast the estimates turned out to be so far."""
+
+    def __init__(self, estimates: Mapping[str, float]) -> None:
+        self.estimates, self.done, self.start = dict(estimates), 0.0, time.monotonic()
+        self.bar = tqdm(
+            total=100,
+            bar_format="{desc} {percentage:3.0f} %|{bar}| {elapsed}{postfix}",
+            mininterval=0.1 if sys.stderr.isatty() else 15,
+            dynamic_ncols=True,
+        )
+
+    def update(self, script: str, share: float, cases: str = "") -> None:
+        total = sum(self.estimates.values())
+        planned = self.done + self.estimates[script] * min(share, 1.0)
+        elapsed = time.monotonic() - self.start
+        # The estimate itself counts like a fifth of the whole, so that the first cases do not turn it over.
+        pace = (elapsed + 0.2 * total) / (planned + 0.2 * total)
+        self.bar.n = 100 * planned / total
+        self.bar.set_description_str(f"{script.removeprefix('bench_').removesuffix('.py')} {cases}".strip(), False)
+        self.bar.set_postfix_str(f"about {clock(pace * (total - planned))} left", False)
+        self.bar.refresh()
+
+    def finish(self, script: str) -> None:
+        self.update(script, 1.0)
+        self.done += self.estimates[script]
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(max(round(seconds), 0), 60)
+    return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"
+
+
+def run_job(job: Job, folder: Path, quick: bool, tell: Callable[[int], None], poll: float = 0.5) -> Outcome:
+    """Runs one file to its end; ``tell`` gets the number of cases done. Interrupted, the file is stopped first."""
+    results = folder / job.results
+    old, start = _records(results), time.monotonic()
+    environment = {**os.environ, **measure.TUNED_ALLOCATOR, "DEEPLAB_KERNELS_RESULTS": str(folder)}
+    arguments = job.arguments(quick, folder)
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            [sys.executable, str(BENCHMARKS / arguments[0]), *arguments[1:]],
+            cwd=BENCHMARKS.parent,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            while process.poll() is None:
+                tell(len(_records(results) - old))
+                time.sleep(poll)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+        output.seek(0)
+        text = output.read()
+    # Exit code 1 without a traceback: measured, and a bar is missed, which the report lists.
+    ok = process.returncode == 0 or (process.returncode == 1 and "Traceback (most recent call last)" not in text)
+    lines = text.strip().splitlines()
+    error = "" if ok else (lines[-1] if lines else f"exit code {process.returncode}")
+    return Outcome(job.subject, job.script, ok, time.monotonic() - start, len(_records(results) - old), error)
+
+
+def run(jobs: Sequence[Job], folder: Path, quick: bool) -> list[Outcome]:
+    """All jobs in turn; one that fails does not stop the others. If cut, what was measured is in ``folder``."""
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    known = _times(folder, quick)
+    plans = {job.script: plan for job in jobs if (plan := job.plan(quick))}
+    estimates = {script: known.get(script, plan.seconds) for script, plan in plans.items()}
+    print(f"{len(jobs)} files, about {clock(sum(estimates.values()))}, into {folder}", file=sys.stderr)
+    progress, outcomes = Progress(estimates), []
+    try:
+        for job in jobs:
+            cases = plans[job.script].cases
+
+            def tell(done: int, script: str = job.script, cases: int = cases) -> None:
+                progress.update(script, done / cases, f"{done} of {cases}")
+
+            outcome = run_job(job, folder, quick, tell)
+            outcomes.append(outcome)
+            progress.finish(job.script)
+            if outcome.ok:
+                _remember(folder, quick, outcome)
+            else:
+                tqdm.write(f"{job.script} failed: {outcome.error}", file=sys.stderr)
+    finally:
+        progress.close()
+    return outcomes
+
+
+def to_dict(outcome: Outcome) -> dict[str, Any]:
+    return {**asdict(outcome), "seconds": round(outcome.seconds, 1)}

@@ -1,0 +1,367 @@
+"""The suite's front end: its report of made-up and of committed results, comparison, planning; nothing is timed."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import layers  # noqa: E402
+from suite import compare, page, plots, rows, runner, subjects  # noqa: E402
+
+from deeplab_kernels import cli  # noqa: E402
+from deeplab_kernels.commands import bench  # noqa: E402
+from deeplab_kernels.errors import UserError  # noqa: E402
+
+COMMITTED = sorted({path.parent for path in (BENCHMARKS / "results").glob("*/atrous_depthwise.json")})
+VOID = {"meta", "input", "br", "img"}
+MACHINE = {"cpu": "Tiny <CPU> & co", "cores": 2, "threads": 2, "copy_gb_per_s": 20.0, "matrix_gflop_per_s": 100.0}
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags close in order; collects tables, attributes that load something, and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.loads: list[tuple[str, str]] = []
+        self.tags: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loads += [(name, value or "") for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += data
+
+
+def timing(ms: float, spread: float = 0.05, rounds: int = 5) -> dict[str, float]:
+    return {"median_ms": ms, "min_ms": ms, "iqr_ms": spread * ms, "rounds": rounds}
+
+
+def separable(**times: float) -> dict[str, Any]:
+    timings = {name.replace("__", " "): timing(ms) for name, ms in times.items()}
+    record = {"name": "A12:2048x33r12->256", "madds": 10**9, "bytes": 10**7, "threads": 2, "timings": timings}
+    return {"machine": MACHINE, "commit": "abc", "date": "2026-11-21", "records": [record]}
+
+
+def models(ours: float = 800.0) -> dict[str, Any]:
+    def record(stride: int, madds: int, scale: float) -> dict[str, Any]:
+        return {
+            "name": f"deeplabv3plus_xception65, output stride {stride}, 513 x 513, N = 1",
+            "mode": "inference",
+            "case": {"output_stride": stride, "model": "deeplabv3plus_xception65"},
+            "madds": madds,
+            "gemm_madds_per_s": 50e9,
+            "timings": {"ours nchw": timing(ours * scale), "eager nchw": timing(900 * scale)},
+            "peak_bytes": {"ours": 3 * 10**8, "eager": 4 * 10**8},
+            "threads": 2,
+            "commit": "abc",
+            "date": "2026-11-21",
+        }
+
+    return {"machine": MACHINE, "records": [record(16, 54 * 10**9, 1), record(8, 177 * 10**9, 3)]}
+
+
+def write(folder: Path, **documents: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, document in documents.items():
+        (folder / f"{name}.json").write_text(json.dumps(document))
+    return folder
+
+
+def run(*arguments: object) -> int:
+    return cli.main(["bench", *map(str, arguments)])
+
+
+@pytest.fixture(autouse=True)
+def _path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the command puts benchmarks/ in front
+
+
+# Rows.
+
+
+def test_rows_of_a_separable_block(tmp_path: Path) -> None:
+    document = separable(whole__nhwc=2.0, two_kernels__nhwc=3.0, eager__nhwc=5.0, compile__nhwc=4.0, eager__nchw=1.0)
+    found = {row.contender: row for row in rows.read(write(tmp_path, atrous_separable=document)).rows}
+    whole = found["whole nhwc"]
+    assert (whole.ours, found["two_kernels nhwc"].ours, found["eager nhwc"].ours) == (True, True, False)
+    assert (whole.rival, whole.ratio) == ("compile nhwc", 2.0)  # of the same layout
+    assert whole.spread == pytest.approx(0.05)
+    assert whole.achieved_gflop_per_s == pytest.approx(1000)
+    assert whole.matrix_share == pytest.approx(10)
+    assert whole.bandwidth_share == pytest.approx(0.25)  # 10 MB in 2 ms against 20 GB/s
+
+
+def test_missed_bars_are_listed(tmp_path: Path) -> None:
+    document = separable(whole__nhwc=2.0, eager__nhwc=4.0)
+    results = rows.read(write(tmp_path, atrous_separable=document, models=models()))
+    assert [bar.case for bar in results.missed][-1] == "A12:2048x33r12->256"
+    assert "2.00 < 3" in results.missed[-1].what
+    assert sum("ratio 1.12" in bar.what for bar in results.missed) == 2
+    assert not rows.read(write(tmp_path / "fast", atrous_separable=separable(whole__nhwc=1, eager__nhwc=4))).missed
+
+
+def test_depthwise_bytes_and_multiply_adds(tmp_path: Path) -> None:
+    conv = {"batch": 1, "channels": 4, "height": 5, "width": 5, "kernel": 3, "stride": 1, "rate": 1}
+    record = {
+        "name": "4x5/N1",
+        "convolution": conv,
+        "input_bytes": 400,
+        "output_bytes": 400,
+        "threads": 1,
+        "timings": {
+            f"{kind} {dtype} nchw": timing(1.0)
+            for kind in ("ours", "clone", "eager")
+            for dtype in ("float32", "bfloat16")
+        },
+    }
+    records = [{**record, "mode": mode} for mode in ("inference", "training")]
+    write(tmp_path, atrous_depthwise={"machine": MACHINE, "records": records})
+    found = {(row.mode, row.contender): row for row in rows.read(tmp_path).rows}
+    assert (found["inference", "ours float32 nchw"].bytes, found["inference", "ours float32 nchw"].madds) == (800, 900)
+    assert (found["inference", "ours bfloat16 nchw"].bytes, found["inference", "clone float32 nchw"].bytes) == (
+        400,
+        800,
+    )
+    assert (found["training", "ours float32 nchw"].bytes, found["training", "ours float32 nchw"].madds) == (2000, 2700)
+    assert found["inference", "clone float32 nchw"].ratio is None
+    assert not found["inference", "ours bfloat16 nchw"].full_precision
+
+
+def test_gpu_results_are_read_in_microseconds(tmp_path: Path) -> None:
+    times = {"ours cuda": {"median_us": 10.0}, "torch eager cudnn": {"median_us": 40.0}, "floor_us": 5.0}
+    layer = {"layer": "A12", "batch": 8, "dtype": "bfloat16", "layout": "nhwc", "inference": times}
+    document = {"machine": {"gpu": "G"}, "copy_gb_per_s": 2000.0, "layers": [layer, {**layer, "inference": {}}]}
+    found = rows.read(write(tmp_path, gpu_suite=document)).rows
+    assert [(row.median_ms, row.ratio) for row in found] == [(0.01, 4.0), (0.04, 1.0)]
+    assert found[0].bandwidth_share == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        ("{", "models.json", "not a results file of models"),
+        ("[]", "models.json", "not a results file of models"),
+        ('{"records": [{"name": "a"}]}', "atrous_separable.json", "KeyError"),
+        ("{}", "other.json", "must be one of models.json"),
+    ],
+)
+def test_files_that_are_no_results(tmp_path: Path, content: str, name: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        rows.read(tmp_path / name)
+
+
+def test_no_results(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "models.json"):
+        with pytest.raises(UserError, match="no results"):
+            rows.read(path)
+
+
+# The report.
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda path: path.name)
+def test_report_of_committed_results_has_every_case(folder: Path) -> None:
+    results = rows.read(folder)
+    text = page.render(results)
+    parsed = Page(text)
+    cells = {(line[0], line[1], line[2]) for table in parsed.tables for line in table if len(line) > 3}
+    assert {(row.case, row.mode, row.contender) for row in results.rows} <= cells
+    depthwise = json.loads((folder / "atrous_depthwise.json").read_text())["records"]
+    assert {record["name"] for record in depthwise} <= {case for case, *_ in cells}
+    assert len(list(parsed.tables[0][1:])) == len(results.missed)
+    assert parsed.loads == []
+    assert "http" not in text
+    assert "@import" not in text
+    assert "url(" not in text
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    document = separable(whole__nhwc=1.0, eager__nhwc=2.0)
+    document["records"][0]["name"] = "</td><script>alert(1)</script>&"
+    text = page.render(rows.read(write(tmp_path, atrous_separable=document)))
+    assert "<script>alert" not in text
+    assert "Tiny <CPU>" not in text
+    assert Page(text).tags.count("script") == 1
+    assert any("</td><script>alert(1)</script>&" in line for table in Page(text).tables for line in table)
+
+
+def test_plots_have_titles_units_and_every_point(tmp_path: Path) -> None:
+    document = separable(whole__nhwc=1.0, eager__nhwc=2.0, compile__nhwc=3.0)
+    results = rows.read(write(tmp_path, atrous_separable=document, models=models()))
+    roofline, latency = plots.roofline(results.rows), plots.latency(results.rows)
+    Page(roofline), Page(latency)
+    assert roofline.count("<circle") == 2  # ours and the best of PyTorch, not the others
+    assert latency.count("<circle") == 4
+    assert "FLOP per byte" in roofline
+    assert "GFLOP/s" in roofline
+    assert "copy, 20 GB/s" in roofline
+    assert "billions" in latency
+    assert "latency, ms" in latency
+    assert "54.0 billion Multiply-Adds, 800 ms" in latency
+    assert plots.roofline([]) == plots.latency([]) == ""
+
+
+def test_axes_are_logarithmic_and_hold_their_values() -> None:
+    axes = plots.LogAxes([1, 100], [2, 2], "x", "y")
+    assert axes.x(10) == pytest.approx((axes.x(1) + axes.x(100)) / 2)
+    assert plots.LEFT < axes.x(1) < axes.x(100) < plots.WIDTH - plots.RIGHT
+    assert plots.TOP < axes.y(2) < plots.HEIGHT - plots.BOTTOM
+
+
+# Comparison.
+
+
+def test_slowdown_beyond_the_spread_is_flagged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = write(tmp_path / "before", atrous_separable=separable(whole__nhwc=1.0, eager__nhwc=4.0, whole__nchw=1.0))
+    now = write(tmp_path / "now", atrous_separable=separable(whole__nhwc=1.2, eager__nhwc=5.0, whole__nchw=1.03))
+    assert run("--report-only", "-o", now, "--compare", before, "--json") == 1
+    summary = json.loads(capsys.readouterr().out)
+    assert [(c["contender"], round(c["ratio"], 2)) for c in summary["slower"]] == [("whole nhwc", 1.2)]
+    text = (now / "report.html").read_text()
+    table = Page(text).tables[0]
+    assert [line[2] for line in table] == ["contender", "whole nhwc", "eager nhwc"]
+    assert '<b class="slower">1.20</b>' in text
+    assert '<span class="same">1.03</span>' in text
+    assert run("--report-only", "-o", before, "--compare", now / "atrous_separable.json") == 0
+
+
+def test_one_sample_counts_as_uncertain_by_a_tenth() -> None:
+    def row(ms: float, samples: int) -> rows.Row:
+        return rows.Row("s", "c", "m", "ours", True, ms, 0.0, samples)
+
+    assert compare.Change(row(1.0, 1), row(1.05, 1)).verdict == ""
+    assert compare.Change(row(1.0, 5), row(1.05, 5)).verdict == "slower"
+    assert compare.Change(row(1.0, 1), row(0.8, 1)).verdict == "faster"
+
+
+def test_another_machine_is_pointed_out(tmp_path: Path) -> None:
+    document = separable(whole__nhwc=1.0)
+    now = rows.read(write(tmp_path / "now", atrous_separable=document))
+    document["machine"] = {**MACHINE, "cores": 64}
+    before = rows.read(write(tmp_path / "before", atrous_separable=document))
+    assert compare.other_machine(before, now) == ["cores: 64 before, 2 now"]
+    assert "cores: 64 before, 2 now" in page.render(now, before)
+    assert compare.other_machine(now, now) == []
+
+
+# The command.
+
+
+def test_report_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, models=models(100.0))
+    assert run("--report-only", "-o", tmp_path) == 0
+    assert f"4 rows; report: {tmp_path / 'report.html'}" in capsys.readouterr().out
+    Page((tmp_path / "report.html").read_text())
+
+
+def test_user_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit):
+        run("--only", "weather")
+    assert "weather" in capsys.readouterr().err
+    assert run("--report-only", "-o", tmp_path) == 2
+    assert "no results" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        bench, "__file__", str(tmp_path / "site-packages" / "deeplab_kernels" / "commands" / "bench.py")
+    )
+    assert run("--quick") == 2
+    assert "checkout" in capsys.readouterr().err
+
+
+# What runs.
+
+
+def test_plans() -> None:
+    assert {job.subject for job in subjects.JOBS} == set(subjects.SUBJECTS) == set(bench.SUBJECTS)
+    assert all((BENCHMARKS / job.script).is_file() and Path(job.results).stem in rows.KINDS for job in subjects.JOBS)
+    assert sum(job.quick.seconds for job in subjects.jobs(None, quick=True) if job.quick) < 180
+    assert [job.script for job in subjects.jobs(["crf"], quick=True)] == ["bench_dense_crf.py"]
+    cases = {job.script: job.full.cases for job in subjects.JOBS}
+    assert cases["bench_atrous_depthwise.py"] == 2 * len(layers.shapes())
+    assert cases["bench_atrous_separable.py"] == len({*layers.xception65_blocks(16), *layers.xception65_blocks(8)})
+
+
+def test_options_are_those_of_the_files(tmp_path: Path) -> None:
+    import bench_atrous_depthwise
+    import bench_atrous_separable
+    import bench_dense_crf
+
+    arguments = {job.script: job.arguments(True, tmp_path)[1:] for job in subjects.jobs(None, quick=True)}
+    depthwise = bench_atrous_depthwise.parse(arguments["bench_atrous_depthwise.py"])
+    shapes = bench_atrous_depthwise.select(depthwise.shapes, [1], depthwise.quick)
+    plans = {job.script: job.quick.cases for job in subjects.JOBS if job.quick}
+    assert (2 * len(shapes), depthwise.json) == (plans["bench_atrous_depthwise.py"], tmp_path / "atrous_depthwise.json")
+    separable_blocks = bench_atrous_separable.chosen(
+        bench_atrous_separable.parse(arguments["bench_atrous_separable.py"])
+    )
+    assert len(separable_blocks) == plans["bench_atrous_separable.py"]
+    crf = bench_dense_crf.parse(arguments["bench_dense_crf.py"])
+    assert sum(crf.cases in case.name for case in bench_dense_crf.SMALL) == plans["bench_dense_crf.py"]
+
+
+SCRIPT = """
+import json, os, pathlib, sys
+folder = pathlib.Path(os.environ["DEEPLAB_KERNELS_RESULTS"])
+assert "MALLOC_TRIM_THRESHOLD_" in os.environ
+(folder / "models.json").write_text(json.dumps({"machine": {}, "records": [{"name": sys.argv[1]}, {"name": "old"}]}))
+if sys.argv[1] == "bad":
+    raise SystemError("out of paper")
+sys.exit(1)  # a bar is missed
+"""
+
+
+@pytest.mark.parametrize("name", ["good", "bad"])
+def test_a_job_keeps_what_was_measured(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "bench_tiny.py"
+    script.write_text(SCRIPT)
+    write(tmp_path / "out", models={"records": [{"name": "old"}]})
+    plan = subjects.Plan(1.0, 2, (name,))
+    [outcome] = runner.run([subjects.Job("models", str(script), "models.json", plan)], tmp_path / "out", quick=False)
+    assert (outcome.ok, outcome.cases) == (name == "good", 1)
+    assert outcome.error == ("" if outcome.ok else "SystemError: out of paper")
+    assert (tmp_path / "out" / runner.TIMES).exists() == outcome.ok
+    error = capsys.readouterr().err
+    assert "1 files" in error
+    assert ("out of paper" in error) != outcome.ok
+
+
+def test_time_left_follows_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
+    progress = runner.Progress({"a": 100.0, "b": 100.0})
+    progress.update("a", 0.0)
+    assert "about 3:20 min left" in progress.bar.postfix
+    now[0] = 200.0  # twice as long as planned
+    progress.finish("a")
+    left = progress.bar.postfix
+    progress.close()
+    assert left == f"about {runner.clock(100 * (200 + 40) / (100 + 40))} left"
