@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -37,3 +39,10 @@ def check_refusals(
         assert captured.out == ""
         assert message in captured.err
         assert captured.err.count("\n") == 1, arguments
+
+
+def check_not_imported(code: str, modules: Sequence[str]) -> None:
+    """None of ``modules`` is imported by ``code``, in an interpreter of its own."""
+    code = f"{code}; import sys; print([name for name in {tuple(modules)} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
