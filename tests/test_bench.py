@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html.parser
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from _html_page import Page, check_self_contained
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -21,43 +21,7 @@ from deeplab_kernels.commands import bench  # noqa: E402
 from deeplab_kernels.errors import UserError  # noqa: E402
 
 COMMITTED = sorted({path.parent for path in (BENCHMARKS / "results").glob("*/atrous_depthwise.json")})
-VOID = {"meta", "input", "br", "img"}
 MACHINE = {"cpu": "Tiny <CPU> & co", "cores": 2, "threads": 2, "copy_gb_per_s": 20.0, "matrix_gflop_per_s": 100.0}
-
-
-class Page(html.parser.HTMLParser):
-    """Checks that tags close in order; collects tables, attributes that load something, and text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tables: list[list[list[str]]] = []
-        self.loads: list[tuple[str, str]] = []
-        self.tags: list[str] = []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.loads += [(name, value or "") for name, value in attrs if name in ("src", "href", "srcset", "data")]
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if {"td", "th"} & set(self.open):
-            self.tables[-1][-1][-1] += data
 
 
 def timing(ms: float, spread: float = 0.05, rounds: int = 5) -> dict[str, float]:
@@ -191,17 +155,13 @@ def test_no_results(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", COMMITTED, ids=lambda path: path.name)
 def test_report_of_committed_results_has_every_case(folder: Path) -> None:
     results = rows.read(folder)
-    text = page.render(results)
-    parsed = Page(text)
+    parsed = check_self_contained(page.render(results))
     cells = {(line[0], line[1], line[2]) for table in parsed.tables for line in table if len(line) > 3}
     assert {(row.case, row.mode, row.contender) for row in results.rows} <= cells
     depthwise = json.loads((folder / "atrous_depthwise.json").read_text())["records"]
     assert {record["name"] for record in depthwise} <= {case for case, *_ in cells}
     assert len(list(parsed.tables[0][1:])) == len(results.missed)
-    assert parsed.loads == []
-    assert "http" not in text
-    assert "@import" not in text
-    assert "url(" not in text
+    assert parsed.references == []
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
@@ -357,11 +317,19 @@ def test_a_job_keeps_what_was_measured(tmp_path: Path, name: str, capsys: pytest
 def test_time_left_follows_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
-    progress = runner.Progress({"a": 100.0, "b": 100.0})
-    progress.update("a", 0.0)
-    assert "about 3:20 min left" in progress.bar.postfix
-    now[0] = 200.0  # twice as long as planned
+    progress = runner.Progress({"a": (100.0, 2), "b": (100.0, 1)})
+
+    def after(seconds: float, script: str, done: int) -> tuple[float, str]:
+        now[0] = seconds
+        progress.update(script, done)
+        return progress.bar.n, progress.bar.postfix
+
+    assert after(0, "a", 0) == (0, "about 3:20 min left")
+    assert after(30, "a", 0) == (15, "about 2:50 min left")  # the case at work counts by its time
+    assert after(80, "a", 0) == (25, "about 2:30 min left")  # but not for more than it was planned to take
+    pace = (100 + 40) / (50 + 40)
+    assert after(100, "a", 1) == (25, f"about {runner.clock(150 * pace)} left")
     progress.finish("a")
-    left = progress.bar.postfix
+    assert progress.bar.n == 50
+    assert after(5000, "b", 7) == (100, "about 0 s left")
     progress.close()
-    assert left == f"about {runner.clock(100 * (200 + 40) / (100 + 40))} left"

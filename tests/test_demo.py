@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html.parser
 import io
 import json
 import math
@@ -13,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from _html_page import Page, check_self_contained
 from deeplab_kernels.models import Segmenter
 from deeplab_kernels.models.data import Scene
 from PIL import Image
@@ -21,50 +21,6 @@ from deeplab_kernels import cli
 from deeplab_kernels.demo import crf, main_job, photographs, report, speed
 from deeplab_kernels.demo.pictures import mistakes, probability, side_by_side
 from deeplab_kernels.errors import UserError
-
-
-class _Page(html.parser.HTMLParser):
-    """Collects what an HTML page refers to, and checks that its elements nest."""
-
-    VOID = ("meta", "img", "line", "polyline", "br")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.references: list[str] = []
-        self.headings: list[str] = []
-        self.text: list[str] = []
-        self.tags: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.tags == []
-
-    def handle_starttag(self, tag, attrs):
-        self.references += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
-        assert tag not in ("script", "link", "iframe", "object")
-        if tag not in self.VOID:
-            self.tags.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in self.VOID:
-            self.tags.pop()
-
-    def handle_endtag(self, tag):
-        assert self.tags.pop() == tag
-
-    def handle_data(self, data):
-        if self.tags and self.tags[-1] in ("h1", "h2", "h3"):
-            self.headings.append(data)
-        self.text.append(data)
-
-
-def check_self_contained(text: str) -> _Page:
-    page = _Page(text)
-    assert page.references
-    assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
-    assert not re.search(r"https?://|@import|url\(", text)
-    assert "prefers-color-scheme: dark" in text
-    return page
 
 
 def test_quick_demo(tmp_path, capsys):
@@ -81,6 +37,8 @@ def test_quick_demo(tmp_path, capsys):
 
     text = (out / "report.html").read_text(encoding="utf-8")
     page = check_self_contained(text)
+    assert page.references
+    assert "script" not in page.tags
     for heading in (
         "Unseen scenes",
         "Photographs",
@@ -297,7 +255,7 @@ def test_report_escapes_and_nests():
 
 
 def test_report_tells_of_a_run_cut_short_and_of_what_is_missing():
-    words = " ".join(_Page(report.render(results(planned_steps=100, quick=True, speed=[], losses=[1.0]))).text)
+    words = " ".join(Page(report.render(results(planned_steps=100, quick=True, speed=[], losses=[1.0]))).text)
     assert "cut from 100 steps" in words
     assert "figures mean little" in words
     assert "is not installed" in words

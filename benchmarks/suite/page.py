@@ -137,7 +137,7 @@ def _columns(found: Changes) -> list[Column]:
         Column("which", lambda r: escape(r.rival)),
         Column("ratio", _ratio, lambda r: r.ratio),
         Column("now / before", change, changed),
-        Column("Multiply-Adds, M", lambda r: f"{r.madds / 1e6:.4g}" if r.madds else "", lambda r: r.madds),
+        Column("Multiply-Adds, M", lambda r: _mega(r.madds, 1), lambda r: r.madds),
         Column("bytes, MB", lambda r: _mega(r.bytes, 1), lambda r: r.bytes),
         Column("of copy bandwidth", lambda r: _percent(r.bandwidth_share), lambda r: r.bandwidth_share),
         Column("of matrix ceiling", lambda r: _percent(r.matrix_share), lambda r: r.matrix_share),
@@ -217,7 +217,7 @@ def _ms(value: float | None) -> str:
 
 
 def _mega(value: int | None, digits: int) -> str:
-    return f"{value / 1e6:.{digits}f}" if value else ""
+    return f"{value / 1e6:,.{digits}f}" if value else ""
 
 
 def _percent(value: float | None) -> str:
@@ -249,11 +249,12 @@ polyline.hollow { stroke-dasharray: 3 3; }
 .filterable table { margin: 0; width: 100%; }
 .filterable th, .filterable td { padding: 5px 10px; }
 .filterable thead th { position: sticky; top: 0; background: var(--card); z-index: 1; vertical-align: bottom; }
-.filterable td:first-child { font-weight: 600; min-width: 9em; }
+.filterable td:first-child { font-weight: 600; min-width: 9em; position: sticky; left: 0; background: var(--back); }
 td.number { text-align: right; white-space: nowrap; }
 th button { font: inherit; color: inherit; background: none; border: 0; padding: 0; text-align: left; cursor: pointer; }
 th[aria-sort=ascending] button::after { content: " \\25B2"; }
 th[aria-sort=descending] button::after { content: " \\25BC"; }
+@media (max-width: 600px) { .filterable td:first-child { min-width: 7em; max-width: 9em; } }
 tr[data-other] { color: var(--soft); }
 """
 

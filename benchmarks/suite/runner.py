@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,31 +57,41 @@ def _remember(folder: Path, quick: bool, outcome: Outcome) -> None:
 
 
 class Progress:
-    """A bar over estimated seconds. The time left follows how fast the estimates turned out to be so far."""
+    """A bar over estimated seconds; the time left follows how well the estimates held so far.
 
-    def __init__(self, estimates: Mapping[str, float]) -> None:
-        self.estimates, self.done, self.start = dict(estimates), 0.0, time.monotonic()
+    estimates: file -> (seconds, cases), in the order in which they run.
+    """
+
+    def __init__(self, estimates: Mapping[str, tuple[float, int]]) -> None:
+        self.estimates, self.total = estimates, sum(seconds for seconds, _ in estimates.values())
+        self.start = self.last = time.monotonic()  # last: when the latest case was done
+        self.planned, self.pace = 0.0, 1.0
         self.bar = tqdm(
-            total=100,
-            bar_format="{desc} {percentage:3.0f} %|{bar}| {elapsed}{postfix}",
-            mininterval=0.1 if sys.stderr.isatty() else 15,
-            dynamic_ncols=True,
+            total=100, bar_format="{desc} {percentage:3.0f} %|{bar}| {elapsed}{postfix}", dynamic_ncols=True
         )
 
-    def update(self, script: str, share: float, cases: str = "") -> None:
-        total = sum(self.estimates.values())
-        planned = self.done + self.estimates[script] * min(share, 1.0)
-        elapsed = time.monotonic() - self.start
-        # The estimate itself counts like a fifth of the whole, so that the first cases do not turn it over.
-        pace = (elapsed + 0.2 * total) / (planned + 0.2 * total)
-        self.bar.n = 100 * planned / total
-        self.bar.set_description_str(f"{script.removeprefix('bench_').removesuffix('.py')} {cases}".strip(), False)
-        self.bar.set_postfix_str(f"about {clock(pace * (total - planned))} left", False)
-        self.bar.refresh()
+    def update(self, script: str, done: int) -> None:
+        """``done`` cases of ``script`` are measured; every file before it is finished."""
+        seconds, cases = self.estimates[script]
+        names = list(self.estimates)
+        before = sum(self.estimates[name][0] for name in names[: names.index(script)])
+        planned, now = before + seconds * min(done / cases, 1.0), time.monotonic()
+        news = planned > self.planned or now == self.start
+        if planned > self.planned:
+            self.planned, self.last = planned, now
+            # The estimate itself counts like a fifth of the whole, so that the first cases do not turn it over.
+            self.pace = (now - self.start + 0.2 * self.total) / (planned + 0.2 * self.total)
+        # What the case at work has had so far, at most what it was planned to take.
+        working = min((now - self.last) / self.pace, seconds / cases, self.total - self.planned)
+        self.bar.n = 100 * (self.planned + working) / self.total
+        name = script.removeprefix("bench_").removesuffix(".py")
+        self.bar.set_description_str(f"{name} {min(done, cases)} of {cases}", False)
+        self.bar.set_postfix_str(f"about {clock(self.pace * (self.total - self.planned - working))} left", False)
+        if news or sys.stderr.isatty():
+            self.bar.refresh()
 
     def finish(self, script: str) -> None:
-        self.update(script, 1.0)
-        self.done += self.estimates[script]
+        self.update(script, self.estimates[script][1])
 
     def close(self) -> None:
         self.bar.close()
@@ -127,18 +138,14 @@ def run(jobs: Sequence[Job], folder: Path, quick: bool) -> list[Outcome]:
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     known = _times(folder, quick)
-    plans = {job.script: plan for job in jobs if (plan := job.plan(quick))}
-    estimates = {script: known.get(script, plan.seconds) for script, plan in plans.items()}
-    print(f"{len(jobs)} files, about {clock(sum(estimates.values()))}, into {folder}", file=sys.stderr)
+    estimates = {
+        job.script: (known.get(job.script, plan.seconds), plan.cases) for job in jobs if (plan := job.plan(quick))
+    }
+    print(f"{len(jobs)} files, about {clock(sum(s for s, _ in estimates.values()))}, into {folder}", file=sys.stderr)
     progress, outcomes = Progress(estimates), []
     try:
         for job in jobs:
-            cases = plans[job.script].cases
-
-            def tell(done: int, script: str = job.script, cases: int = cases) -> None:
-                progress.update(script, done / cases, f"{done} of {cases}")
-
-            outcome = run_job(job, folder, quick, tell)
+            outcome = run_job(job, folder, quick, partial(progress.update, job.script))
             outcomes.append(outcome)
             progress.finish(job.script)
             if outcome.ok:
