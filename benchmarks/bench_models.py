@@ -3,6 +3,7 @@
     python benchmarks/bench_models.py                   # writes results/<machine>/models.json and .md
     python benchmarks/bench_models.py --quick           # a small network and image, nothing compiled; writes nothing
     python benchmarks/bench_models.py --cases training8 # one case, merged into the results
+    python benchmarks/bench_models.py --table-5         # inference of the v3+ paper's other variants too
 
 DeepLab v3+ on Xception-65 at 513 x 513, fp32, output stride 16 and 8: inference of one image, and a training step
 (forward, cross entropy, backward) of two. The plain network has the same parameters, every separable convolution of it
@@ -76,14 +77,21 @@ class Case:
     model: str = "deeplabv3plus_xception65"
     size: int = 513
     rounds: int = 5
+    decoder: bool = True
+    separable: bool = True  # convolutions of the ASPP and the decoder; the paper's SC
 
     @property
     def key(self) -> str:
-        return f"{self.mode}{self.output_stride}"
+        return f"{self.mode}{self.output_stride}{self._variant('-', '-')}"
 
     @property
     def name(self) -> str:
-        return f"{self.model}, output stride {self.output_stride}, {self.size} x {self.size}, N = {self.batch}"
+        variant = self._variant(", ", " ")
+        return f"{self.model}, output stride {self.output_stride}{variant}, {self.size} x {self.size}, N = {self.batch}"
+
+    def _variant(self, before: str, space: str) -> str:
+        lacking = [what for what, has in (("decoder", self.decoder), ("SC", self.separable)) if not has]
+        return "".join(f"{before}no{space}{what}" for what in lacking)
 
 
 CASES = (
@@ -91,6 +99,12 @@ CASES = (
     Case("inference", 8, 1, rounds=3),
     Case("training", 16, 2, rounds=3),
     Case("training", 8, 2, rounds=2),
+)
+# The rows of table 5 (arXiv:1802.02611) that are not among the cases.
+TABLE_5 = tuple(
+    Case("inference", stride, 1, rounds=3, decoder=decoder, separable=False)
+    for decoder in (False, True)
+    for stride in (16, 8)
 )
 QUICK = tuple(replace(case, batch=2, model="deeplabv3plus_small", size=65, rounds=2) for case in CASES)
 
@@ -155,10 +169,10 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 @functools.cache
-def weights(name: str) -> nn.Module:
+def weights(name: str, decoder: bool = True, separable: bool = True) -> nn.Module:
     """He-initialised: activations keep their size through all layers, so that an error would show."""
     torch.manual_seed(0)
-    model = models.build(name, 21, dropout=0.0)
+    model = models.build(name, 21, dropout=0.0, decoder=decoder, separable=separable)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
@@ -167,7 +181,7 @@ def weights(name: str) -> nn.Module:
 
 def build(case: Case, kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Ours, or the plain network with the same weights."""
-    model = copy.deepcopy(weights(case.model)).to(dtype).train(case.mode == "training")
+    model = copy.deepcopy(weights(case.model, case.decoder, case.separable)).to(dtype).train(case.mode == "training")
     model.set_output_stride(case.output_stride)
     if kind == OURS:
         return model
@@ -267,7 +281,8 @@ def run(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     """Checks, then times; a JSON-ready record."""
     torch._dynamo.reset()
     equal = check(case)
-    network = models.build(case.model, 21, case.output_stride, device="meta")
+    variant = {"decoder": case.decoder, "separable": case.separable}
+    network = models.build(case.model, 21, case.output_stride, device="meta", **variant)
     madds = case.batch * models.madds(network, case.size, "true") * (3 if case.mode == "training" else 1)
     rate = measure.matrix_rate()
     with torch.inference_mode(case.mode == "inference"):
@@ -308,7 +323,9 @@ def best(record: Mapping[str, Any], *kinds: str) -> tuple[float, str]:
 
 def failures(record: Mapping[str, Any]) -> list[str]:
     ratio = best(record, EAGER, COMPILED)[0] / best(record, OURS)[0]
-    bar = BARS[record["mode"], record["case"]["output_stride"]] if record["case"]["model"] == Case.model else 0.0
+    case = record["case"]
+    judged = case["model"] == Case.model and case.get("decoder", True) and case.get("separable", True)
+    bar = BARS[record["mode"], case["output_stride"]] if judged else 0.0
     wrong = [] if ratio >= bar else [f"ratio {ratio:.2f}, bar {bar:g}"]
     memory = record.get("peak_bytes")
     if memory and memory[OURS] > memory[EAGER]:
@@ -365,11 +382,21 @@ def document(results: Mapping[str, Any]) -> str:
     )
 
 
+def chosen(options: argparse.Namespace) -> list[Case]:
+    if options.quick:
+        return [case for case in QUICK if not options.cases or case.key in options.cases]
+    every = (*CASES, *TABLE_5)
+    return [
+        case for case in every if (case.key in options.cases if options.cases else case in CASES or options.table_5)
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    keys = [case.key for case in CASES]
+    keys = [case.key for case in (*CASES, *TABLE_5)]
     parser.add_argument("--quick", action="store_true", help="a small network, few rounds, nothing compiled or written")
-    parser.add_argument("--cases", nargs="+", choices=keys, default=keys, metavar="CASE", help=", ".join(keys))
+    parser.add_argument("--cases", nargs="+", choices=keys, metavar="CASE", help=", ".join(keys))
+    parser.add_argument("--table-5", action="store_true", help="the paper's variants without decoder and SC, too")
     parser.add_argument("--seconds", type=float, default=12, help="of a contender before it leaves the rotation")
     parser.add_argument("--compile-layouts", nargs="*", choices=list(measure.LAYOUTS), default=["nhwc"])
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
@@ -387,7 +414,7 @@ def main() -> int:
     start = time.perf_counter()
     path = measure.results_folder() / FILE
     records = []
-    for case in tqdm([case for case in (QUICK if options.quick else CASES) if case.key in options.cases], disable=None):
+    for case in tqdm(chosen(options), disable=None):
         records.append(run(case, options))
         if not options.quick:
             results = measure.load(path)

@@ -187,6 +187,7 @@ def test_plots_have_titles_units_and_every_point(tmp_path: Path) -> None:
     assert "billions" in latency
     assert "latency, ms" in latency
     assert "54.0 billion Multiply-Adds, 800 ms" in latency
+    assert ">output stride 16</text>" in latency
     assert plots.roofline([]) == plots.latency([]) == ""
 
 

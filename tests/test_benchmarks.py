@@ -332,7 +332,10 @@ def test_dense_crf_layer_is_measured_and_judged(capsys: pytest.CaptureFixture[st
 # Whole networks.
 
 
-@pytest.mark.parametrize("case", bench_models.QUICK, ids=lambda case: case.key)
+NO_DECODER = bench_models.replace(bench_models.QUICK[0], decoder=False, separable=False)
+
+
+@pytest.mark.parametrize("case", [*bench_models.QUICK, NO_DECODER], ids=lambda case: case.key)
 def test_the_plain_network_is_the_same_network(case: bench_models.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bench_models.check(case) < 1e-9
     plain = bench_models.build(case, bench_models.EAGER)
@@ -344,6 +347,17 @@ def test_the_plain_network_is_the_same_network(case: bench_models.Case, monkeypa
     monkeypatch.setattr(bench_models, "fold", lambda model: model.apply(shift_bias))
     with pytest.raises(measure.CheckFailed, match="differs from the plain network"):
         bench_models.check(case)
+
+
+def test_table_5_is_measured_in_all_its_rows() -> None:
+    cases = [case for case in (*bench_models.CASES, *bench_models.TABLE_5) if case.mode == "inference"]
+    rows = {
+        (row["eval_output_stride"], row["decoder"], row["separable"]) for row in models.paper_table(multi_scale=False)
+    }
+    assert {(case.output_stride, case.decoder, case.separable) for case in cases} == rows
+    assert len({case.key for case in cases}) == len({case.name for case in cases}) == len(rows) == 6
+    assert cases[2].key == "inference16-no-decoder-no-SC"
+    assert "output stride 16, no decoder, no SC, 513 x 513" in cases[2].name
 
 
 def shift_bias(module: torch.nn.Module) -> None:

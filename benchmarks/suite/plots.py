@@ -193,6 +193,5 @@ def latency(rows: Sequence[Row]) -> str:
 
 
 def _short(case: str) -> str:
-    """ "deeplabv3plus_xception65, output stride 16, 513 x 513, N = 1" -> "output stride 16"."""
-    parts = case.split(", ")
-    return parts[1] if len(parts) > 1 else case
+    """ "network, output stride 16, no SC, 513 x 513, N = 1" -> "output stride 16, no SC"."""
+    return ", ".join(case.split(", ")[1:-2]) or case

@@ -46,7 +46,7 @@ JOBS = (
         "models",
         "bench_models.py",
         "models.json",
-        Plan(600, 4),
+        Plan(900, 8, ("--table-5",)),
         Plan(45, 1, ("--cases", "inference16", "--seconds", "4", "--no-memory", "--compile-layouts")),
     ),
     Job(
