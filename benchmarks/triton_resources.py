@@ -27,13 +27,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deeplab_kernels.triton import atrous_depthwise
+from deeplab_kernels.triton import atrous_depthwise, atrous_separable
 
 ARCHITECTURES = (80, 90, 100, 120)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FILE = Path(__file__).parent / "results" / "compile" / "triton_resources.json"
 # Where DeepLab v3+ Xception-65 spends its depthwise time: middle flow and ASPP. Other layers differ in tile sizes only.
 SHAPES = ("M8", "A12")
+# Results of the whole block around these layers; elsewhere as many as channels.
+SEPARABLE = {"A6": 256, "A12": 256, "A18": 256, "A24": 256, "D304": 256, "X4": 2048}
 
 _POINTER = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
@@ -143,6 +145,43 @@ def launches(
     return list(caught.values())
 
 
+def separable_launches(
+    batch: int,
+    channels: int,
+    size: int,
+    out_channels: int,
+    *,
+    stride: int = 1,
+    rate: int = 1,
+    kernel: int = 3,
+    dtype: torch.dtype = torch.bfloat16,
+    channels_last: bool = True,
+) -> list[Launch]:
+    """The launch of a whole separable block with both norms, all activations and a residual."""
+    caught: list[Launch] = []
+
+    def catch(launched: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps: int, device: Any) -> None:
+        caught.append(_specialise("separable", launched, grid, arguments, warps))
+
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def tensor(*sizes: int) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    padding = rate * (kernel - 1) // 2
+    out_size = (size + 2 * padding - rate * (kernel - 1) - 1) // stride + 1
+    x, residual = (
+        tensor(batch, c, n, n).contiguous(memory_format=memory_format)
+        for c, n in ((channels, size), (out_channels, out_size))
+    )
+    weights = tensor(channels, 1, kernel, kernel), tensor(out_channels, channels, 1, 1)
+    vectors = [torch.empty(c, device="meta") for c in (channels, out_channels) for _ in range(4)]
+    geometry = ((stride, stride), (padding,) * 4, (rate, rate))
+    with mock.patch.object(atrous_separable, "_launch", catch):
+        atrous_separable.atrous_separable_conv2d(x, *weights, residual, *vectors, 1e-3, 1e-3, 1, 1, 1, *geometry)
+    return caught
+
+
 def compile_launch(launch: Launch, arch: int) -> Any:
     """Triton's compiled kernel for ``sm_<arch>``."""
     names = [name for name, _ in launch.signature]
@@ -203,7 +242,12 @@ def _variant(launch: Launch) -> str:
         parts.append("alone" if "grad_x" in constants else "with grad_x")
     if launch.kernel is atrous_depthwise._sum_slices_kernel:
         parts.append("weight" if "second" in constants else "gamma, beta")
-    if "BLOCK_C" in constants and "TILE_W" in constants:
+    if launch.kernel is atrous_separable._separable_kernel:
+        precision = {"tf32": "TF32", "ieee": "float32"}[constants["PRECISION"]]
+        parts.append(precision if dict(launch.signature)["x"] == "*fp32" else "16 bits")
+        pixels = f"{constants['TILE_H']}x{constants['TILE_W']} px"
+        parts.append(f"{pixels} x {constants['BLOCK_C']} results, {constants['BLOCK_K']} ch a step")
+    elif "BLOCK_C" in constants and "TILE_W" in constants:
         parts.append(f"{constants['TILE_H']}x{constants['TILE_W']} px x {constants['BLOCK_C']} ch")
     return "; ".join(parts)
 
@@ -215,10 +259,14 @@ def measure(shapes: list[str], dtypes: list[str], architectures: list[int]) -> I
         layer = layers.NAMED[name]
         for dtype in dtypes:
             for layout in ("nchw", "nhwc"):
-                for launch in launches(
-                    8, layer.channels, layer.size, stride=layer.stride, rate=layer.rate, dtype=DTYPES[dtype],
-                    channels_last=layout == "nhwc",
-                ):  # fmt: skip
+                options: dict[str, Any] = {
+                    "stride": layer.stride, "rate": layer.rate, "dtype": DTYPES[dtype],
+                    "channels_last": layout == "nhwc",
+                }  # fmt: skip
+                found = launches(8, layer.channels, layer.size, **options)
+                out_channels = SEPARABLE.get(name, layer.channels)
+                found += separable_launches(8, layer.channels, layer.size, out_channels, **options)
+                for launch in found:
                     if launch.code in seen:
                         continue
                     seen.add(launch.code)

@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from _cases import CASES, FEW, LAYOUTS, Case, assert_as_exact_as_torch, by_case, conv_by_definition
+from _separable import Problem
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from deeplab_kernels import AtrousSeparableConv2d, info, ops, reference
 from deeplab_kernels._layout import output_memory_format
-from deeplab_kernels.ops import atrous_separable
-
-from ._cases import CASES, FEW, LAYOUTS, Case, activate, assert_as_exact_as_torch, by_case, conv_by_definition
+from deeplab_kernels.ops import _backends, atrous_separable
 
 OP = torch.ops.deeplab_kernels.atrous_separable_conv2d.default
 SINGLE = [case for case in CASES if case.multiplier == 1 and case.size[1] > 0]
@@ -27,64 +28,6 @@ WIDE = [
     Case((1, 33, 65, 67), stride=2, padding=1),
     Case((3, 24, 5, 5), padding=1),
 ]
-
-
-class Problem:
-    """A block with everything that it may have, in one dtype and layout."""
-
-    def __init__(
-        self, case: Case, out_channels: int, dtype: torch.dtype, layout: str, *, residual: bool = True
-    ) -> None:
-        generator = torch.Generator().manual_seed(1)
-
-        def draw(*size: int) -> Tensor:
-            return torch.randn(*size, dtype=torch.float64, generator=generator)
-
-        channels = case.out_channels
-        acc = torch.float64 if dtype == torch.float64 else torch.float32
-        self.case = case
-        self.x = draw(*case.size).to(dtype).to(memory_format=LAYOUTS[layout])
-        self.depthwise_weight = draw(channels, 1, *case.kernel_size).to(dtype)
-        self.pointwise_weight = (draw(out_channels, channels, 1, 1) / max(channels, 1) ** 0.5).to(dtype)
-        self.residual = None
-        if residual:
-            size = (case.size[0], out_channels, *case.out_size[2:])
-            self.residual = draw(*size).to(dtype).to(memory_format=LAYOUTS[layout])
-        self.norms = [
-            ops.BatchNorm(
-                draw(n).to(acc), (draw(n).abs() + 0.5).to(acc), draw(n).to(acc), draw(n).to(acc), eps=1e-3, momentum=0.2
-            )
-            for n in (channels, out_channels)
-        ]
-
-    def run(self, execution: str = "whole", **changes: Any) -> Tensor:
-        arguments: dict[str, Any] = {
-            "depthwise_norm": self.norms[0],
-            "pointwise_norm": self.norms[1],
-            "pre_activation": "relu",
-            "depthwise_activation": "relu6",
-            "pointwise_activation": "relu",
-            "residual": self.residual,
-            **self.case.geometry,
-        }
-        weights = (self.depthwise_weight, self.pointwise_weight)
-        return ops.atrous_separable_conv2d(self.x, *weights, **arguments | changes, execution=execution)
-
-    def composed(self, dtype: torch.dtype) -> Tensor:
-        """What a user would write in plain torch, in ``dtype``."""
-        first, second = ([v.to(dtype) for v in norm[:4]] for norm in self.norms)
-        y = conv_by_definition(F.relu(self.x.to(dtype)), self.depthwise_weight.to(dtype), self.case)
-        y = activate(F.batch_norm(y, *first, eps=1e-3), "relu6")
-        z = torch.einsum("nchw,oc->nohw", y, self.pointwise_weight.to(dtype)[:, :, 0, 0])
-        z = F.batch_norm(z, *second, eps=1e-3)
-        return F.relu(z if self.residual is None else z + self.residual.to(dtype))
-
-    def raw(self) -> tuple[Any, ...]:
-        """Arguments of the operator below the function."""
-        (mean, var, gamma, beta, eps, _), (mean2, var2, gamma2, beta2, eps2, _) = self.norms
-        weights = (self.x, self.depthwise_weight, self.pointwise_weight, self.residual)
-        vectors = (gamma, beta, mean, var, gamma2, beta2, mean2, var2)
-        return (*weights, *vectors, eps, eps2, 1, 2, 1, *self.case.normalised)
 
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -260,7 +203,24 @@ def test_choice_by_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not picks(x.requires_grad_(), 400)
     monkeypatch.setattr(atrous_separable, "_WHOLE_ON_CPU", False)
     assert not picks(last, 400)
+    monkeypatch.setattr(_backends, "_on_triton", set())
     assert atrous_separable.describe_execution() == {"cpu": "two_kernels", "cuda": "two_kernels"}
+
+
+def test_choice_by_cost_on_cuda_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    def picks(dtype: torch.dtype, out_channels: int) -> bool:
+        with FakeTensorMode():
+            x, weight = torch.empty(1, 600, 5, 5, dtype=dtype, device="cuda"), torch.empty(600, 1, 3, 3, device="cuda")
+        return atrous_separable.picks_whole("auto", x, weight, out_channels, [x, weight])
+
+    monkeypatch.setattr(_backends, "_on_triton", {"atrous_separable_conv2d"})
+    assert picks(torch.float16, 256)
+    assert picks(torch.bfloat16, 19)
+    assert not picks(torch.float16, 257)
+    assert not picks(torch.float32, 256)
+    assert "whole in 16 bits with up to 256 results" in atrous_separable.describe_execution()["cuda"]
+    monkeypatch.setattr(_backends, "_on_triton", set())
+    assert not picks(torch.float16, 256)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ OPERATORS: dict[str, str | None] = {
     "atrous_depthwise_bn_act_inference": "atrous_depthwise",
     "atrous_depthwise_bn_act_training": "atrous_depthwise",
     "atrous_depthwise_bn_act_backward": "atrous_depthwise",
-    "atrous_separable_conv2d": None,
+    "atrous_separable_conv2d": "atrous_separable",
     "gaussian_filter": "gaussian_filter",
     "gaussian_filter_backward": "gaussian_filter",
     "local_gaussian_filter": "local_gaussian_filter",
@@ -75,8 +75,13 @@ def _registered(operator: str, key: str) -> bool:
 def serving(operator: str) -> dict[str, str]:
     """Backend that serves ``operator`` on each device type."""
     cpu = f"C++ ({_library.cpu_instruction_set()})" if _registered(operator, "CPU") else "reference"
-    cuda = "triton" if operator in _on_triton else "cuda" if _registered(operator, "CUDA") else "reference"
+    cuda = "triton" if on_triton(operator) else "cuda" if _registered(operator, "CUDA") else "reference"
     return {"cpu": cpu, "cuda": cuda, "other": "reference"}
+
+
+def on_triton(operator: str) -> bool:
+    """Whether Triton serves ``operator`` on CUDA devices."""
+    return operator in _on_triton
 
 
 def register_kernels() -> None:

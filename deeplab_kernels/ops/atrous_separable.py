@@ -43,6 +43,8 @@ EXECUTIONS = ("auto", "whole", "two_kernels")
 _WHOLE_ON_CPU = _library.cpu_instruction_set() in ("avx2", "avx512")
 # NCHW: this many channels more than results are too many for one kernel.
 _FEW_RESULTS = 256
+# CUDA: results that one program of the Triton kernel computes; beyond, the depthwise half is computed again.
+_ONE_COLUMN = 256
 EXECUTION_VARIABLE = "DEEPLAB_KERNELS_SEPARABLE_EXECUTION"
 
 
@@ -110,7 +112,19 @@ def _prefers_whole(x: Tensor, out_channels: int) -> bool:
     would be converted to float32 and back, while torch multiplies them as they are. Where many NCHW channels make few
     results (ASPP), copying rows behind zeros, tile by tile, outweighs what is saved
     (benchmarks/NOTES_atrous_separable.md).
+
+    On CUDA devices, by reasoning and not yet measured: in 16 bits, where one program computes all results of its
+    pixels. With more, the depthwise half is computed again for each column of results; in float32 the product decides,
+    and torch's is the better one.
     """
+    if x.device.type == "cuda":
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+        return (
+            _backends.on_triton("atrous_separable_conv2d")
+            and x.dtype != torch.float64
+            and dtype in (torch.float16, torch.bfloat16)
+            and out_channels <= _ONE_COLUMN
+        )
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     if not _WHOLE_ON_CPU or x.dtype not in (torch.float32, torch.float64):
@@ -119,11 +133,15 @@ def _prefers_whole(x: Tensor, out_channels: int) -> bool:
 
 
 def describe_execution() -> dict[str, str]:
-    """How a float32 block runs in inference on each device under execution="auto"."""
+    """How a block runs in inference on each device under execution="auto"; on the CPU, one in float32."""
     if (forced := default_execution()) != "auto":
         return dict.fromkeys(("cpu", "cuda"), f"{forced} ({EXECUTION_VARIABLE})")
     on_cpu = f"whole; two_kernels for NCHW with over {_FEW_RESULTS} channels more than results"
-    return {"cpu": on_cpu if _WHOLE_ON_CPU else "two_kernels", "cuda": "two_kernels"}
+    on_cuda = f"two_kernels; whole in 16 bits with up to {_ONE_COLUMN} results"
+    return {
+        "cpu": on_cpu if _WHOLE_ON_CPU else "two_kernels",
+        "cuda": on_cuda if _backends.on_triton("atrous_separable_conv2d") else "two_kernels",
+    }
 
 
 def atrous_separable_conv2d(
