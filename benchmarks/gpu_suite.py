@@ -500,6 +500,7 @@ def main() -> int:
             benchmark(report, rehearse=False, compile_too=not arguments.no_compile)
             tests(report, tree, "tests/gpu", "triton", 240, False)
             tests(report, tree, "tests/test_triton_atrous_depthwise.py", "gpu", 240, False)
+            tests(report, tree, "tests/test_triton_atrous_separable.py", "gpu", 120, False)
     failed = [s["step"] for s in report.data["steps"] if not s.get("ok")]
     failed += [f"{r['layer']} {r['dtype']} {r['layout']}" for r in report.data["layers"] if "failed" in r]
     failed += [r["picture"] for r in report.data.get("crf", []) if "failed" in r]

@@ -21,7 +21,7 @@ CASES = [
     Case((1, 9, 13, 5), padding="same", dilation=(3, 2)),
     Case((1, 3, 5, 5), padding="same", dilation=40),  # only the centre tap meets the image
     Case((1, 3, 16, 8), padding=1),  # rows and columns of tiles where the layout has them
-    Case((1, 4, 33, 17), padding="same", dilation=2),
+    Case((1, 4, 32, 8), padding="same", dilation=2),  # the same in each phase of the rate
     Case((1, 3, 9, 17), kernel=(3, 5), padding=(1, 2)),
     Case((1, 3, 9, 7), stride=(3, 1), padding=(2, 0, 0, 5), dilation=(1, 2)),
     Case((1, 2, 33, 3), kernel=5, padding=2),

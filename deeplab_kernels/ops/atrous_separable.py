@@ -5,8 +5,8 @@
 
 The block of DeepLab v3+ (Chen et al., arXiv:1802.02611, section 3.1). Executed in one of two ways:
 
-- "whole": one kernel makes y tile by tile in the caches and multiplies it there; y is never written to memory.
-  Inference only.
+- "whole": one kernel makes y tile by tile, in the caches or in registers, and multiplies it there; y is never written
+  to memory. Inference only.
 - "two_kernels": the fused depthwise operator and torch's 1x1 convolution, one after the other; differentiable.
 """
 

@@ -18,8 +18,7 @@ Bytes, in tensors of the activation's size (X input, Y depthwise result, Z outpu
     this kernel, main memory        X + Z (+ R): programs of one pixel tile run side by side, share x in the L2 cache
     two kernels                     X + 2 Y + Z; with the residual and the activation apart 3 Z + R more
     this kernel, L2 to a multiprocessor, for each pixel and channel and column of BLOCK_N results
-                                    one to three rows of taps (a 3 x 3 kernel), 2 BLOCK_N / BLOCK_M elements of x's size
-                                    of weights
+                                    one to three rows of taps (a 3 x 3 kernel), BLOCK_N / BLOCK_M elements of weights
 
 Recomputed: programs share nothing but caches, so y is made ceil(results / BLOCK_N) times. Another way was to loop over
 the results inside a program, with y of all channels kept: BLOCK_M x channels elements, 190 KB at 728 channels x 128
@@ -29,8 +28,8 @@ results, compute y once; 728 results three times, 1536 six.
 
 What a second making of y costs. On an H100, per pixel and channel in 16 bits: 18 bytes through L1 at 29 TB/s are 0.6 ps
 and 9 multiply-adds with their conversions 0.3 to 0.8 ps on the float32 units; 256 columns of the product are 0.64 ps at
-800 TFLOP/s; writing and reading y is 1.3 ps at 3 TB/s. One column is therefore expected to win, three to be even at
-best, and six to lose.
+800 TFLOP/s, their x and weights from L2 1.3 to 1.8 ps at 5.5 TB/s; writing and reading y is 1.3 ps at 3 TB/s. One
+column is therefore expected to win, three and more to lose (benchmarks/NOTES_atrous_separable.md).
 
 The configurations are chosen by reasoning, on a model of these costs (:func:`_tiling`); none has been timed.
 
