@@ -224,10 +224,37 @@ def readme_crf_table(results: Mapping[str, Any]) -> str:
     return markdown(table, columns) + f"\n\n{caption}."
 
 
+def readme_models_table(results: Mapping[str, Any]) -> str:
+    """Whole networks, ours against the better of PyTorch's eager and compiled, each in its better layout."""
+    table = []
+    for record in results["records"]:
+        times: dict[str, float] = {}
+        for name, timing in record["timings"].items():
+            kind = "ours" if name.startswith("ours") else "PyTorch"
+            times[kind] = min(times.get(kind, timing["median_ms"]), timing["median_ms"])
+        ours, theirs, case = times["ours"], times["PyTorch"], record["case"]
+        row = {
+            "case": f"{record['mode']}, output stride {case['output_stride']}, N = {case['batch']}",
+            "ours / PyTorch's best": f"{ours:.0f} / {theirs:.0f} ms, **{theirs / ours:.2f}x**",
+            "floor": f"{record['floor_ms']:.0f} ms",
+        }
+        if memory := record.get("peak_bytes"):
+            row["peak memory, ours / PyTorch"] = f"{memory['ours'] / 1e6:.0f} / {memory['eager'] / 1e6:.0f} MB"
+        table.append(row)
+    columns = list(dict.fromkeys(column for row in table for column in row))
+    machine, dates = results["machine"], sorted({f"{r['date']}, commit {r['commit']}" for r in results["records"]})
+    caption = (
+        "floor: the network's Multiply-Adds (threefold in training) at the rate of the fastest matrix product of the "
+        f"same run; fp32, medians, {machine['cores']} cores of an {machine['cpu']}; {'; '.join(dates)}"
+    )
+    return markdown(table, columns) + f"\n\n{caption}."
+
+
 # file of results -> the README's table from it
 README_TABLES = {
     "atrous_depthwise.json": ("speed table", readme_table),
     "dense_crf.json": ("CRF table", readme_crf_table),
+    "models.json": ("network table", readme_models_table),
 }
 
 
