@@ -47,7 +47,7 @@ class KeptBlocks {
 
   // False if the block is not kept.
   bool keep(void* data, size_t bytes) {
-    if (bytes > kKeptBytes || in_use_.test_and_set(std::memory_order_acquire)) return false;
+    if (bytes > kLargestKept || in_use_.test_and_set(std::memory_order_acquire)) return false;
     bool kept = true;
     try {
       blocks_.push_back({data, bytes});
