@@ -236,7 +236,7 @@ def readme_models_table(results: Mapping[str, Any]) -> str:
         row = {
             "case": f"{record['mode']}, output stride {case['output_stride']}, N = {case['batch']}",
             "ours / PyTorch's best": f"{ours:.0f} / {theirs:.0f} ms, **{theirs / ours:.2f}x**",
-            "floor": f"{record['floor_ms']:.0f} ms",
+            "as one matrix product": f"{record['floor_ms']:.0f} ms",
         }
         if memory := record.get("peak_bytes"):
             row["peak memory, ours / PyTorch"] = f"{memory['ours'] / 1e6:.0f} / {memory['eager'] / 1e6:.0f} MB"
@@ -244,8 +244,9 @@ def readme_models_table(results: Mapping[str, Any]) -> str:
     columns = list(dict.fromkeys(column for row in table for column in row))
     machine, dates = results["machine"], sorted({f"{r['date']}, commit {r['commit']}" for r in results["records"]})
     caption = (
-        "floor: the network's Multiply-Adds (threefold in training) at the rate of the fastest matrix product of the "
-        f"same run; fp32, medians, {machine['cores']} cores of an {machine['cpu']}; {'; '.join(dates)}"
+        "as one matrix product: the network's Multiply-Adds (threefold in training) at the rate of the fastest "
+        f"`torch.mm` of the same run; fp32, medians, {machine['cores']} cores of an {machine['cpu']}; "
+        f"{'; '.join(dates)}"
     )
     return markdown(table, columns) + f"\n\n{caption}."
 
