@@ -1,8 +1,7 @@
 // CPU binding of the atrous separable convolution: checks, geometry, call.
-#include "../cpu/atrous_separable.h"
-
 #include <torch/csrc/stable/library.h>
 
+#include "../cpu/atrous_separable.h"
 #include "cpu_tensors.h"
 #include "threads.h"
 
@@ -25,7 +24,7 @@ struct NormTensors {
   }
   template <typename T>
   cpu::ChannelNorm<T> get() const {
-    return {in_or_null<T>(gamma), in_or_null<T>(beta), in_or_null<T>(mean), in_or_null<T>(var), eps,
+    return {in_or_null<T>(gamma),     in_or_null<T>(beta), in_or_null<T>(mean), in_or_null<T>(var), eps,
             activation_of(activation)};
   }
 };
@@ -85,8 +84,6 @@ Tensor separable_conv2d(const Tensor& x_any, const Tensor& depthwise_weight, con
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(deeplab_kernels, CPU, m) {
-  m.impl("atrous_separable_conv2d", TORCH_BOX(&separable_conv2d));
-}
+STABLE_TORCH_LIBRARY_IMPL(deeplab_kernels, CPU, m) { m.impl("atrous_separable_conv2d", TORCH_BOX(&separable_conv2d)); }
 
 }  // namespace deeplab_kernels
