@@ -57,8 +57,8 @@ void atrous_separable_conv2d(const DepthwiseShape& shape, int64_t out_channels, 
   portable::Separable<T>::run(job, parallel);
 }
 
-#define DK_INSTANTIATE(T)                                                                                              \
-  template void atrous_separable_conv2d<T>(const DepthwiseShape&, int64_t, const SeparableTensors<T>&, Activation,     \
+#define DK_INSTANTIATE(T)                                                                                          \
+  template void atrous_separable_conv2d<T>(const DepthwiseShape&, int64_t, const SeparableTensors<T>&, Activation, \
                                            const ChannelNorm<T>&, const ChannelNorm<T>&, const Parallel&);
 DK_INSTANTIATE(float)
 DK_INSTANTIATE(double)

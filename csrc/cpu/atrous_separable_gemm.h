@@ -168,7 +168,8 @@ void multiply(const Operand<A>& a, const Operand<A>& b, int64_t rows, int64_t co
       for (int64_t run = 0; run < runs; ++run) {
         const Terms part = Terms::of_runs(terms.end - terms.begin, run, run + 1);
         const bool first = terms.begin + part.begin == 0, last = terms.begin + part.end == terms.depth;
-        // The weights come from far away: what the next run, panel or group takes of them is asked for little by little.
+        // The weights come from far away: what the next run, panel or group takes of them is asked for little by
+        // little.
         const int64_t length = part.end - part.begin;
         const int64_t blocks = kByColumn ? (r1 - r0 + kBlockRows - 1) / kBlockRows : p1 - p0;
         const int64_t lines = ((kByColumn ? length : kBlockRows * 16) + blocks - 1) / blocks;
@@ -182,8 +183,7 @@ void multiply(const Operand<A>& a, const Operand<A>& b, int64_t rows, int64_t co
                               kByColumn ? 1024 : a.step * int64_t(sizeof(A)), block * lines, lines};
             block_of<A, kByColumn>(smaller(r1 - r, kBlockRows), kAll)(
                 a.data + r * a.step + part.begin, a.step, panel, length, first, last,
-                sums + (r - r0) * sums_step + (p - p0) * kPanel<A>, sums_step, ahead, to, r, p * kPanel<A>,
-                columns);
+                sums + (r - r0) * sums_step + (p - p0) * kPanel<A>, sums_step, ahead, to, r, p * kPanel<A>, columns);
           }
         }
       }

@@ -1,4 +1,5 @@
-// The kernels as each instruction set's file offers them to atrous_separable.cpp, which prepares the per-channel vectors.
+// The kernels as each instruction set's file offers them to atrous_separable.cpp, which prepares the per-channel
+// vectors.
 #pragma once
 
 #include "atrous_separable.h"
@@ -25,12 +26,12 @@ struct SeparableJob {
 };
 constexpr int64_t kChannelPadding = 32;
 
-#define DK_DECLARE_ISA(isa)                                                  \
-  namespace isa {                                                            \
-  template <typename T>                                                      \
-  struct Separable {                                                         \
-    static void run(const SeparableJob<T>& job, const Parallel& parallel);   \
-  };                                                                         \
+#define DK_DECLARE_ISA(isa)                                                \
+  namespace isa {                                                          \
+  template <typename T>                                                    \
+  struct Separable {                                                       \
+    static void run(const SeparableJob<T>& job, const Parallel& parallel); \
+  };                                                                       \
   }
 
 DK_DECLARE_ISA(portable)

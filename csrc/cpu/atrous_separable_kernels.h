@@ -19,8 +19,12 @@ Tile in_scratch(const Arguments&... arguments) {
 template <typename A>
 Results<A> results_at(const SeparableJob<A>& job, int64_t offset, int64_t row_step) {
   const A* residual = job.tensors.residual;
-  return {job.tensors.out + offset, residual ? residual + offset : nullptr, row_step,
-          job.pointwise.scale,      job.pointwise.shift,                    job.pointwise.activation};
+  return {job.tensors.out + offset,
+          residual ? residual + offset : nullptr,
+          row_step,
+          job.pointwise.scale,
+          job.pointwise.shift,
+          job.pointwise.activation};
 }
 
 template <typename A>

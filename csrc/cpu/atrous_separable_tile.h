@@ -1,5 +1,5 @@
-// The depthwise half of the separable convolution, for a tile of pixels and all channels, laid out as the matrix product
-// wants it. For the per-instruction-set files only: everything here has internal linkage.
+// The depthwise half of the separable convolution, for a tile of pixels and all channels, laid out as the matrix
+// product wants it. For the per-instruction-set files only: everything here has internal linkage.
 //
 // A tile is a run of consecutive pixels of one image, row after row.
 #pragma once
@@ -230,8 +230,8 @@ class PanelTile {
     y_ = arena.take<A>(most_pixels * plan.most_channels(s_.channels));
     sums_ = arena.take<A>(most_pixels * (plan.by_depth ? job.out_channels : kGroupRows));
     const int64_t rows = (most_pixels + s_.out_w - 2) / s_.out_w + 1;
-    const int64_t columns = larger((s_.pad_left + s_.in_w - 1) / s_.stride_w,
-                                   s_.out_w - 1 + (s_.kernel_w - 1) * s_.rate_w / s_.stride_w);
+    const int64_t columns =
+        larger((s_.pad_left + s_.in_w - 1) / s_.stride_w, s_.out_w - 1 + (s_.kernel_w - 1) * s_.rate_w / s_.stride_w);
     phase_ = rounded_up(columns + 1, L) + 4 * L;  // the last vectors of a row read beyond it
     pitch_ = phase_ * s_.stride_w;
     slots_ = arena.take<A>((rows * s_.kernel_h + 1) * pitch_);
