@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import to_input
-from .madds import evaluation_mode
 from .refinement import CRFParameters, energy_of_scores, most_probable, refine
-from .system import SYMMETRIC
+from .system import SYMMETRIC, evaluation_mode
 from .tiling import Window, check_window, windows
 
 PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the papers' multi-scale results on PASCAL VOC

@@ -8,14 +8,15 @@ grid is rounded up to a multiple of the rate on each axis, so 33 x 33 counts as 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from .system import evaluation_mode
 
 Convention = Literal["paper", "true"]
 
@@ -100,18 +101,6 @@ def _count(model: nn.Module, input_size: int | Sequence[int], channels: int = 3)
     with torch.no_grad(), evaluation_mode(model), counter:
         functional_call(model, meta, (x,))
     return counter.counts
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode; afterwards those that were in training mode are again."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _storage(tensor: Tensor) -> int:

@@ -21,6 +21,7 @@ from deeplab_kernels.models.system import SegmentationModel
 from deeplab_kernels.models.training import TrainingConfig, start_near_identity, train
 
 from deeplab_kernels import models
+from deeplab_kernels._files import written_whole
 from deeplab_kernels.demo import crf
 from deeplab_kernels.demo.speed import keep_freed_memory
 
@@ -138,6 +139,5 @@ def _choose(model: SegmentationModel, settings: Settings, kind: str) -> tuple[CR
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    with written_whole(path) as partial:
+        partial.write_bytes(content)

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "finite.h"
 #include "gaussian_filter_isa.h"
 #include "instruction_set.h"
 #include "workspace.h"
@@ -23,11 +24,6 @@ void with_kernels(F&& f) {
   if (chosen_instruction_set() == InstructionSet::kAvx2) return f(avx2::GaussianFilter<T>());
 #endif
   f(portable::GaussianFilter<T>());
-}
-
-template <typename T>
-bool all_finite(const T* values, int64_t count) {
-  return std::all_of(values, values + count, [](T value) { return std::isfinite(value); });
 }
 
 // A run of one image's points in their order so far.
@@ -149,7 +145,7 @@ class Filter {
     std::vector<char> usable(size_t(shape_.batch));
     parallel(shape_.batch, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        usable[size_t(b)] = all_finite(tensors_.features + b * d * n, d * n);
+        usable[size_t(b)] = all_finite<T>(tensors_.features + b * d * n, d * n);
       }
     });
     SpatialOrder<T>(shape_, tensors_.features, cutoff_, usable, order_.data()).sort(parallel);
@@ -233,10 +229,10 @@ class Filter {
     auto channel = [&](const T* tensor, int64_t k) { return tensor + (b * c + k) * n; };
     bool all = features_finite;
     for (int64_t k = 0; k < c; ++k) {
-      if (tensors_.rows && !(features_finite && all_finite(channel(tensors_.rows, k), n)))
+      if (tensors_.rows && !(features_finite && all_finite<T>(channel(tensors_.rows, k), n)))
         std::fill_n(tensors_.out + (b * c + k) * n, n, nan);
       if (tensors_.grad_features)
-        all = all && all_finite(channel(tensors_.values, k), n) && all_finite(channel(tensors_.grad, k), n);
+        all = all && all_finite<T>(channel(tensors_.values, k), n) && all_finite<T>(channel(tensors_.grad, k), n);
     }
     if (tensors_.grad_features && !all) std::fill_n(tensors_.grad_features + b * d * n, d * n, nan);
   }

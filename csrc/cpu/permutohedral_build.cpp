@@ -278,8 +278,6 @@ struct Bounds {
   double low[kMaxLatticeDimension], high[kMaxLatticeDimension];
 };
 
-constexpr int64_t kLongestRun = int64_t{1} << 62;
-
 // Extends [low, high] by `count` values; NaN or an infinity makes it infinite for good.
 template <typename T>
 void add_bounds(const T* in, int64_t stride, int64_t count, double* low, double* high) {
@@ -304,25 +302,27 @@ void add_bounds(const T* in, int64_t stride, int64_t count, double* low, double*
 
 // Smallest and largest feature of each axis; NaN or an infinity becomes infinite bounds.
 template <typename T>
-Bounds find_bounds(const ChunkPlan& plan, int d, Strided<const T> features, const Parallel& parallel) {
+Bounds find_bounds(int64_t batch, int d, int64_t points, Strided<const T> features, const Parallel& parallel) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  std::vector<Bounds> of_chunk(size_t(plan.chunks()));
-  parallel(plan.chunks(), [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      Bounds& bounds = of_chunk[c];
-      for (int i = 0; i < d; ++i) bounds.low[i] = kInfinity, bounds.high[i] = -kInfinity;
-      over_blocks(plan, c, kLongestRun, [&](int64_t image, int64_t first, int64_t count) {
-        for (int i = 0; i < d; ++i)
-          add_bounds(features.data + image * features.batch_stride + i * features.channel_stride +
-                         first * features.point_stride,
-                     features.point_stride, count, &bounds.low[i], &bounds.high[i]);
-      });
+  constexpr int64_t kPiece = 8192;
+  const int64_t pieces = (points + kPiece - 1) / kPiece;
+  std::vector<Bounds> of_piece(size_t(batch * pieces));
+  parallel(batch * pieces, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t image = piece / pieces, first = piece % pieces * kPiece;
+      Bounds& bounds = of_piece[size_t(piece)];
+      for (int i = 0; i < d; ++i) {
+        bounds.low[i] = kInfinity, bounds.high[i] = -kInfinity;
+        const T* in = features.data + image * features.batch_stride + i * features.channel_stride;
+        add_bounds(in + first * features.point_stride, features.point_stride, std::min(kPiece, points - first),
+                   &bounds.low[i], &bounds.high[i]);
+      }
     }
   });
   Bounds all;
   for (int i = 0; i < d; ++i) {
     all.low[i] = kInfinity, all.high[i] = -kInfinity;
-    for (const Bounds& b : of_chunk) {
+    for (const Bounds& b : of_piece) {
       all.low[i] = std::min(all.low[i], b.low[i]);
       all.high[i] = std::max(all.high[i], b.high[i]);
     }
@@ -386,20 +386,17 @@ ChunkPlan::ChunkPlan(int64_t batch, int64_t points, int64_t row) : batch(batch),
 template <typename T>
 FeatureProblem find_feature_problem(int64_t batch, int d, int64_t points, Strided<const T> features,
                                     const Parallel& parallel) {
-  const ChunkPlan plan(batch, points);
-  if (plan.chunks() == 0) return {};
-  return find_problem(batch, d, points, features, find_bounds(plan, d, features, parallel));
+  return find_problem(batch, d, points, features, find_bounds(batch, d, points, features, parallel));
 }
 
 template <typename T>
 LatticeData<T> build_lattice(int64_t batch, int d, int64_t points, int64_t row, Strided<const T> features,
                              Embedding embedding, FeatureProblem* problem, const Parallel& parallel) {
   LatticeData<T> lattice;
-  const ChunkPlan plan(batch, points, row);
-  const Bounds bounds = find_bounds(plan, d, features, parallel);
+  const Bounds bounds = find_bounds(batch, d, points, features, parallel);
   *problem = find_problem(batch, d, points, features, bounds);
   lattice.d = d;
-  if (problem->kind == FeatureProblem::kNone) lattice.plan = plan;
+  if (problem->kind == FeatureProblem::kNone) lattice.plan = ChunkPlan(batch, points, row);
   const int64_t total = lattice.plan.batch * lattice.plan.points;
   lattice.weight = Buffer<T>(total * (d + 1));
   lattice.slot = Buffer<int32_t>(total * (d + 1));

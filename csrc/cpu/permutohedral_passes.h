@@ -49,7 +49,7 @@ struct ChunkPlan {
   static constexpr int64_t kSegment = 64;
 
   int64_t batch = 0, points = 0;
-  int64_t row = 0;  // points of a row; 0: not known
+  int64_t row = 0;  // points of a row: all, where rows are not known
   int64_t chunk_width = 1, chunk_height = 1, across = 1, chunks_per_image = 0;
 
   ChunkPlan() = default;

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._text import columns
 from ..errors import UserError
 from . import _inference_options
-from ._table import columns
 
 if TYPE_CHECKING:
     from ..models.data import Dataset, Scene

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ._table import columns
+from .._text import columns
 
 HELP = "print the Multiply-Adds of DeepLab v3+ beside the paper's, or those of one model"
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .._files import written_whole
 from ..errors import UserError
 from . import _inference_options
 from ._inputs import Input, collect, stems
@@ -271,14 +272,11 @@ class Job:
 
 def save_png(picture: Image.Image, path: Path) -> None:
     """Writes the file whole or not at all: --skip-existing takes what is there for done."""
-    partial = path.with_name(f".{path.name}.part")
     try:
-        picture.save(partial, "PNG")
-        partial.replace(path)
+        with written_whole(path) as partial:
+            picture.save(partial, "PNG")
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _title(result: dict[str, Any]) -> str:

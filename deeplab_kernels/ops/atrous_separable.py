@@ -23,6 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import _library
 from .._layout import is_channels_last_only, output_memory_format
+from ..reference.atrous_depthwise import _activate
 from . import _backends, _validation
 from .atrous_depthwise import (
     _accumulation_dtype,
@@ -69,10 +70,6 @@ def default_execution() -> str:
     if value not in EXECUTIONS:
         raise ValueError(f"{EXECUTION_VARIABLE} must be one of {', '.join(EXECUTIONS)}, got {value!r}")
     return value
-
-
-def _activate(x: Tensor, code: int) -> Tensor:
-    return F.relu6(x) if code == 2 else F.relu(x) if code == 1 else x
 
 
 def picks_whole(

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from deeplab_kernels._files import written_whole
+
 COLUMNS = ("step", "learning_rate", "loss", "seconds", "mean_iou", "pixel_accuracy")
 
 
@@ -27,12 +29,10 @@ class Log:
         self._writer: Any = None
         if tensorboard:
             self._writer = _tensorboard().SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        partial = path.with_name(f"{path.name}.part")
-        with partial.open("w", newline="", encoding="utf-8") as file:
+        with written_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             start = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             start.writeheader()
             start.writerows(rows)
-        partial.replace(path)
         self._file = path.open("a", newline="", encoding="utf-8")
         self._csv = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
 

@@ -6,13 +6,13 @@ import os
 import pickle
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from deeplab_kernels._files import written_whole
 from deeplab_kernels.errors import UserError
 
 from ..registry import build
@@ -67,14 +67,11 @@ def write_whole(path: str | os.PathLike[str], content: Any) -> None:
     Raises:
         OSError: no room, no permission.
     """
-    target = Path(path)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        with partial.open("wb") as file:
+        with written_whole(path) as partial, partial.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(target)
     except RuntimeError as error:
         # torch's zip writer, on its way out, hides why a write failed.
         cause: BaseException | None = error
@@ -83,8 +80,6 @@ def write_whole(path: str | os.PathLike[str], content: Any) -> None:
         if cause is None:
             raise
         raise OSError(cause.errno, cause.strerror, os.fspath(path)) from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_weights_file(path: str | os.PathLike[str]) -> dict[str, Any]:
