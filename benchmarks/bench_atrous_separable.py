@@ -30,7 +30,7 @@ from deeplab_kernels.nn.init import truncated_normal_
 from deeplab_kernels.timing import Timing, interleaved
 
 FILE = "atrous_separable.json"
-QUICK = ("728x33->728", "A12:2048x33r12->256", "256x129->256")
+QUICK = ("728x33->728", "A12:2048x33r12->relu->256", "256x129->256", "256x129->relu->256")
 LAYOUTS = measure.LAYOUTS
 
 
@@ -189,7 +189,12 @@ def _pair(values: list[float], digits: int = 2) -> str:
 def chosen(args: argparse.Namespace) -> list[layers.Block]:
     distinct = sorted({*layers.xception65_blocks(16), *(layers.xception65_blocks(8) if args.output_stride_8 else ())})
     wanted = QUICK if args.quick else args.blocks.split(",") if args.blocks else None
-    return [block for block in distinct if wanted is None or block.name in wanted]
+    if wanted is None:
+        return distinct
+    known = {name for block in distinct for name in block.names}
+    if unknown := set(wanted) - known:
+        raise SystemExit(f"--blocks: {', '.join(sorted(unknown))}: none of {', '.join(b.name for b in distinct)}")
+    return [block for block in distinct if block.names & set(wanted)]
 
 
 @pytest.mark.parametrize("contender", ["whole nhwc", "two_kernels nhwc", "eager nhwc"])

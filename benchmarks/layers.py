@@ -63,8 +63,13 @@ class Block:
 
     @property
     def name(self) -> str:
-        """For example 728x33->728, A12:2048x33r12->256."""
-        return f"{self.layer.name}->{self.out_channels}"
+        """For example 728x33->728 (ReLU before it), A12:2048x33r12->relu->256 (ReLU after either half)."""
+        return f"{self.layer.name}->{'relu->' * self.inner_activation}{self.out_channels}"
+
+    @property
+    def names(self) -> set[str]:
+        """What it may be asked for by: its name, also without the ReLU."""
+        return {self.name, self.name.replace("relu->", "")}
 
 
 def xception65_blocks(

@@ -30,7 +30,7 @@ def timing(ms: float, spread: float = 0.05, rounds: int = 5) -> dict[str, float]
 
 def separable(**times: float) -> dict[str, Any]:
     timings = {name.replace("__", " "): timing(ms) for name, ms in times.items()}
-    record = {"name": "A12:2048x33r12->256", "madds": 10**9, "bytes": 10**7, "threads": 2, "timings": timings}
+    record = {"name": "A12:2048x33r12->relu->256", "madds": 10**9, "bytes": 10**7, "threads": 2, "timings": timings}
     return {"machine": MACHINE, "commit": "abc", "date": "2026-11-21", "records": [record]}
 
 
@@ -86,7 +86,7 @@ def test_rows_of_a_separable_block(tmp_path: Path) -> None:
 def test_missed_bars_are_listed(tmp_path: Path) -> None:
     document = separable(whole__nhwc=2.0, eager__nhwc=4.0)
     results = rows.read(write(tmp_path, atrous_separable=document, models=models()))
-    assert [bar.case for bar in results.missed][-1] == "A12:2048x33r12->256"
+    assert [bar.case for bar in results.missed][-1] == "A12:2048x33r12->relu->256"
     assert "2.00 < 3" in results.missed[-1].what
     assert sum("ratio 1.12" in bar.what for bar in results.missed) == 2
     assert not rows.read(write(tmp_path / "fast", atrous_separable=separable(whole__nhwc=1, eager__nhwc=4))).missed

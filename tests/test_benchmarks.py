@@ -18,6 +18,7 @@ sys.path.append(str(BENCHMARKS))
 
 import bars  # noqa: E402
 import bench_atrous_depthwise as bench  # noqa: E402
+import bench_atrous_separable as separable  # noqa: E402
 import bench_dense_crf_layer  # noqa: E402
 import bench_models  # noqa: E402
 import builds  # noqa: E402
@@ -58,6 +59,15 @@ def test_shapes_are_distinct_and_hold_every_layer() -> None:
     assert len(names) == len(set(names)) == 2 * len(layers.all_layers())
     assert set(layers.all_layers()) >= {*layers.xception65_layers(8), *layers.xception65_layers(16)}
     assert "A12:2048x33r12/N4" in names
+
+
+def test_names_of_blocks_are_distinct() -> None:
+    blocks = {*layers.xception65_blocks(16), *layers.xception65_blocks(8)}
+    assert len({block.name for block in blocks}) == len(blocks)
+    chosen = separable.chosen(separable.parse(["--blocks", "A12:2048x33r12->256,256x129->256"]))
+    assert [b.name for b in chosen] == ["256x129->256", "256x129->relu->256", "A12:2048x33r12->relu->256"]
+    with pytest.raises(SystemExit, match="weather"):
+        separable.chosen(separable.parse(["--blocks", "weather"]))
 
 
 def test_select() -> None:

@@ -89,12 +89,33 @@ def test_import_is_lazy():
         "import deeplab_kernels.densecrf\n"
         "assert 'torch' not in sys.modules\n"
         "import deeplab_kernels.ops, deeplab_kernels.nn, deeplab_kernels.models\n"
-        "heavy = 'torchvision', 'timm', 'kornia', 'skimage', 'transformers', 'PIL', 'matplotlib', 'torch._dynamo'\n"
+        "heavy = 'torchvision', 'timm', 'kornia', 'skimage', 'transformers', 'PIL', 'matplotlib', 'torch._dynamo', \\\n"
+        "    'triton', 'torch.utils.flop_counter'\n"
         "unwanted = [m for m in heavy if m in sys.modules]\n"
         "assert not unwanted, unwanted\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
+
+
+def test_flop_formulas_are_there_when_the_counter_is():
+    """Registered by its import, whichever of both is imported first, and not lost by a look for it."""
+    for first in ("import deeplab_kernels.ops", "import torch.utils.flop_counter"):
+        code = (
+            "import importlib.util, sys, torch\n"
+            f"{first}\n"
+            "importlib.util.find_spec('torch.utils.flop_counter')\n"
+            "import deeplab_kernels.ops\n"
+            "from torch.utils.flop_counter import FlopCounterMode, flop_registry\n"
+            "assert torch.ops.deeplab_kernels.atrous_depthwise_conv2d in flop_registry\n"
+            "assert torch.ops.deeplab_kernels.permutohedral_filter in flop_registry\n"
+            "assert not any(type(f).__module__.startswith('deeplab_kernels') for f in sys.meta_path)\n"
+            "with FlopCounterMode(display=False) as counter:\n"
+            "    deeplab_kernels.ops.atrous_depthwise_conv2d(torch.ones(1, 2, 5, 5), torch.ones(2, 1, 3, 3))\n"
+            "assert counter.get_total_flops() == 2 * 2 * 9 * 9\n"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
 
 
 def test_public_names():

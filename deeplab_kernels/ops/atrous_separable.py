@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import _library
 from .._layout import is_channels_last_only, output_memory_format
 from ..reference.atrous_depthwise import _activate
 from . import _backends, _validation
+from ._flops import register_flop_formula
 from .atrous_depthwise import (
     _accumulation_dtype,
     _below_autograd,

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
 from . import _backends
+from ._flops import register_flop_formula
 from .gaussian_filter import gaussian_filter
 from .local_gaussian_filter import local_gaussian_filter
 from .permutohedral import (

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
 from ..reference.gaussian_filter import accumulation_dtype
 from . import _backends, _validation
+from ._flops import register_flop_formula
 
 _ops = torch.ops.deeplab_kernels
 

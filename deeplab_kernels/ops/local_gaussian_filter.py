@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..reference.local_gaussian_filter import clamped
 from . import _validation
+from ._flops import register_flop_formula
 from .gaussian_filter import backward_pair_flops, call, check_points, normalised, pair_flops, register_filter
 
 _ops = torch.ops.deeplab_kernels

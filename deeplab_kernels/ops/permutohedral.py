@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
 from ..reference.permutohedral import MAX_DIMENSION
 from . import _backends, _validation
+from ._flops import register_flop_formula
 
 _ops = torch.ops.deeplab_kernels
 
