@@ -5,7 +5,6 @@
 
 #include "atrous_depthwise_isa.h"
 #include "finite.h"
-#include "instruction_set.h"
 
 namespace deeplab_kernels::cpu {
 namespace {
@@ -29,15 +28,10 @@ typename Stored<T>::type* stored(T* p) {
   return reinterpret_cast<typename Stored<T>::type*>(p);
 }
 
-// Calls f with the kernels of the chosen instruction set.
 template <typename T, typename F>
-void with_kernels(F&& f) {
+void with_depthwise(F&& f) {
   using S = typename Stored<T>::type;
-#if defined(__x86_64__) && !defined(DEEPLAB_KERNELS_PORTABLE)
-  if (chosen_instruction_set() == InstructionSet::kAvx512) return f(avx512::Kernels<S>());
-  if (chosen_instruction_set() == InstructionSet::kAvx2) return f(avx2::Kernels<S>());
-#endif
-  f(portable::Kernels<S>());
+  with_kernels<portable::Kernels<S>, avx2::Kernels<S>, avx512::Kernels<S>>(f);
 }
 
 template <typename T>
@@ -58,7 +52,8 @@ void backward(const DepthwiseShape& shape, const BackwardTensors<typename Stored
               const BatchNorm<acc_t<T>>* norm, bool batch_statistics, T* grad_weight, const Parallel& parallel) {
   auto run = [&](bool exact) {
     const PlanBuilder builder = make_plan<T>(shape, Purpose::kBackward, exact);
-    with_kernels<T>([&](auto kernels) { kernels.backward(builder.plan(), tensors, norm, batch_statistics, parallel); });
+    with_depthwise<T>(
+        [&](auto kernels) { kernels.backward(builder.plan(), tensors, norm, batch_statistics, parallel); });
   };
   const bool exact = !weights_finite(shape, weight);
   run(exact);
@@ -71,7 +66,7 @@ void backward(const DepthwiseShape& shape, const BackwardTensors<typename Stored
 template <typename T>
 void atrous_depthwise_conv2d(const DepthwiseShape& shape, const T* x, const T* weight, T* y, const Parallel& parallel) {
   const PlanBuilder builder = make_plan<T>(shape, Purpose::kInference, !weights_finite(shape, weight));
-  with_kernels<T>(
+  with_depthwise<T>(
       [&](auto kernels) { kernels.forward(builder.plan(), stored(x), stored(weight), nullptr, stored(y), parallel); });
 }
 
@@ -90,7 +85,7 @@ void atrous_depthwise_bn_act_inference(const DepthwiseShape& shape, const T* x, 
                                        T* out, const Parallel& parallel) {
   const BatchNorm<acc_t<T>> batch_norm{norm.gamma, norm.beta, mean, var, norm.eps, norm.activation};
   const PlanBuilder builder = make_plan<T>(shape, Purpose::kInference, !weights_finite(shape, weight));
-  with_kernels<T>([&](auto kernels) {
+  with_depthwise<T>([&](auto kernels) {
     kernels.forward(builder.plan(), stored(x), stored(weight), &batch_norm, stored(out), parallel);
   });
 }
@@ -101,7 +96,7 @@ void atrous_depthwise_bn_act_training(const DepthwiseShape& shape, const T* x, c
                                       const Parallel& parallel) {
   const BatchNorm<acc_t<T>> batch_norm{norm.gamma, norm.beta, mean, var, norm.eps, norm.activation};
   const PlanBuilder builder = make_plan<T>(shape, Purpose::kTraining, !weights_finite(shape, weight));
-  with_kernels<T>([&](auto kernels) {
+  with_depthwise<T>([&](auto kernels) {
     kernels.training(builder.plan(), stored(x), stored(weight), batch_norm, stored(out), stored(y), mean, var,
                      parallel);
   });

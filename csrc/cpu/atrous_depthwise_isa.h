@@ -2,6 +2,7 @@
 #pragma once
 
 #include "atrous_depthwise.h"
+#include "instruction_set.h"
 #include "plan.h"
 
 namespace deeplab_kernels::cpu {
@@ -50,10 +51,7 @@ struct BackwardTensors {
   };                                                                                                            \
   }
 
-DK_DECLARE_ISA(portable)
-DK_DECLARE_ISA(avx2)
-DK_DECLARE_ISA(avx512)
-
+DK_EACH_INSTRUCTION_SET(DK_DECLARE_ISA)
 #undef DK_DECLARE_ISA
 
 }  // namespace deeplab_kernels::cpu

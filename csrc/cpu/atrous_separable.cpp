@@ -7,7 +7,6 @@
 
 #include "atrous_separable_isa.h"
 #include "finite.h"
-#include "instruction_set.h"
 
 namespace deeplab_kernels::cpu {
 namespace {
@@ -50,11 +49,8 @@ void atrous_separable_conv2d(const DepthwiseShape& shape, int64_t out_channels, 
   if (nothing(depthwise_norm)) job.depthwise.scale = nullptr;
   if (tensors.depthwise_weight)
     job.finite_weights = all_finite<T>(tensors.depthwise_weight, shape.channels * shape.taps());
-#if defined(__x86_64__) && !defined(DEEPLAB_KERNELS_PORTABLE)
-  if (chosen_instruction_set() == InstructionSet::kAvx512) return avx512::Separable<T>::run(job, parallel);
-  if (chosen_instruction_set() == InstructionSet::kAvx2) return avx2::Separable<T>::run(job, parallel);
-#endif
-  portable::Separable<T>::run(job, parallel);
+  with_kernels<portable::Separable<T>, avx2::Separable<T>, avx512::Separable<T>>(
+      [&](auto kernels) { kernels.run(job, parallel); });
 }
 
 #define DK_INSTANTIATE(T)                                                                                          \

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "atrous_separable.h"
+#include "instruction_set.h"
 
 namespace deeplab_kernels::cpu {
 
@@ -34,10 +35,7 @@ constexpr int64_t kChannelPadding = 32;
   };                                                                       \
   }
 
-DK_DECLARE_ISA(portable)
-DK_DECLARE_ISA(avx2)
-DK_DECLARE_ISA(avx512)
-
+DK_EACH_INSTRUCTION_SET(DK_DECLARE_ISA)
 #undef DK_DECLARE_ISA
 
 }  // namespace deeplab_kernels::cpu

@@ -10,20 +10,14 @@
 
 #include "finite.h"
 #include "gaussian_filter_isa.h"
-#include "instruction_set.h"
 #include "workspace.h"
 
 namespace deeplab_kernels::cpu {
 namespace {
 
-// Calls f with the kernels of the instruction set in use.
 template <typename T, typename F>
-void with_kernels(F&& f) {
-#if defined(__x86_64__) && !defined(DEEPLAB_KERNELS_PORTABLE)
-  if (chosen_instruction_set() == InstructionSet::kAvx512) return f(avx512::GaussianFilter<T>());
-  if (chosen_instruction_set() == InstructionSet::kAvx2) return f(avx2::GaussianFilter<T>());
-#endif
-  f(portable::GaussianFilter<T>());
+void with_filter(F&& f) {
+  with_kernels<portable::GaussianFilter<T>, avx2::GaussianFilter<T>, avx512::GaussianFilter<T>>(f);
 }
 
 // A run of one image's points in their order so far.
@@ -156,7 +150,7 @@ class Filter {
     std::vector<SortedImage<T>> images;
     for (int64_t b = 0; b < shape_.batch; ++b)
       if (usable[size_t(b)]) images.push_back(image(b));
-    with_kernels<T>([&](auto kernels) {
+    with_filter<T>([&](auto kernels) {
       const int64_t tiles = (n + kernels.tile_points() - 1) / kernels.tile_points();
       const int64_t pieces = 8 * parallel.threads();  // so many that no thread waits long for the last one
       const int64_t group = std::clamp<int64_t>(int64_t(images.size()) * tiles / pieces, 1, 8);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gaussian_filter.h"
+#include "instruction_set.h"
 
 namespace deeplab_kernels::cpu {
 
@@ -42,10 +43,7 @@ struct FilterJob {
   };                                                                     \
   }
 
-DK_DECLARE_ISA(portable)
-DK_DECLARE_ISA(avx2)
-DK_DECLARE_ISA(avx512)
-
+DK_EACH_INSTRUCTION_SET(DK_DECLARE_ISA)
 #undef DK_DECLARE_ISA
 
 }  // namespace deeplab_kernels::cpu

@@ -12,16 +12,12 @@
 namespace deeplab_kernels::cpu {
 namespace {
 
-template <typename A>
-constexpr int64_t kTile = 2 * kLanes<A>;
-
-// sums[c][tile] += sum_k left[k][tile] * right[k][c] for kColumns columns c. A vector multiply-add takes four cycles
-// and two start in each: with few columns, steps in k take turns with kChains sums.
+// sums[c][tile] += sum_k left[k][tile] * right[k][c] for kColumns columns c.
 template <typename A, int kColumns>
 DK_INLINE void multiply_columns(const A* left, int64_t left_pitch, const A* right, int64_t right_pitch, int64_t count,
                                 A* sums) {
   constexpr int64_t L = kLanes<A>;
-  constexpr int kChains = kColumns == 1 ? 4 : kColumns <= 3 ? 2 : 1;
+  constexpr int kChains = chains_of(kColumns);
   Vec<A> acc[kChains][kColumns][2] = {};
   for (int64_t k = 0; k + kChains <= count; k += kChains) {
 #pragma GCC unroll 4
@@ -37,48 +33,16 @@ DK_INLINE void multiply_columns(const A* left, int64_t left_pitch, const A* righ
       }
     }
   }
-#pragma GCC unroll 8
-  for (int c = 0; c < kColumns; ++c)
-#pragma GCC unroll 2
-    for (int m = 0; m < 2; ++m) {
-      Vec<A> total = acc[0][c][m];
-#pragma GCC unroll 4
-      for (int s = 1; s < kChains; ++s) total += acc[s][c][m];
-      A* p = sums + c * kTile<A> + m * L;
-      store(p, load(p) + total);
-    }
+  add_chains<A>(acc, sums);
 }
 
 // sums[c][tile] += sum_j kernel[j][tile] * rows[j][c] over one block.
 template <typename A>
 void multiply(const A* kernel, const A* rows, int64_t channels, A* sums) {
-  constexpr int64_t kMost = 6;
-  const int64_t groups = (channels + kMost - 1) / kMost;
-  for (int64_t g = 0, c = 0; g < groups; ++g) {
-    const int64_t width = (channels - c + groups - g - 1) / (groups - g);
-    const A* r = rows + c;
-    A* s = sums + c * kTile<A>;
-    switch (width) {
-      case 1:
-        multiply_columns<A, 1>(kernel, kTile<A>, r, channels, kBlockPoints, s);
-        break;
-      case 2:
-        multiply_columns<A, 2>(kernel, kTile<A>, r, channels, kBlockPoints, s);
-        break;
-      case 3:
-        multiply_columns<A, 3>(kernel, kTile<A>, r, channels, kBlockPoints, s);
-        break;
-      case 4:
-        multiply_columns<A, 4>(kernel, kTile<A>, r, channels, kBlockPoints, s);
-        break;
-      case 5:
-        multiply_columns<A, 5>(kernel, kTile<A>, r, channels, kBlockPoints, s);
-        break;
-      default:
-        multiply_columns<A, 6>(kernel, kTile<A>, r, channels, kBlockPoints, s);
-    }
-    c += width;
-  }
+  in_groups_of_columns(channels, [&](auto columns, int64_t first) __attribute__((always_inline)) {
+    multiply_columns<A, decltype(columns)::kCount>(kernel, kTile<A>, rows + first, channels, kBlockPoints,
+                                                   sums + first * kTile<A>);
+  });
 }
 
 // kernel[j][tile] = exp(-|f_i - f_j|^2 / 2) of one tile and one block. kDimensions 0: known at run time.

@@ -1,5 +1,5 @@
-// exp(-s / 2) of a vector of squared distances. For the per-instruction-set files only: everything here has internal
-// linkage.
+// What the kernels of the two Gaussian filters share: exp(-s / 2) of a vector of squared distances, and sums over a
+// tile of two vectors of outputs. For the per-instruction-set files only: everything here has internal linkage.
 #pragma once
 
 #include "simd.h"
@@ -53,6 +53,64 @@ DK_INLINE Vec<A> exp_of_minus_half(Vec<A> s) {
   for (int k = H::kDegree - 2; k >= 0; --k) p = p * r + H::kCoefficients[k];
   p = p * r + A(1);
   return reinterpret_cast<Vec<A>>(reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(shifted) << H::kMantissa));
+}
+
+template <typename A>
+constexpr int64_t kTile = 2 * kLanes<A>;
+
+// Chains of sums that `columns` columns of a tile are formed in, by steps that take turns: a vector multiply-add takes
+// four cycles and two start in each.
+constexpr int chains_of(int columns) { return columns == 1 ? 4 : columns <= 3 ? 2 : 1; }
+
+// sums[c][tile] += the chains of each column
+template <typename A, int kChains, int kColumns>
+DK_INLINE void add_chains(const Vec<A> (&chains)[kChains][kColumns][2], A* sums) {
+  constexpr int64_t L = kLanes<A>;
+#pragma GCC unroll 8
+  for (int c = 0; c < kColumns; ++c)
+#pragma GCC unroll 2
+    for (int m = 0; m < 2; ++m) {
+      Vec<A> total = chains[0][c][m];
+#pragma GCC unroll 4
+      for (int s = 1; s < kChains; ++s) total += chains[s][c][m];
+      A* p = sums + c * kTile<A> + m * L;
+      store(p, load(p) + total);
+    }
+}
+
+template <int kColumns>
+struct Columns {
+  static constexpr int kCount = kColumns;
+};
+
+// f(Columns<n>(), first) for groups of 1 to 6 columns, as equal as can be.
+template <typename F>
+DK_INLINE void in_groups_of_columns(int64_t columns, F&& f) {
+  constexpr int64_t kMost = 6;
+  const int64_t groups = (columns + kMost - 1) / kMost;
+  for (int64_t g = 0, c = 0; g < groups; ++g) {
+    const int64_t width = (columns - c + groups - g - 1) / (groups - g);
+    switch (width) {
+      case 1:
+        f(Columns<1>(), c);
+        break;
+      case 2:
+        f(Columns<2>(), c);
+        break;
+      case 3:
+        f(Columns<3>(), c);
+        break;
+      case 4:
+        f(Columns<4>(), c);
+        break;
+      case 5:
+        f(Columns<5>(), c);
+        break;
+      default:
+        f(Columns<6>(), c);
+    }
+    c += width;
+  }
 }
 
 }  // namespace

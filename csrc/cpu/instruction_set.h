@@ -11,4 +11,17 @@ InstructionSet chosen_instruction_set();
 // Its name: "avx512", "avx2" or "portable".
 const char* instruction_set();
 
+// Declares what the file of each instruction set offers, in the namespaces that those files name.
+#define DK_EACH_INSTRUCTION_SET(declare) declare(portable) declare(avx2) declare(avx512)
+
+// Calls f with the kernels of the instruction set in use. The other two stay declarations where they are not built.
+template <typename Portable, typename Avx2, typename Avx512, typename F>
+void with_kernels(F&& f) {
+#if defined(__x86_64__) && !defined(DEEPLAB_KERNELS_PORTABLE)
+  if (chosen_instruction_set() == InstructionSet::kAvx512) return f(Avx512());
+  if (chosen_instruction_set() == InstructionSet::kAvx2) return f(Avx2());
+#endif
+  f(Portable());
+}
+
 }  // namespace deeplab_kernels::cpu

@@ -2,25 +2,19 @@
 #include "local_gaussian_filter.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <vector>
 
-#include "instruction_set.h"
+#include "finite.h"
 #include "local_gaussian_filter_isa.h"
 #include "workspace.h"
 
 namespace deeplab_kernels::cpu {
 namespace {
 
-// Calls f with the kernels of the instruction set in use.
 template <typename T, typename F>
-void with_kernels(F&& f) {
-#if defined(__x86_64__) && !defined(DEEPLAB_KERNELS_PORTABLE)
-  if (chosen_instruction_set() == InstructionSet::kAvx512) return f(avx512::LocalGaussianFilter<T>());
-  if (chosen_instruction_set() == InstructionSet::kAvx2) return f(avx2::LocalGaussianFilter<T>());
-#endif
-  f(portable::LocalGaussianFilter<T>());
+void with_filter(F&& f) {
+  with_kernels<portable::LocalGaussianFilter<T>, avx2::LocalGaussianFilter<T>, avx512::LocalGaussianFilter<T>>(f);
 }
 
 // What one call reads and writes, for the whole batch; null where absent.
@@ -40,7 +34,7 @@ void run(WindowShape shape, const WindowTensors<T>& tensors, const Parallel& par
   if (shape.batch == 0 || pixels == 0) return;
   shape.radius_v = clamped_radius(shape.radius_v, shape.height);
   shape.radius_h = clamped_radius(shape.radius_h, shape.width);
-  with_kernels<T>([&](auto kernels) {
+  with_filter<T>([&](auto kernels) {
     const int64_t tile = kernels.tile_columns();
     const int64_t margin = shape.radius_h;
     const int64_t pitch =
@@ -75,8 +69,7 @@ void run(WindowShape shape, const WindowTensors<T>& tensors, const Parallel& par
     parallel(int64_t(sources.size()), [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         const T* source = sources[size_t(k)];
-        if (k % planes < d)
-          finite_plane[size_t(k)] = std::all_of(source, source + pixels, [](T value) { return std::isfinite(value); });
+        if (k % planes < d) finite_plane[size_t(k)] = all_finite<T>(source, pixels);
         T* p = std::fill_n(memory.template as<T>() + k * plane, margin, T(0));
         for (int64_t y = 0; y < shape.height; ++y, source += shape.width, p += pitch)
           std::fill(std::copy_n(source, shape.width, p), p + pitch, T(0));

@@ -2,6 +2,7 @@
 // and whole vectors beside the rows.
 #pragma once
 
+#include "instruction_set.h"
 #include "local_gaussian_filter.h"
 
 namespace deeplab_kernels::cpu {
@@ -35,10 +36,7 @@ struct WindowJob {
   };                                                                    \
   }
 
-DK_DECLARE_ISA(portable)
-DK_DECLARE_ISA(avx2)
-DK_DECLARE_ISA(avx512)
-
+DK_EACH_INSTRUCTION_SET(DK_DECLARE_ISA)
 #undef DK_DECLARE_ISA
 
 }  // namespace deeplab_kernels::cpu

@@ -10,8 +10,6 @@
 namespace deeplab_kernels::cpu {
 namespace {
 
-template <typename A>
-constexpr int64_t kTile = 2 * kLanes<A>;
 constexpr int64_t kMostOffsets = 128;
 
 // The neighbours of one pass over a tile: their distances in memory from the pixel.
@@ -24,7 +22,7 @@ struct Offsets {
 template <typename A, int kColumns>
 DK_INLINE void multiply_planes(const A* kernel, const Offsets& offsets, const A* rows, int64_t plane, A* sums) {
   constexpr int64_t L = kLanes<A>;
-  constexpr int kChains = kColumns == 1 ? 4 : kColumns <= 3 ? 2 : 1;  // see gaussian_filter_kernels.h
+  constexpr int kChains = chains_of(kColumns);
   Vec<A> acc[kChains][kColumns][2] = {};
   auto step = [&](int64_t k, int s) __attribute__((always_inline)) {
     const Vec<A> k0 = load(kernel + k * kTile<A>), k1 = load(kernel + k * kTile<A> + L);
@@ -41,47 +39,15 @@ DK_INLINE void multiply_planes(const A* kernel, const Offsets& offsets, const A*
     for (int s = 0; s < kChains; ++s) step(k + s, s);
   }
   for (; k < offsets.count; ++k) step(k, 0);
-#pragma GCC unroll 8
-  for (int c = 0; c < kColumns; ++c)
-#pragma GCC unroll 2
-    for (int m = 0; m < 2; ++m) {
-      Vec<A> total = acc[0][c][m];
-#pragma GCC unroll 4
-      for (int s = 1; s < kChains; ++s) total += acc[s][c][m];
-      A* p = sums + c * kTile<A> + m * L;
-      store(p, load(p) + total);
-    }
+  add_chains<A>(acc, sums);
 }
 
 template <typename A>
 void multiply(const A* kernel, const Offsets& offsets, const A* rows, int64_t plane, int64_t channels, A* sums) {
-  constexpr int64_t kMost = 6;
-  const int64_t groups = (channels + kMost - 1) / kMost;
-  for (int64_t g = 0, c = 0; g < groups; ++g) {
-    const int64_t width = (channels - c + groups - g - 1) / (groups - g);
-    const A* r = rows + c * plane;
-    A* s = sums + c * kTile<A>;
-    switch (width) {
-      case 1:
-        multiply_planes<A, 1>(kernel, offsets, r, plane, s);
-        break;
-      case 2:
-        multiply_planes<A, 2>(kernel, offsets, r, plane, s);
-        break;
-      case 3:
-        multiply_planes<A, 3>(kernel, offsets, r, plane, s);
-        break;
-      case 4:
-        multiply_planes<A, 4>(kernel, offsets, r, plane, s);
-        break;
-      case 5:
-        multiply_planes<A, 5>(kernel, offsets, r, plane, s);
-        break;
-      default:
-        multiply_planes<A, 6>(kernel, offsets, r, plane, s);
-    }
-    c += width;
-  }
+  in_groups_of_columns(channels, [&](auto columns, int64_t first) __attribute__((always_inline)) {
+    multiply_planes<A, decltype(columns)::kCount>(kernel, offsets, rows + first * plane, plane,
+                                                  sums + first * kTile<A>);
+  });
 }
 
 // kernel[k][tile] = exp(-|f - f at offset k|^2 / 2)

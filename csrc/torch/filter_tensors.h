@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <tuple>
+
 #include "../core/gaussian_filter.h"
 #include "tensors.h"
 #include "threads.h"
@@ -56,6 +58,40 @@ const T* data(const Tensor& t) {
 template <typename T>
 T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// filter(values, features, out) of contiguous data in the accumulation type.
+template <typename F>
+Tensor filtered(const Tensor& values_any, const Tensor& features_any, F&& filter) {
+  const ScalarType acc = accumulation_type(values_any.scalar_type());
+  const Tensor values = dense_as(values_any, acc), features = dense_as(features_any, acc);
+  Tensor out = empty_as(values, acc, true);
+  dispatch_accumulation(acc, [&](auto value) {
+    using T = decltype(value);
+    filter(data<T>(values), data<T>(features), mutable_data<T>(out));
+  });
+  return out;
+}
+
+// backward(grad_out, values, features, grad_values, grad_features), the last two null where not wanted; the gradients
+// in the types of what they are gradients of.
+template <typename F>
+std::tuple<Tensor, Tensor> filter_gradients(const Tensor& grad_any, const Tensor& values_any,
+                                            const Tensor& features_any, bool need_grad_values, bool need_grad_features,
+                                            F&& backward) {
+  check_filter_gradient(grad_any, values_any);
+  const ScalarType acc = accumulation_type(values_any.scalar_type());
+  const Tensor grad = dense_as(grad_any, acc), values = dense_as(values_any, acc);
+  const Tensor features = dense_as(features_any, acc);
+  Tensor grad_values = empty_as(values, acc, need_grad_values);
+  Tensor grad_features = empty_as(features, acc, need_grad_features);
+  dispatch_accumulation(acc, [&](auto value) {
+    using T = decltype(value);
+    backward(data<T>(grad), data<T>(values), data<T>(features),
+             need_grad_values ? mutable_data<T>(grad_values) : nullptr,
+             need_grad_features ? mutable_data<T>(grad_features) : nullptr);
+  });
+  return {dense_as(grad_values, values_any.scalar_type()), dense_as(grad_features, features_any.scalar_type())};
 }
 
 }  // namespace deeplab_kernels

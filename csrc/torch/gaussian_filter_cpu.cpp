@@ -14,34 +14,18 @@ cpu::PointsShape points_shape(const Tensor& values, const Tensor& features) {
   return {values.size(0), values.size(1), values.size(2), features.size(1)};
 }
 
-Tensor filter(const Tensor& values_any, const Tensor& features_any) {
-  const cpu::PointsShape shape = points_shape(values_any, features_any);
-  const ScalarType acc = accumulation_type(values_any.scalar_type());
-  const Tensor values = dense_as(values_any, acc), features = dense_as(features_any, acc);
-  Tensor out = empty_as(values, acc, true);
-  dispatch_accumulation(acc, [&](auto value) {
-    using T = decltype(value);
-    cpu::gaussian_filter<T>(shape, data<T>(values), data<T>(features), mutable_data<T>(out), torch_threads());
-  });
-  return out;
+Tensor filter(const Tensor& values, const Tensor& features) {
+  const cpu::PointsShape shape = points_shape(values, features);
+  return filtered(values, features,
+                  [&](auto... pointers) { cpu::gaussian_filter(shape, pointers..., torch_threads()); });
 }
 
-std::tuple<Tensor, Tensor> filter_backward(const Tensor& grad_any, const Tensor& values_any, const Tensor& features_any,
+std::tuple<Tensor, Tensor> filter_backward(const Tensor& grad, const Tensor& values, const Tensor& features,
                                            bool need_grad_values, bool need_grad_features) {
-  const cpu::PointsShape shape = points_shape(values_any, features_any);
-  const ScalarType acc = accumulation_type(values_any.scalar_type());
-  check_filter_gradient(grad_any, values_any);
-  const Tensor grad = dense_as(grad_any, acc), values = dense_as(values_any, acc);
-  const Tensor features = dense_as(features_any, acc);
-  Tensor grad_values = empty_as(values, acc, need_grad_values);
-  Tensor grad_features = empty_as(features, acc, need_grad_features);
-  dispatch_accumulation(acc, [&](auto value) {
-    using T = decltype(value);
-    cpu::gaussian_filter_backward<T>(shape, data<T>(grad), data<T>(values), data<T>(features),
-                                     need_grad_values ? mutable_data<T>(grad_values) : nullptr,
-                                     need_grad_features ? mutable_data<T>(grad_features) : nullptr, torch_threads());
+  const cpu::PointsShape shape = points_shape(values, features);
+  return filter_gradients(grad, values, features, need_grad_values, need_grad_features, [&](auto... pointers) {
+    cpu::gaussian_filter_backward(shape, pointers..., torch_threads());
   });
-  return {dense_as(grad_values, values_any.scalar_type()), dense_as(grad_features, features_any.scalar_type())};
 }
 
 }  // namespace
