@@ -47,6 +47,29 @@ STABLE_TORCH_LIBRARY(deeplab_kernels, m) {
       "Tensor? pointwise_gamma, Tensor? pointwise_beta, Tensor? pointwise_mean, Tensor? pointwise_var, "
       "float depthwise_eps, float pointwise_eps, int pre_activation, int depthwise_activation, "
       "int pointwise_activation, int[2] stride, int[4] padding, int[2] dilation) -> Tensor");
+  // All rates of an atrous spatial pyramid in one pass over x: out[r] = act(norm_r(conv_r(x))) for R branches of stride
+  // 1 whose padding keeps the size ((rate * (k - 1)) / 2 before, the rest after), and the image's mean.
+  //   weight (R, C, 1, kh, kw); dilation R pairs (vertical, horizontal), flat; gamma, beta, mean, var (R, C),
+  //   contiguous, in the accumulation dtype. mean and var None: the convolutions alone (gamma, beta None, activation
+  //   0).
+  // Returns (out, pooled): R tensors (N, C, H, W) in the memory format of x, and the mean of x over (H, W), (N, C, 1,
+  // 1) in the dtype of x, summed in the accumulation dtype; of shape (0,) without pool.
+  m.def(
+      "atrous_spatial_pyramid(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var, float "
+      "eps, int activation, int[] dilation, bool pool) -> (Tensor[], Tensor)");
+  // With the batch's own statistics. Returns (out, conv, mean, var, pooled): conv = conv_r(x) like out if save_conv,
+  // otherwise an empty list; mean and biased var (R, C) over (N, H, W).
+  m.def(
+      "atrous_spatial_pyramid_training(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, float eps, int "
+      "activation, int[] dilation, bool pool, bool save_conv) -> (Tensor[], Tensor[], Tensor, Tensor, Tensor)");
+  // Backward of both. grad_pooled None: pooled took no part. conv empty: recomputed from x. Returns (grad_x,
+  // grad_weight, grad_gamma, grad_beta): grad_x summed over the branches and the mean in the accumulation dtype,
+  // rounded once; the last two (R, C) in the accumulation dtype, of shape (0,) without mean and var; the first two as
+  // in atrous_depthwise_conv2d_backward.
+  m.def(
+      "atrous_spatial_pyramid_backward(Tensor[] grad_out, Tensor? grad_pooled, Tensor x, Tensor weight, Tensor[] conv, "
+      "Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var, float eps, int activation, bool batch_statistics, int[] "
+      "dilation, bool need_grad_x, bool need_grad_weight) -> (Tensor, Tensor, Tensor, Tensor)");
   // out_i = sum_j exp(-|f_i - f_j|^2 / 2) v_j. values (B, C, N), features (B, d, N) in any floating dtype; the result
   // in the accumulation dtype of values (float64 for float64, otherwise float32), as is grad_out.
   m.def("gaussian_filter(Tensor values, Tensor features) -> Tensor");

@@ -65,6 +65,27 @@ def _separable(call: Call, t: _Inputs) -> Any:
     return call("atrous_separable_conv2d", *tensors, 1e-3, 1e-5, 1, 2, 1, *_GEOMETRY)
 
 
+_RATES = [1, 1, 2, 3, 4, 2]
+
+
+def _pyramid(call: Call, t: _Inputs) -> Any:
+    norms = t(3, 5), t(3, 5), t(3, 5), t.positive(3, 5)
+    return call("atrous_spatial_pyramid", t(2, 5, 9, 11), t(3, 5, 1, 3, 3), *norms, 1e-3, 1, _RATES, True)
+
+
+def _pyramid_training(call: Call, t: _Inputs) -> Any:
+    tensors = t(2, 5, 9, 11), t(3, 5, 1, 3, 3), t(3, 5), t(3, 5)
+    out, _, *rest = call("atrous_spatial_pyramid_training", *tensors, 1e-3, 1, _RATES, True, False)
+    return out, rest
+
+
+def _pyramid_backward(call: Call, t: _Inputs) -> Any:
+    tensors = [t(2, 5, 9, 11) for _ in range(3)], t(2, 5, 1, 1), t(2, 5, 9, 11), t(3, 5, 1, 3, 3)
+    norms = t(3, 5), t(3, 5), t(3, 5), t.positive(3, 5)
+    # No activation: rounding would decide which of the values near its kinks have a gradient.
+    return call("atrous_spatial_pyramid_backward", *tensors, [], *norms, 1e-3, 0, True, _RATES, True, True)
+
+
 def _gaussian(call: Call, t: _Inputs) -> Any:
     return call("gaussian_filter", t(2, 3, 41), t(2, 4, 41))
 
@@ -113,6 +134,9 @@ CASES: dict[str, Callable[[Call, _Inputs], Any]] = {
     "atrous_depthwise_bn_act_training": _training,
     "atrous_depthwise_bn_act_backward": _training_backward,
     "atrous_separable_conv2d": _separable,
+    "atrous_spatial_pyramid": _pyramid,
+    "atrous_spatial_pyramid_training": _pyramid_training,
+    "atrous_spatial_pyramid_backward": _pyramid_backward,
     "gaussian_filter": _gaussian,
     "gaussian_filter_backward": _gaussian_backward,
     "local_gaussian_filter": _local,

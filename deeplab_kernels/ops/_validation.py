@@ -93,31 +93,32 @@ def depthwise(
     stride: int | Sequence[int],
     padding: int | str | Sequence[int],
     dilation: int | Sequence[int],
+    name: str = "weight",
 ) -> Geometry:
-    """Checks the arguments of an atrous depthwise convolution and normalises its geometry."""
-    for name, tensor in (("x", x), ("weight", weight)):
+    """Checks the arguments of an atrous depthwise convolution and normalises its geometry; ``name`` is the weight's."""
+    for argument, tensor in (("x", x), (name, weight)):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+            raise TypeError(f"{argument} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
+            raise TypeError(f"{argument} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
         if tensor.layout != torch.strided or tensor.is_nested:
             given = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
-            raise TypeError(f"{name} must be a dense tensor, got {given}")
+            raise TypeError(f"{argument} must be a dense tensor, got {given}")
     if x.dim() != 4:
         raise ValueError(f"x must have shape (N, C, H, W), got {tuple(x.shape)}")
     if weight.dim() != 4 or weight.shape[1] != 1:
-        raise ValueError(f"weight must have shape (C * multiplier, 1, kh, kw), got {tuple(weight.shape)}")
+        raise ValueError(f"{name} must have shape (C * multiplier, 1, kh, kw), got {tuple(weight.shape)}")
     channels, out_channels = x.shape[1], weight.shape[0]
     if (out_channels % channels != 0 or out_channels == 0) if channels else out_channels != 0:
         raise ValueError(
-            f"weight must have a multiple of x's {channels} channels as its first size, "
-            f"got {out_channels} (weight {tuple(weight.shape)}, x {tuple(x.shape)})"
+            f"{name} must have a multiple of x's {channels} channels as its first size, "
+            f"got {out_channels} ({name} {tuple(weight.shape)}, x {tuple(x.shape)})"
         )
     if x.device != weight.device:
-        raise ValueError(f"weight must be on x's device {x.device}, got {weight.device}")
+        raise ValueError(f"{name} must be on x's device {x.device}, got {weight.device}")
     kernel = (weight.shape[2], weight.shape[3])
     if min(kernel) < 1:
-        raise ValueError(f"weight must have a kernel of at least 1 x 1, got {kernel[0]} x {kernel[1]}")
+        raise ValueError(f"{name} must have a kernel of at least 1 x 1, got {kernel[0]} x {kernel[1]}")
     geometry_stride, geometry_dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
     geometry = Geometry(geometry_stride, sides(padding, kernel, geometry_stride, geometry_dilation), geometry_dilation)
     top, bottom, left, right = geometry.padding

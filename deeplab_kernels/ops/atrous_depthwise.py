@@ -44,7 +44,8 @@ def _call(name: str, tensors: Sequence[Tensor | None], *args: Any) -> Any:
     # The Python autograd key is skipped: it costs more than a small convolution, with gradients or without.
     if _needs_autograd(*tensors):
         device = tensors[0].device.type  # type: ignore[union-attr]
-        if device not in ("cpu", "cuda") or torch.is_autocast_enabled(device) or torch.jit.is_tracing():
+        eager = name in _EAGER and device in ("cpu", "cuda")
+        if not eager or torch.is_autocast_enabled(device) or torch.jit.is_tracing():
             return operator(*tensors, *args)
         return _EAGER[name].apply(*tensors, *args)  # type: ignore[no-untyped-call]
     return _below_autograd(operator, *tensors, *args)
@@ -153,12 +154,18 @@ def atrous_depthwise_bn_act(
         (x, weight, gamma_acc, beta_acc),
         eps, code, g.stride, g.padding, g.dilation, save_conv_default(x),
     )  # fmt: skip
-    if count > 0:
-        with torch.no_grad():
-            if running_mean is not None and running_var is not None:
-                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-                running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+    update_running_statistics(running_mean, running_var, mean, var, count, momentum)
     return out
+
+
+def update_running_statistics(
+    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, count: int, momentum: float
+) -> None:
+    """In place, with a batch of ``count`` values per channel; its biased ``var`` becomes the unbiased one."""
+    if count > 0 and running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
 
 
 def save_conv_default(x: Tensor) -> bool:

@@ -12,6 +12,11 @@ from .atrous_depthwise import (
     atrous_depthwise_conv2d_backward,
 )
 from .atrous_separable import atrous_separable_conv2d
+from .atrous_spatial_pyramid import (
+    atrous_spatial_pyramid,
+    atrous_spatial_pyramid_backward,
+    atrous_spatial_pyramid_training,
+)
 from .dense_crf import dense_crf_mean_field, dense_crf_mean_field_backward
 from .gaussian_filter import gaussian_filter, gaussian_filter_backward
 from .local_gaussian_filter import local_gaussian_filter, local_gaussian_filter_backward
@@ -24,6 +29,9 @@ __all__ = [
     "atrous_depthwise_conv2d",
     "atrous_depthwise_conv2d_backward",
     "atrous_separable_conv2d",
+    "atrous_spatial_pyramid",
+    "atrous_spatial_pyramid_backward",
+    "atrous_spatial_pyramid_training",
     "dense_crf",
     "dense_crf_mean_field",
     "dense_crf_mean_field_backward",
