@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,11 +24,13 @@ from _cases import (
     smaller,
     weight_gradient_magnitude,
 )
+from _instruction_sets import run_tests_with
+from _threads import assert_same_bits
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from deeplab_kernels import _library, reference
+from deeplab_kernels import reference
 from deeplab_kernels.ops import atrous_depthwise_conv2d
 
 OP = torch.ops.deeplab_kernels.atrous_depthwise_conv2d.default
@@ -136,34 +135,9 @@ def test_random_geometry(axes, batch, channels, multiplier, layout, dtype):
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_other_instruction_sets(isa, tmp_path):
-    if isa == _library.cpu_instruction_set():
-        pytest.skip("the set that the other tests use")
-    program = (
-        "import sys, pytest; from deeplab_kernels import _library;"
-        f"sys.exit(77 if _library.cpu_instruction_set() != {isa!r} else pytest.main(sys.argv[1:]))"
-    )
-    files = [ROOT / "tests" / name for name in ("test_atrous_depthwise.py", "test_atrous_depthwise_bn_act.py")]
-    selected = "(test_values_and_gradients and cpu and not fp16) or test_random_geometry"
-    arguments = [
-        "-c",
-        ROOT / "pyproject.toml",
-        f"--rootdir={ROOT}",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        selected,
-    ]
-    result = subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments), *map(str, files)],
-        env=os.environ | {"DEEPLAB_KERNELS_CPU_ISA": isa, "OMP_WAIT_POLICY": "passive"},
-        cwd=tmp_path, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    if result.returncode == 77:
-        pytest.skip(f"this CPU or this build has no {isa} kernels")
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
-    assert "passed" in result.stdout
+    files = ["test_atrous_depthwise.py", "test_atrous_depthwise_bn_act.py"]
+    selection = "(test_values_and_gradients and cpu and not fp16) or test_random_geometry"
+    run_tests_with(isa, files, selection, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["sliced", "transposed", "expanded", "offset", "flipped", "negated"])
@@ -424,23 +398,17 @@ def test_functional_call():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_same_bits_with_any_number_of_threads(layout, dtype):
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for case in FEW:
-            torch.manual_seed(1)
-            inputs = random_conv(case, DTYPES[dtype], layout)
-            grad = torch.randn(case.out_size).to(DTYPES[dtype])
-            for count in (1, 2, 3, 4):
-                torch.set_num_threads(count)
-                x, weight = leaves(*inputs)
-                y = ours(x, weight, case)
-                y.backward(grad)
-                results.append((y.detach(), x.grad, weight.grad))
-            for result in results[-3:]:
-                assert all(map(torch.equal, result, results[-4])), case
-    finally:
-        torch.set_num_threads(threads)
+    for case in FEW:
+        inputs = random_conv(case, DTYPES[dtype], layout)
+        grad = torch.randn(case.out_size).to(DTYPES[dtype])
+
+        def results(case=case, inputs=inputs, grad=grad):
+            x, weight = leaves(*inputs)
+            y = ours(x, weight, case)
+            y.backward(grad)
+            return y.detach(), x.grad, weight.grad
+
+        assert_same_bits(results, (1, 2, 3, 4), case)
 
 
 def test_saved_for_backward():

@@ -24,6 +24,7 @@ from _cases import (
     smaller,
     weight_gradient_magnitude,
 )
+from _threads import assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -579,22 +580,17 @@ def test_functional_call_and_transforms():
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("training", [False, True])
 def test_same_bits_with_any_number_of_threads(training, layout, dtype):
-    threads = torch.get_num_threads()
-    try:
-        for case in FEW:
-            inputs, statistics = random_block(case, DTYPES[dtype], layout)
-            grad = torch.randn(case.out_size).to(DTYPES[dtype])
-            results = []
-            for count in (1, 2, 3, 4):
-                torch.set_num_threads(count)
-                copies, copied_statistics = leaves(*inputs), [s.clone() for s in statistics]
-                out = ours(copies, copied_statistics, case, training=training)
-                out.backward(grad)
-                results.append((out.detach(), *copied_statistics, *(t.grad for t in copies)))
-            for result in results[1:]:
-                assert all(map(torch.equal, result, results[0])), case
-    finally:
-        torch.set_num_threads(threads)
+    for case in FEW:
+        inputs, statistics = random_block(case, DTYPES[dtype], layout)
+        grad = torch.randn(case.out_size).to(DTYPES[dtype])
+
+        def results(case=case, inputs=inputs, statistics=statistics, grad=grad):
+            copies, copied_statistics = leaves(*inputs), [s.clone() for s in statistics]
+            out = ours(copies, copied_statistics, case, training=training)
+            out.backward(grad)
+            return out.detach(), *copied_statistics, *(t.grad for t in copies)
+
+        assert_same_bits(results, (1, 2, 3, 4), case)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

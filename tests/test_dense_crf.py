@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _cases import DEVICES
+from _filters import NORMALIZATIONS
+from _threads import assert_same_bits
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -24,7 +26,6 @@ from deeplab_kernels import ops, reference
 from deeplab_kernels.nn import DenseCRF
 from deeplab_kernels.ops import _backends, dense_crf_mean_field
 
-NORMALIZATIONS = ("none", "before", "after", "symmetric")
 raw = torch.ops.deeplab_kernels
 D = torch.float64
 
@@ -272,15 +273,12 @@ def test_threads_do_not_change_the_result() -> None:
     leaves = [case["unary"], *case["features"], *case["compatibility"]]
     for leaf in leaves:
         leaf.requires_grad_()
-    results = []
-    before = torch.get_num_threads()
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
+
+    def results() -> list[Tensor]:
         out = dense_crf_mean_field(**case, iterations=3)
-        results.append([out, *torch.autograd.grad(out.square().mean(), leaves)])
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
+        return [out, *torch.autograd.grad(out.square().mean(), leaves)]
+
+    assert_same_bits(results)
 
 
 # Gradients.

@@ -6,19 +6,20 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from _filters import NORMALIZATIONS, assert_near, weighted_sums
+from _instruction_sets import run_tests_with
+from _threads import assert_same_bits
 from torch.utils.flop_counter import FlopCounterMode
 
-from deeplab_kernels import _library, reference
+from deeplab_kernels import reference
 from deeplab_kernels.ops import gaussian_filter
 
 OP = torch.ops.deeplab_kernels.gaussian_filter.default
 BACKWARD = torch.ops.deeplab_kernels.gaussian_filter_backward.default
-NORMALIZATIONS = ["none", "before", "after", "symmetric"]
 # B, C, N, d
 SIZES = [(1, 1, 1, 1), (2, 3, 5, 2), (1, 4, 33, 16), (2, 21, 127, 5), (1, 2, 1000, 3), (1, 65, 40, 3), (1, 1, 700, 1)]
 EMPTY = [(0, 3, 5, 2), (2, 0, 5, 2), (2, 3, 0, 2)]
@@ -37,20 +38,7 @@ def by_matrix(values, features, normalization="none"):
     """The definition, with all N x N numbers."""
     square = (features[:, :, :, None] - features[:, :, None, :]).square().sum(1)
     matrix = torch.exp(-square / 2)
-    n = matrix.sum(-1).unsqueeze(1)
-    if normalization == "before":
-        return (values / n) @ matrix.mT
-    if normalization == "symmetric":
-        return ((values / n.sqrt()) @ matrix.mT) / n.sqrt()
-    return values @ matrix.mT / (n if normalization == "after" else 1)
-
-
-def assert_near(ours, exact, tolerance, what):
-    """Relative to the largest magnitude: a sum of terms of both signs has no smaller error."""
-    assert ours.shape == exact.shape, what
-    scale = exact.abs().max().item()
-    error = (ours.double() - exact).abs().max().item()
-    assert error <= tolerance * max(scale, 1e-3), f"{what}: error {error:.2e}, magnitude {scale:.2e}"
+    return weighted_sums(values, matrix, normalization)
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
@@ -243,16 +231,7 @@ def test_most_of_a_long_line_is_skipped():
 def test_same_bits_for_any_number_of_threads():
     values, features = (t.detach() for t in points((2, 7, 900, 3)))
     grad = torch.randn_like(values)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append((OP(values, features), *BACKWARD(grad, values, features, True, True)))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
+    assert_same_bits(lambda: [OP(values, features), *BACKWARD(grad, values, features, True, True)])
 
 
 def test_equal_points():
@@ -271,29 +250,11 @@ def test_huge_features():
     torch.testing.assert_close(gaussian_filter(values, features), expected)
 
 
-@pytest.mark.parametrize("isa", ["avx2"])
-def test_other_instruction_sets(isa):
-    """The same tests with the kernels for older CPUs, in a process of its own. (The portable ones: sanitizers.)"""
-    if isa == _library.cpu_instruction_set() or os.environ.get("DEEPLAB_KERNELS_CPU_ISA"):
-        pytest.skip("the other tests of this process use it")
-    environment = os.environ | {"DEEPLAB_KERNELS_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
-    for name in [n for n in environment if n.startswith("PYTEST_")]:
-        del environment[name]
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_other_instruction_sets(isa, tmp_path):
+    """The portable kernels: sanitizers."""
     selection = "values_and_gradients or far_pairs or one_gradient or huge"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        selection,
-        Path(__file__).name,
-    ]
-    result = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    run_tests_with(isa, [Path(__file__).name], selection, tmp_path)
 
 
 def test_kernels_under_sanitizers(tmp_path):

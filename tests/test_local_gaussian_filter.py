@@ -3,21 +3,20 @@ does around an operator."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from _filters import NORMALIZATIONS, assert_near, weighted_sums
+from _instruction_sets import run_tests_with
+from _threads import assert_same_bits
 from torch.utils.flop_counter import FlopCounterMode
 
-from deeplab_kernels import _library, reference
+from deeplab_kernels import reference
 from deeplab_kernels.ops import gaussian_filter, local_gaussian_filter
 
 OP = torch.ops.deeplab_kernels.local_gaussian_filter.default
 BACKWARD = torch.ops.deeplab_kernels.local_gaussian_filter_backward.default
-NORMALIZATIONS = ["none", "before", "after", "symmetric"]
 # (B, C, H, W), d, radius
 CASES = [
     ((1, 1, 1, 1), 1, (1, 1)),
@@ -47,21 +46,7 @@ def by_matrix(values, features, radius, normalization="none"):
     y, x = (t.flatten() for t in torch.meshgrid(*map(torch.arange, values.shape[2:]), indexing="ij"))
     inside = ((y[:, None] - y).abs() <= radius[0]) & ((x[:, None] - x).abs() <= radius[1])
     matrix = torch.exp(-(f[:, :, :, None] - f[:, :, None, :]).square().sum(1) / 2) * inside
-    n = matrix.sum(-1).unsqueeze(1)
-    if normalization == "before":
-        out = (v / n) @ matrix.mT
-    elif normalization == "symmetric":
-        out = ((v / n.sqrt()) @ matrix.mT) / n.sqrt()
-    else:
-        out = v @ matrix.mT / (n if normalization == "after" else 1)
-    return out.view(values.shape)
-
-
-def assert_near(ours, exact, tolerance, what):
-    assert ours.shape == exact.shape, what
-    scale = exact.abs().max().item()
-    error = (ours.double() - exact).abs().max().item()
-    assert error <= tolerance * max(scale, 1e-3), f"{what}: error {error:.2e}, magnitude {scale:.2e}"
+    return weighted_sums(v, matrix, normalization).view(values.shape)
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
@@ -208,15 +193,7 @@ def test_strided_inputs():
 def test_same_bits_for_any_number_of_threads():
     values, features = (t.detach() for t in images((2, 7, 15, 20), 3))
     grad = torch.randn_like(values)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            results.append((OP(values, features, [3, 3]), *BACKWARD(grad, values, features, [3, 3], True, True)))
-    finally:
-        torch.set_num_threads(before)
-    assert all(map(torch.equal, *results))
+    assert_same_bits(lambda: [OP(values, features, [3, 3]), *BACKWARD(grad, values, features, [3, 3], True, True)])
 
 
 def test_constant_image():
@@ -284,25 +261,7 @@ def test_not_finite_features_make_their_image_nan_where_nobody_looks(bad):
             assert out[0].isfinite().all()
 
 
-@pytest.mark.parametrize("isa", ["avx2"])
-def test_other_instruction_sets(isa):
-    """The same tests with the kernels for older CPUs, in a process of its own. (The portable ones: sanitizers.)"""
-    if isa == _library.cpu_instruction_set() or os.environ.get("DEEPLAB_KERNELS_CPU_ISA"):
-        pytest.skip("the other tests of this process use it")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    environment |= {"DEEPLAB_KERNELS_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
-    selection = "values_and_gradients or one_gradient"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        selection,
-        Path(__file__).name,
-    ]
-    result = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_other_instruction_sets(isa, tmp_path):
+    """The portable kernels: sanitizers."""
+    run_tests_with(isa, [Path(__file__).name], "values_and_gradients or one_gradient", tmp_path)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from _cases import CASES, FEW, LAYOUTS, Case, assert_as_exact_as_torch, by_case, conv_by_definition
 from _separable import Problem
+from _threads import assert_same_bits
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -83,15 +84,7 @@ def test_every_part_is_optional(execution: str, layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_same_bits_for_any_number_of_threads(layout: str) -> None:
     problem = Problem(Case((2, 600, 13, 11), padding=1), 40, torch.float32, layout)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            results.append(problem.run())
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(results[0], result) for result in results[1:])
+    assert_same_bits(lambda: [problem.run()], (1, 2, 3, 7))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

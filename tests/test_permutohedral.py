@@ -11,6 +11,8 @@ import hypothesis
 import pytest
 import torch
 from _cases import DEVICES
+from _filters import NORMALIZATIONS
+from _threads import assert_same_bits
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,7 +21,6 @@ from deeplab_kernels import ops, reference
 from deeplab_kernels.ops import _backends
 from deeplab_kernels.reference import permutohedral as definition
 
-NORMALIZATIONS = ("none", "before", "after", "symmetric")
 raw = torch.ops.deeplab_kernels
 
 
@@ -186,15 +187,12 @@ def test_features_far_from_zero(shift: float) -> None:
 def test_threads_do_not_change_the_result() -> None:
     values = random(2, 5, 3000, dtype=torch.float32, requires_grad=True)
     features = random(2, 5, 3000, dtype=torch.float32, requires_grad=True)
-    results = []
-    for threads in (1, 2, 3):
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
+
+    def results() -> list[Tensor]:
         out = ops.permutohedral_filter(values, features, "symmetric")
-        results.append([out, *torch.autograd.grad(out.square().sum(), (values, features))])
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
+        return [out, *torch.autograd.grad(out.square().sum(), (values, features))]
+
+    assert_same_bits(results)
 
 
 # Gradients.

@@ -7,6 +7,7 @@ import importlib
 
 import pytest
 import torch
+from _filters import assert_near
 from triton_cases import DEVICE, INTERPRETED, _fast_interpreter  # noqa: F401 (a fixture)
 
 from deeplab_kernels import reference
@@ -31,12 +32,6 @@ def _small_tiles(monkeypatch):
 def random(*sizes, spread=1.0, dtype=torch.float32):
     values, features, grad = (torch.randn(sizes[k], dtype=torch.float64) for k in (0, 1, 0))
     return values.to(DEVICE, dtype), (features * spread).to(DEVICE, torch.float32), grad.to(DEVICE, torch.float32)
-
-
-def assert_near(ours, expected, tolerance, what):
-    assert ours.shape == expected.shape, what
-    error, scale = (ours.double() - expected).abs().max().item(), expected.abs().max().item()
-    assert error <= tolerance * max(scale, 1e-3), f"{what}: error {error:.2e}, magnitude {scale:.2e}"
 
 
 def check(name, module, sizes, args=(), spread=1.0, dtype=torch.float32, tolerance=3e-6):

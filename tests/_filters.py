@@ -1,0 +1,25 @@
+"""What the tests of the Gaussian filters and the dense CRF share."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+NORMALIZATIONS = ("none", "before", "after", "symmetric")
+
+
+def weighted_sums(values: Tensor, matrix: Tensor, normalization: str) -> Tensor:
+    """The definition: values (B, C, N) filtered by all N x N numbers of the kernel matrix (B, N, N)."""
+    n = matrix.sum(-1).unsqueeze(1)
+    if normalization == "before":
+        return (values / n) @ matrix.mT
+    if normalization == "symmetric":
+        return ((values / n.sqrt()) @ matrix.mT) / n.sqrt()
+    return values @ matrix.mT / (n if normalization == "after" else 1)
+
+
+def assert_near(ours: Tensor, exact: Tensor, tolerance: float, what: str) -> None:
+    """Relative to the largest magnitude: a sum of terms of both signs has no smaller error."""
+    assert ours.shape == exact.shape, what
+    scale = exact.abs().max().item()
+    error = (ours.double() - exact).abs().max().item()
+    assert error <= tolerance * max(scale, 1e-3), f"{what}: error {error:.2e}, magnitude {scale:.2e}"
