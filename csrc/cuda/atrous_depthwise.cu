@@ -1,6 +1,7 @@
 // The calls of atrous_depthwise.h: from a run-time storage type to the kernels of that type.
 #include "atrous_depthwise.h"
 #include "atrous_depthwise_calls.h"
+#include "dispatch.h"
 
 namespace deeplab_kernels::cuda {
 
@@ -8,33 +9,6 @@ extern template struct Calls<float>;
 extern template struct Calls<double>;
 extern template struct Calls<__half>;
 extern template struct Calls<__nv_bfloat16>;
-
-namespace {
-
-template <typename F>
-void dispatch(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return f(float());
-    case Dtype::kFloat64:
-      return f(double());
-    case Dtype::kFloat16:
-      return f(__half());
-    case Dtype::kBFloat16:
-      return f(__nv_bfloat16());
-  }
-}
-
-template <typename T>
-const T* in(const void* pointer) {
-  return static_cast<const T*>(pointer);
-}
-template <typename T>
-T* out(void* pointer) {
-  return static_cast<T*>(pointer);
-}
-
-}  // namespace
 
 void atrous_depthwise_conv2d(const Context& context, Dtype dtype, const DepthwiseShape& shape, const void* x,
                              const void* weight, void* y) {

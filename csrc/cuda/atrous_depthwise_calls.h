@@ -127,9 +127,14 @@ struct Calls {
     conv_moments(context, s, x, weight, y, out, mean, var);
     norm.mean = mean, norm.var = var;
     if (!y) return conv(context, s, x, weight, norm, out);  // a second convolution is cheaper than keeping the first
+    normalised(context, s, y, norm, out);
+  }
+
+  // out = act(norm(y))
+  static void normalised(const Context& context, const DepthwiseShape& s, const T* y, const Norm<A>& norm, T* out) {
     const ChannelView view = channel_view<T>(s, is_aligned(y) && is_aligned(out), kStreamBlocks);
     launch("normalise", s.channels_last ? normalise<T, true> : normalise<T, false>, pass_blocks<T>(s, view),
-           pass_block(s), 0, context.stream, view, static_cast<const T*>(y), norm, out);
+           pass_block(s), 0, context.stream, view, y, norm, out);
   }
 
   static bool backward_takes_nhwc(const DepthwiseShape& s, const T* grad, const T* y, const T* x, const T* weight,
@@ -198,16 +203,10 @@ struct Calls {
     run_sum_slices<T>(context.stream, partial, slices, s.taps(), s.out_channels(), grad_weight);
   }
 
-  static void backward(const Context& context, const DepthwiseShape& s, const T* grad_out, const T* x, const T* weight,
-                       const T* y, const Norm<A>& norm, bool batch_statistics, T* grad_x, T* grad_weight, A* grad_gamma,
-                       A* grad_beta) {
-    if (!y) {
-      T* recomputed = scratch(context, out_count(s));
-      conv(context, s, x, weight, no_norm(), recomputed);
-      y = recomputed;
-    }
-    const bool aligned = is_aligned(grad_out) && is_aligned(y);
-    const ChannelView view = channel_view<T>(s, aligned, kReduceBlocks);
+  // beta's and gamma's gradients.
+  static void norm_sums(const Context& context, const DepthwiseShape& s, const T* grad_out, const T* y,
+                        const Norm<A>& norm, A* grad_gamma, A* grad_beta) {
+    const ChannelView view = channel_view<T>(s, is_aligned(grad_out) && is_aligned(y), kReduceBlocks);
     A* partial = acc_scratch(context, view.slices * 2 * view.channels);
     constexpr int kChannels = kVector<T>;
     launch("norm_grad_sums", s.channels_last ? norm_grad_sums<T, true> : norm_grad_sums<T, false>,
@@ -217,17 +216,40 @@ struct Calls {
     launch("merge_norm_grad_sums", merge_norm_grad_sums<A>, ceil_div(view.channels, kMergeColumns),
            dim3(kMergeColumns, kMergeLanes), kMergeColumns * kMergeLanes * sizeof(Sums<double, 2>), context.stream,
            static_cast<const A*>(partial), view.slices, view.channels, grad_beta, grad_gamma);
-    if (!grad_x && !grad_weight) return;
+  }
+
+  static NormGrad<A> norm_grad_of(const DepthwiseShape& s, const Norm<A>& norm, bool batch_statistics,
+                                  const A* grad_gamma, const A* grad_beta) {
     const int64_t count = s.batch * s.out_h * s.out_w;
-    const NormGrad<A> norm_grad_of{norm, grad_beta, grad_gamma, batch_statistics && count > 0 ? A(1) / A(count) : A(0)};
+    return {norm, grad_beta, grad_gamma, batch_statistics && count > 0 ? A(1) / A(count) : A(0)};
+  }
+
+  // The gradient w.r.t. conv(x).
+  static void dy(const Context& context, const DepthwiseShape& s, const T* grad_out, const T* y,
+                 const NormGrad<A>& from_out, T* grad_y) {
+    const bool aligned = is_aligned(grad_out) && is_aligned(y) && is_aligned(grad_y);
+    const ChannelView view = channel_view<T>(s, aligned, kStreamBlocks);
+    launch("norm_grad", s.channels_last ? norm_grad<T, true> : norm_grad<T, false>, pass_blocks<T>(s, view),
+           pass_block(s), 0, context.stream, view, grad_out, y, from_out, grad_y);
+  }
+
+  static void backward(const Context& context, const DepthwiseShape& s, const T* grad_out, const T* x, const T* weight,
+                       const T* y, const Norm<A>& norm, bool batch_statistics, T* grad_x, T* grad_weight, A* grad_gamma,
+                       A* grad_beta) {
+    if (!y) {
+      T* recomputed = scratch(context, out_count(s));
+      conv(context, s, x, weight, no_norm(), recomputed);
+      y = recomputed;
+    }
+    norm_sums(context, s, grad_out, y, norm, grad_gamma, grad_beta);
+    if (!grad_x && !grad_weight) return;
+    const NormGrad<A> from_out = norm_grad_of(s, norm, batch_statistics, grad_gamma, grad_beta);
     if (backward_takes_nhwc(s, grad_out, y, x, weight, grad_x))
-      return backward_nhwc(context, s, grad_out, y, &norm_grad_of, x, weight, grad_x, grad_weight);
+      return backward_nhwc(context, s, grad_out, y, &from_out, x, weight, grad_x, grad_weight);
     if (const NchwTiling t = backward_nchw_tiling(s, grad_out, y, x); t.bands > 0)
-      return backward_nchw(context, s, t, grad_out, y, &norm_grad_of, x, weight, grad_x, grad_weight);
+      return backward_nchw(context, s, t, grad_out, y, &from_out, x, weight, grad_x, grad_weight);
     T* grad_y = scratch(context, out_count(s));
-    const ChannelView stream = channel_view<T>(s, aligned && is_aligned(grad_y), kStreamBlocks);
-    launch("norm_grad", s.channels_last ? norm_grad<T, true> : norm_grad<T, false>, pass_blocks<T>(s, stream),
-           pass_block(s), 0, context.stream, stream, grad_out, y, norm_grad_of, grad_y);
+    dy(context, s, grad_out, y, from_out, grad_y);
     conv_backward(context, s, grad_y, x, weight, grad_x, grad_weight);
   }
 };

@@ -27,12 +27,12 @@ struct NchwTiling {
   int64_t slices(const DepthwiseShape& s) const { return s.batch * bands; }
 };
 
-// `bytes(rows)` is the shared memory of a band of that many rows.
+// `bytes(rows)` is the shared memory of a band of that many rows, `target` what it should not exceed.
 template <typename Bytes>
-NchwTiling nchw_tiling(int64_t height, int64_t width, Bytes&& bytes) {
+NchwTiling nchw_tiling(int64_t height, int64_t width, Bytes&& bytes, int64_t target = kNchwSharedBytes) {
   NchwTiling t{0, 0, 0, 0};
   int64_t rows = height;
-  while (rows > 1 && bytes(rows) > kNchwSharedBytes) rows = ceil_div(rows, 2);
+  while (rows > 1 && bytes(rows) > target) rows = ceil_div(rows, 2);
   if (bytes(rows) > kMaxSharedBytes) return t;
   t.bands = int(ceil_div(height, rows));
   t.rows = int(ceil_div(height, t.bands));
@@ -117,6 +117,44 @@ struct NchwItems {
   }
 };
 
+// The columns first, first + step, first + 2 * step of the three column taps, and which of them the image has.
+struct ColumnTaps {
+  int column[3];
+  bool inside[3];
+
+  __device__ __forceinline__ ColumnTaps(int first, int step, int width) {
+#pragma unroll
+    for (int v = 0; v < 3; ++v) {
+      column[v] = first + v * step;
+      inside[v] = column[v] >= 0 && column[v] < width;
+    }
+  }
+};
+
+// Calls emit(t, output t) for begin <= t < end; output t reads rows top + rate * (t, t + 1, t + 2) of an image of
+// height x width, of which those rows are in memory.
+template <typename T, typename Emit>
+__device__ __forceinline__ void march_column(const T* image, int height, int width, int top, int rate, int begin,
+                                             int end, const ColumnTaps& at, const acc_t<T> (&taps)[9], Emit&& emit) {
+  using A = acc_t<T>;
+  A sum0 = A(0), sum1 = A(0);
+  for (int q = begin; q < end + 2; ++q) {
+    const int h = top + rate * q;
+    A sum2 = A(0);
+    if (h >= 0 && h < height) {
+#pragma unroll
+      for (int v = 0; v < 3; ++v) {
+        const A value = at.inside[v] ? widen(image[h * width + at.column[v]]) : A(0);
+        sum0 += taps[6 + v] * value;
+        sum1 += taps[3 + v] * value;
+        sum2 += taps[v] * value;
+      }
+    }
+    if (q - 2 >= begin) emit(q - 2, sum0);
+    sum0 = sum1, sum1 = sum2;
+  }
+}
+
 // Statistics go to partial[slice][3][C], slice = n * bands + band.
 template <typename T, bool kUnitStride, bool kMoments>
 __global__ void __launch_bounds__(kNchwThreads, 2)
@@ -149,13 +187,7 @@ __global__ void __launch_bounds__(kNchwThreads, 2)
   T* plane_out = out ? out + (plane * s.out_h + first) * out_w : nullptr;
   const NchwItems items(out_w, rows, kUnitStride ? rate : 1, tiling.run);
   items.each([&](int j, int phase, int t_begin, int t_end) {
-    int column[3];
-    bool inside[3];
-#pragma unroll
-    for (int v = 0; v < 3; ++v) {
-      column[v] = j * int(s.stride_w) + v * int(s.rate_w) - int(s.pad_left);
-      inside[v] = column[v] >= 0 && column[v] < in_w;
-    }
+    const ColumnTaps at(j * int(s.stride_w) - int(s.pad_left), int(s.rate_w), in_w);
     auto emit = [&](int t, A sum) {
       if constexpr (kMoments) moments.add({{sum}});
       if (!plane_out) return;
@@ -163,22 +195,7 @@ __global__ void __launch_bounds__(kNchwThreads, 2)
       plane_out[(phase + items.step * t) * out_w + j] = narrow<T>(sum);
     };
     if constexpr (kUnitStride) {
-      A sum0 = A(0), sum1 = A(0);
-      for (int q = t_begin; q < t_end + 2; ++q) {
-        const int h = top + phase + rate * q;
-        A sum2 = A(0);
-        if (h >= 0 && h < int(s.in_h)) {
-#pragma unroll
-          for (int v = 0; v < 3; ++v) {
-            const A value = inside[v] ? widen(image[h * in_w + column[v]]) : A(0);
-            sum0 += taps[6 + v] * value;
-            sum1 += taps[3 + v] * value;
-            sum2 += taps[v] * value;
-          }
-        }
-        if (q - 2 >= t_begin) emit(q - 2, sum0);
-        sum0 = sum1, sum1 = sum2;
-      }
+      march_column(image, int(s.in_h), in_w, top + phase, rate, t_begin, t_end, at, taps, emit);
     } else {
       for (int t = t_begin; t < t_end; ++t) {
         A sum = A(0);
@@ -188,7 +205,7 @@ __global__ void __launch_bounds__(kNchwThreads, 2)
           if (h < 0 || h >= int(s.in_h)) continue;
 #pragma unroll
           for (int v = 0; v < 3; ++v)
-            if (inside[v]) sum += taps[3 * u + v] * widen(image[h * in_w + column[v]]);
+            if (at.inside[v]) sum += taps[3 * u + v] * widen(image[h * in_w + at.column[v]]);
         }
         emit(t, sum);
       }
@@ -211,6 +228,73 @@ inline int64_t nchw_backward_bytes(const DepthwiseShape& s, int64_t rows, int64_
   return (dy_rows * s.out_w + 2 * vector) * acc_size + ceil_div((rows * s.in_w + 2 * vector) * size, 16) * 16;
 }
 
+// The transposed march: row row + rate * q of dy meets x rows q, q + 1, q + 2 of a phase. Calls emit(t, grad_x row t)
+// for begin <= t < end, and adds the products of dy with x_at(t) to the weight gradient `sums`.
+template <typename A, typename X, typename Emit>
+__device__ __forceinline__ void march_column_backward(const A* image_dy, int height, int width, int row, int rate,
+                                                      int begin, int end, const ColumnTaps& at, const A (&taps)[9],
+                                                      A (&sums)[9], X&& x_at, Emit&& emit) {
+  A sum0 = A(0), sum1 = A(0), x0, x1 = A(0), x2 = A(0);  // x rows q, q + 1, q + 2
+  for (int q = begin - 2; q < end; ++q) {
+    x0 = x1, x1 = x2;
+    x2 = q + 2 < end ? x_at(q + 2) : A(0);
+    A sum2 = A(0);
+    const int i = row + rate * q;
+    if (i >= 0 && i < height) {
+#pragma unroll
+      for (int v = 0; v < 3; ++v) {
+        const A dy = at.inside[v] ? image_dy[i * width + at.column[v]] : A(0);
+        sum0 += taps[v] * dy;
+        sum1 += taps[3 + v] * dy;
+        sum2 += taps[6 + v] * dy;
+        sums[v] += x0 * dy;
+        sums[3 + v] += x1 * dy;
+        sums[6 + v] += x2 * dy;
+      }
+    }
+    if (q >= begin) emit(q, sum0);
+    sum0 = sum1, sum1 = sum2;
+  }
+}
+
+// Writes the block's sum of each of the nine to partial[k * stride]. shared: [9][warps].
+template <typename A>
+__device__ __forceinline__ void write_tap_sums(const A (&sums)[9], A* shared, A* partial, int64_t stride) {
+#pragma unroll
+  for (int k = 0; k < 9; ++k) {
+    const A sum = add_over_warp(sums[k]);
+    if (threadIdx.x % 32 == 0) shared[k * kNchwWarps + threadIdx.x / 32] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x < 9) {
+    A total = A(0);
+    for (int warp = 0; warp < kNchwWarps; ++warp) total += shared[threadIdx.x * kNchwWarps + warp];
+    partial[threadIdx.x * stride] = total;
+  }
+}
+
+// Copies elements [begin, end) of dy to shared memory in the accumulation type, forming them from `grad` and `y` where
+// kNorm; element k goes to shared[k - base]. Returns base, as copy_run.
+template <typename T, bool kNorm>
+__device__ __forceinline__ int64_t copy_dy(const T* grad, const T* y, const AffineGrad<acc_t<T>>& affine_c,
+                                           Activation activation, int64_t begin, int64_t end, acc_t<T>* shared) {
+  using A = acc_t<T>;
+  constexpr int V = kVector<T>;
+  const int64_t base = begin / V * V;
+  for (int64_t k = base + int(threadIdx.x) * V; k < end; k += kNchwThreads * V) {
+    const Part part{k < begin ? int(begin - k) : 0, end - k < V ? int(end - k) : V, true};
+    Pack<A, V> dy = load_part<T, V>(grad + k, part);
+    if constexpr (kNorm) {
+      const Pack<A, V> value = load_part<T, V>(y + k, part);
+#pragma unroll
+      for (int e = 0; e < V; ++e) dy.v[e] = affine_c(dy.v[e], value.v[e], activation);
+    }
+#pragma unroll
+    for (int e = 0; e < V; ++e) shared[k - base + e] = dy.v[e];
+  }
+  return base;
+}
+
 // Stride 1. Shared memory holds dy in the accumulation type, then x. Otherwise as backward3x3_nhwc; partial is
 // [n * bands][9][C].
 template <typename T, bool kNorm>
@@ -230,20 +314,9 @@ __global__ void __launch_bounds__(kNchwThreads, 2)
   const int i_end = bottom < int(s.out_h) ? (bottom > i_begin ? bottom : i_begin) : int(s.out_h);
   A* shared_dy = dynamic_shared<A>();
   const int64_t begin = (plane * s.out_h + i_begin) * out_w, end = (plane * s.out_h + i_end) * out_w;
-  const int64_t base = begin / V * V;
   AffineGrad<A> affine_c{};
   if constexpr (kNorm) affine_c = affine_grad(norm, c);
-  for (int64_t k = base + int(threadIdx.x) * V; k < end; k += kNchwThreads * V) {
-    const Part part{k < begin ? int(begin - k) : 0, end - k < V ? int(end - k) : V, true};
-    Pack<A, V> dy = load_part<T, V>(grad + k, part);
-    if constexpr (kNorm) {
-      const Pack<A, V> value = load_part<T, V>(y + k, part);
-#pragma unroll
-      for (int e = 0; e < V; ++e) dy.v[e] = affine_c(dy.v[e], value.v[e], norm.norm.activation);
-    }
-#pragma unroll
-    for (int e = 0; e < V; ++e) shared_dy[k - base + e] = dy.v[e];
-  }
+  const int64_t base = copy_dy<T, kNorm>(grad, y, affine_c, norm.norm.activation, begin, end, shared_dy);
   const A* image_dy = shared_dy + (begin - base) - i_begin * out_w;  // row i is image_dy + i * out_w
   T* shared_x = reinterpret_cast<T*>(shared_dy + ((end - base) + V - 1) / V * V);
   const int64_t x_begin = (plane * s.in_h + first) * in_w;
@@ -258,49 +331,17 @@ __global__ void __launch_bounds__(kNchwThreads, 2)
   __syncthreads();
   const NchwItems items(in_w, rows, rate, tiling.run);
   items.each([&](int w, int phase, int t_begin, int t_end) {
-    int column[3];
-    bool inside[3];
-#pragma unroll
-    for (int v = 0; v < 3; ++v) {
-      column[v] = w + int(s.pad_left) - v * int(s.rate_w);
-      inside[v] = column[v] >= 0 && column[v] < out_w;
-    }
-    A sum0 = A(0), sum1 = A(0), x0, x1 = A(0), x2 = A(0);  // x rows q, q + 1, q + 2
-    for (int q = t_begin - 2; q < t_end; ++q) {
-      x0 = x1, x1 = x2;
-      x2 = partial && q + 2 < t_end ? widen(image_x[(phase + rate * (q + 2)) * in_w + w]) : A(0);
-      A sum2 = A(0);
-      const int i = first + phase + int(s.pad_top) + rate * q;
-      if (i >= 0 && i < int(s.out_h)) {
-#pragma unroll
-        for (int v = 0; v < 3; ++v) {
-          const A dy = inside[v] ? image_dy[i * out_w + column[v]] : A(0);
-          sum0 += taps[v] * dy;
-          sum1 += taps[3 + v] * dy;
-          sum2 += taps[6 + v] * dy;
-          sums[v] += x0 * dy;
-          sums[3 + v] += x1 * dy;
-          sums[6 + v] += x2 * dy;
-        }
-      }
-      if (grad_x && q >= t_begin) grad_x[x_begin + (phase + rate * q) * in_w + w] = narrow<T>(sum0);
-      sum0 = sum1, sum1 = sum2;
-    }
+    const ColumnTaps at(w + int(s.pad_left), -int(s.rate_w), out_w);
+    auto x_at = [&](int t) { return partial ? widen(image_x[(phase + rate * t) * in_w + w]) : A(0); };
+    auto emit = [&](int t, A sum) {
+      if (grad_x) grad_x[x_begin + (phase + rate * t) * in_w + w] = narrow<T>(sum);
+    };
+    march_column_backward(image_dy, int(s.out_h), out_w, first + phase + int(s.pad_top), rate, t_begin, t_end, at, taps,
+                          sums, x_at, emit);
   });
   if (!partial) return;
   __syncthreads();
-  A* shared = dynamic_shared<A>();  // [9][warps]
-#pragma unroll
-  for (int k = 0; k < 9; ++k) {
-    const A sum = add_over_warp(sums[k]);
-    if (threadIdx.x % 32 == 0) shared[k * kNchwWarps + threadIdx.x / 32] = sum;
-  }
-  __syncthreads();
-  if (threadIdx.x < 9) {
-    A total = A(0);
-    for (int warp = 0; warp < kNchwWarps; ++warp) total += shared[threadIdx.x * kNchwWarps + warp];
-    partial[((n * tiling.bands + band) * 9 + threadIdx.x) * s.channels + c] = total;
-  }
+  write_tap_sums(sums, dynamic_shared<A>(), partial + (n * tiling.bands + band) * 9 * s.channels + c, s.channels);
 }
 
 }  // namespace deeplab_kernels::cuda

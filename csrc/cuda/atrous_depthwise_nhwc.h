@@ -221,6 +221,27 @@ __global__ void __launch_bounds__(kNhwcThreads, 3)
 template <typename T>
 constexpr int kNhwcBackwardVector = sizeof(T) == 8 ? 2 : 4;
 
+// Adds the nine tap sums up over threadIdx.y, in order, and writes them to partial[k * stride], partial at the block's
+// first channel. Threads: x over `packs` packs of channels, of which `channels` channels exist from there on.
+// shared: [y][9][packs * V], free to be written when all threads of the block are here.
+template <typename A, int V>
+__device__ __forceinline__ void write_tap_sums(const Pack<A, V> (&sums)[9], int packs, int64_t channels, A* shared,
+                                               A* partial, int64_t stride) {
+  const int width = packs * V, row = 9 * width;
+#pragma unroll
+  for (int k = 0; k < 9; ++k) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) shared[threadIdx.y * row + k * width + threadIdx.x * V + e] = sums[k].v[e];
+  }
+  __syncthreads();
+  for (int k = threadIdx.y * packs + threadIdx.x; k < row; k += packs * blockDim.y) {
+    if (k % width >= channels) continue;
+    A total = A(0);
+    for (int y = 0; y < int(blockDim.y); ++y) total += shared[y * row + k];
+    partial[k / width * stride + k % width] = total;
+  }
+}
+
 // Stride 1. A thread owns a column of x; row q of dy is read once and serves grad_x and the weight gradient:
 //   grad_x[t] = sum_u w[u] dy[t - u],   grad_w[u] = sum_t x[t] dy[t - u]    (t, q: rows of one phase)
 // kNorm: `grad` is grad_out and dy is formed from it and y; otherwise `grad` is dy and y is not read.
@@ -303,23 +324,10 @@ __global__ void __launch_bounds__(kNhwcThreads, 3)
     }
   }
   if (!partial) return;
-  // Over the columns of the block, in order: shared[column][tap][channel].
-  A* shared = dynamic_shared<A>();
   if constexpr (kNorm) __syncthreads();
-  constexpr int kWidth = kNhwcPacks * V, kRow = 9 * kWidth;
-#pragma unroll
-  for (int k = 0; k < 9; ++k) {
-#pragma unroll
-    for (int e = 0; e < V; ++e) shared[threadIdx.y * kRow + k * kWidth + threadIdx.x * V + e] = sums[k].v[e];
-  }
-  __syncthreads();
-  for (int k = threadIdx.y * kNhwcPacks + threadIdx.x; k < kRow; k += kNhwcPacks * blockDim.y) {
-    const int64_t channel = group * kWidth + k % kWidth;
-    if (channel >= s.channels) continue;
-    A total = A(0);
-    for (int row = 0; row < int(blockDim.y); ++row) total += shared[row * kRow + k];
-    partial[(rest * 9 + k / kWidth) * s.channels + channel] = total;
-  }
+  const int64_t first = group * kNhwcPacks * V;
+  write_tap_sums(sums, kNhwcPacks, s.channels - first, dynamic_shared<A>(), partial + rest * 9 * s.channels + first,
+                 s.channels);
 }
 
 }  // namespace deeplab_kernels::cuda

@@ -2,12 +2,13 @@
 // passes of the backward of normalise + activate. Memory-bound; every access is a 16-byte vector where the layout
 // allows.
 //
+//   channel_sums       y            -> scale * sum
 //   channel_moments    y            -> mean, var
 //   normalise          y            -> act(norm(y))
 //   norm_grad_sums     grad_out, y  -> sum of g, sum of g * xhat
 //   norm_grad          grad_out, y  -> dy
 //
-// Floors (bytes of one activation Y): Y, 2Y, 2Y, 3Y.
+// Floors (bytes of one activation Y): Y, Y, 2Y, 2Y, 3Y.
 #pragma once
 
 #include "norm.h"
@@ -91,6 +92,31 @@ struct PassSite {
     }
   }
 };
+
+// partial: [slices][channels]
+template <typename T, bool kChannelsLast>
+__global__ void __launch_bounds__(kPassThreads, 2)
+    channel_sums(ChannelView view, const T* y, acc_t<T> scale, acc_t<T>* partial) {
+  using A = acc_t<T>;
+  using Site = PassSite<T, kChannelsLast>;
+  const Site site(view);
+  Sums<A, Site::kPack> total;
+  total.clear();
+  site.each(view, [&](int64_t offset, Part part) {
+    const Pack<A, Site::kPack> value = load_part<T, Site::kPack>(y + offset, part);
+#pragma unroll
+    for (int e = 0; e < Site::kPack; ++e) total.v[e] += value.v[e];
+  });
+  Sums<A, Site::kChannels> sums;
+  sums.clear();
+#pragma unroll
+  for (int e = 0; e < Site::kPack; ++e) sums.v[kChannelsLast ? e : 0] += total.v[e];
+  sums = merge_over_y(sums, dynamic_shared<Sums<A, Site::kChannels>>());
+  if (threadIdx.y != 0) return;
+#pragma unroll
+  for (int e = 0; e < Site::kChannels; ++e)
+    if (site.channel + e < view.channels) partial[site.slice * view.channels + site.channel + e] = scale * sums.v[e];
+}
 
 template <typename T, bool kChannelsLast>
 __global__ void __launch_bounds__(kPassThreads, 2) channel_moments(ChannelView view, const T* y, acc_t<T>* partial) {

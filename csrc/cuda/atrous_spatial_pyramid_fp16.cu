@@ -1,0 +1,7 @@
+// The atrous spatial pyramid's kernels of one storage type.
+#include "atrous_spatial_pyramid_calls.h"
+
+namespace deeplab_kernels::cuda {
+extern template struct Calls<__half>;
+template struct PyramidCalls<__half>;
+}  // namespace deeplab_kernels::cuda
