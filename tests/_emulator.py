@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import struct
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -18,16 +22,33 @@ FLAGS = [
     "-DDEEPLAB_KERNELS_EMULATOR", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
 ]  # fmt: skip
 
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # as the drivers number them
+# Largest error over the largest magnitude of a result. For 16 bits: one rounding of the result and one of conv(x).
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}
+
 needs_compiler = pytest.mark.skipif(
     shutil.which(CXX) is None or not hasattr(os, "posix_spawn"), reason="needs g++ on a POSIX system"
 )
 
 
-def build(folder: Path, driver: str, kernels: Iterable[Path]) -> Path:
-    """tests/emulator/``driver`` and the kernels, as a program in ``folder``."""
+def build(temporary: pytest.TempPathFactory, driver: str, kernels: Iterable[Path]) -> Path:
+    """The program of tests/emulator/``driver`` and the kernels; sources are compiled once for all tests of a run, in
+    whichever process of pytest-xdist comes first."""
+    base = temporary.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "emulator"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(folder, driver, kernels)
+
+
+def _build(folder: Path, driver: str, kernels: Iterable[Path]) -> Path:
+    program = folder / Path(driver).stem
+    if program.exists():
+        return program
     sources = [ROOT / "tests/emulator" / driver, CSRC / "emulator/emulator.cpp", *kernels]
-    objects = {source: folder / f"{i}.o" for i, source in enumerate(sources)}
-    pending = list(sources)
+    objects = {source: folder / f"{source.name}.o" for source in sources}
+    pending = [source for source in sources if not objects[source].exists()]
     running: list[tuple[Path, subprocess.Popen[str]]] = []
     while pending or running:
         while pending and len(running) < 2:
@@ -38,7 +59,6 @@ def build(folder: Path, driver: str, kernels: Iterable[Path]) -> Path:
         _, errors = process.communicate()
         assert process.returncode == 0, errors
         assert "warning" not in errors, errors
-    program = folder / "driver"
     subprocess.run([CXX, "-fsanitize=address,undefined", *map(str, objects.values()), "-o", str(program)], check=True)
     return program
 
@@ -58,3 +78,56 @@ class Run:
         self.error = "" if done.returncode == 0 else done.stderr[-6000:] or f"exit code {done.returncode}"
         self.barriers = done.stdout.split()
         self.data = results.read_bytes()
+
+
+def generator(name: str) -> torch.Generator:
+    """Random numbers of the case of that name."""
+    return torch.Generator().manual_seed(sum(ord(ch) * (i + 1) for i, ch in enumerate(name)))
+
+
+def double(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.dtype == torch.bool else t.double()
+
+
+def encoded(value: Tensor | None, channels_last: bool = False) -> bytes:
+    """A tensor as the drivers read it; images (4 dimensions) in (N, H, W, C) order where ``channels_last``."""
+    if value is None:
+        return struct.pack("<q", -1)
+    if channels_last and value.dim() == 4:
+        value = value.permute(0, 2, 3, 1)
+    data = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return struct.pack("<q", len(data)) + data
+
+
+def decoded(
+    data: memoryview, offset: int, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False
+) -> tuple[Tensor | None, int]:
+    """(what a driver wrote at ``offset``, the offset after it); None where the result was not asked for."""
+    (size,) = struct.unpack_from("<q", data, offset)
+    offset += 8
+    if size < 0:
+        return None, offset
+    flat = torch.empty(0, dtype=dtype)
+    if size:
+        flat = torch.frombuffer(bytearray(data[offset : offset + size]), dtype=dtype)
+    if channels_last and len(shape) == 4:
+        flat = flat.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
+    return flat.view(shape) if flat.dim() == 1 else flat, offset + size
+
+
+def assert_close(results: Sequence[Tensor | None], wanted: Sequence[Tensor | None], tolerance: float) -> None:
+    """The largest error is at most ``tolerance`` of the largest magnitude of a result, or of 1: a weight gradient or a
+    sum may cancel, and is judged by the size of what is summed."""
+    for i, (result, exact) in enumerate(zip(results, wanted, strict=True)):
+        if exact is None:
+            assert result is None
+            continue
+        assert result is not None
+        assert result.shape == exact.shape
+        if exact.numel() == 0:
+            continue
+        result = result.double()
+        assert torch.equal(result.isnan(), exact.isnan()), f"result {i}"
+        exact = exact.nan_to_num(0)
+        error = (result.nan_to_num(0) - exact).abs().max().item()
+        assert error <= tolerance * max(exact.abs().max().item(), 1.0), f"result {i}"

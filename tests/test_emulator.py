@@ -11,6 +11,7 @@ from pathlib import Path
 import _emulator
 import pytest
 import torch
+from _emulator import DTYPES, TOLERANCE, double
 from torch import Tensor
 
 import deeplab_kernels.ops  # noqa: F401  # before reference, which imports from it
@@ -18,9 +19,6 @@ from deeplab_kernels import reference
 
 pytestmark = _emulator.needs_compiler
 
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-# Largest error over the largest magnitude of a result. For 16 bits: one rounding of the result and one of conv(x).
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}
 OPERATORS = ("conv", "conv_backward", "inference", "training", "backward")
 
 
@@ -78,7 +76,7 @@ class Case:
 
 
 def inputs(case: Case) -> dict[str, Tensor | None]:
-    g = torch.Generator().manual_seed(hash_of(case))
+    g = _emulator.generator(case.name)
     channels = case.c * case.m
 
     def normal(*shape: int) -> Tensor:
@@ -101,14 +99,6 @@ def inputs(case: Case) -> dict[str, Tensor | None]:
         var = torch.ones(channels) if empty else y.var((0, 2, 3), correction=0) + 0.01
         tensors["mean"], tensors["var"] = mean.to(case.acc), var.to(case.acc)
     return tensors
-
-
-def hash_of(case: Case) -> int:
-    return sum(ord(ch) * (i + 1) for i, ch in enumerate(case.name))
-
-
-def double(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.double()
 
 
 def conv64(case: Case, t: dict[str, Tensor | None]) -> Tensor:
@@ -153,13 +143,7 @@ def encode(case: Case, t: dict[str, Tensor | None]) -> bytes:
         if name not in t or (name == "y" and case.op == "inference"):
             continue
         value = None if name == "y" and not case.keep_conv else t[name]
-        if value is None:
-            parts.append(struct.pack("<q", -1))
-            continue
-        if value.dim() == 4 and name != "weight":
-            value = value.permute(0, 2, 3, 1) if case.channels_last else value
-        data = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        parts += [struct.pack("<q", len(data)), data]
+        parts.append(_emulator.encoded(value, case.channels_last and name != "weight"))
     return b"".join(parts)
 
 
@@ -173,29 +157,16 @@ def decode(case: Case, data: memoryview, offset: int) -> tuple[list[Tensor | Non
     }[case.op]  # fmt: skip
     results: list[Tensor | None] = []
     for shape in shapes:
-        (size,) = struct.unpack_from("<q", data, offset)
-        offset += 8
-        if size < 0:
-            results.append(None)
-            continue
         dtype = case.acc if shape == vector else case.dtype
-        flat = (
-            torch.frombuffer(bytearray(data[offset : offset + size]), dtype=dtype)
-            if size
-            else torch.empty(0, dtype=dtype)
-        )
-        offset += size
-        if len(shape) == 4 and shape != weight and case.channels_last:
-            results.append(flat.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2))
-        else:
-            results.append(flat.view(shape))
+        result, offset = _emulator.decoded(data, offset, shape, dtype, case.channels_last and shape != weight)
+        results.append(result)
     return results, offset
 
 
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kernels = sorted((_emulator.CSRC / "cuda").glob("atrous_depthwise*.cu"))
-    return _emulator.build(tmp_path_factory.mktemp("emulator"), "driver.cpp", kernels)
+    return _emulator.build(tmp_path_factory, "driver.cpp", kernels)
 
 
 class Run(_emulator.Run):
@@ -283,20 +254,7 @@ def test_sanitizers_find_nothing(forward_run: Run) -> None:
 def test_agrees_with_reference(case: Case, forward_run: Run) -> None:
     if forward_run.error:
         pytest.skip("the run failed")
-    for i, (result, wanted) in enumerate(zip(forward_run.results[case], expected(case, inputs(case)), strict=True)):
-        if wanted is None:
-            assert result is None
-            continue
-        assert result is not None
-        assert result.shape == wanted.shape
-        if wanted.numel() == 0:
-            continue
-        result = result.double()
-        assert torch.equal(result.isnan(), wanted.isnan()), f"result {i}"
-        wanted = wanted.nan_to_num(0)
-        error = (result.nan_to_num(0) - wanted).abs().max().item()
-        # A weight gradient or sum may cancel: judge it by the size of what is summed, about sqrt(count) here.
-        assert error <= TOLERANCE[case.dtype] * max(wanted.abs().max().item(), 1.0), f"result {i}"
+    _emulator.assert_close(forward_run.results[case], expected(case, inputs(case)), TOLERANCE[case.dtype])
 
 
 @pytest.mark.parametrize(("order", "seed"), [("reverse", 0), ("random", 1)])

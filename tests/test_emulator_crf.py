@@ -10,6 +10,7 @@ from pathlib import Path
 import _emulator
 import pytest
 import torch
+from _emulator import double
 from torch import Tensor
 
 import deeplab_kernels.ops  # noqa: F401  # before reference, which imports from it
@@ -56,7 +57,7 @@ class Case:
 
 
 def inputs(case: Case) -> dict[str, Tensor | None]:
-    g = torch.Generator().manual_seed(sum(ord(ch) * (i + 1) for i, ch in enumerate(case.name)))
+    g = _emulator.generator(case.name)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
@@ -80,10 +81,6 @@ def inputs(case: Case) -> dict[str, Tensor | None]:
     if case.op == "mean_field_backward" and case.keep:
         t["saved"] = mean_field_reference(replace(case, op="mean_field"), t)[1].to(case.dtype).contiguous()
     return t
-
-
-def double(t: Tensor | None) -> Tensor | None:
-    return t if t is None or t.dtype == torch.bool else t.double()
 
 
 def mean_field_arguments(case: Case, t: dict[str, Tensor | None]) -> tuple:
@@ -145,12 +142,7 @@ def encode(case: Case) -> bytes:
     names += ["features0"] if case.op.startswith("filter") else ["mask", "saved"]
     if not case.op.startswith("filter"):
         names += [f"{name}{m}" for m in range(count) for name in ("features", "matrix")]
-    parts = [header]
-    for name in names:
-        value = t[name]
-        data = b"" if value is None else value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        parts += [struct.pack("<q", -1 if value is None else len(data)), data]
-    return b"".join(parts)
+    return header + b"".join(_emulator.encoded(t[name]) for name in names)
 
 
 class Run(_emulator.Run):
@@ -165,14 +157,8 @@ class Run(_emulator.Run):
         for case in cases:
             results: list[Tensor | None] = []
             for shape in shapes(case):
-                (size,) = struct.unpack_from("<q", self.data, offset)
-                offset += 8
-                data = bytearray(self.data[offset : offset + max(size, 0)])
-                offset += max(size, 0)
-                empty = torch.empty(shape, dtype=case.dtype)
-                results.append(
-                    None if size < 0 else torch.frombuffer(data, dtype=case.dtype).view(shape) if data else empty
-                )
+                result, offset = _emulator.decoded(memoryview(self.data), offset, shape, case.dtype)
+                results.append(result)
             self.results[case] = results
         assert offset == len(self.data)
 

@@ -3,6 +3,7 @@
 // in atrous_depthwise.h.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -25,7 +26,7 @@ struct PyramidShape {
 
   // The padding keeps the image's size; where it is odd, the larger part comes last.
   DepthwiseShape branch(int64_t r) const {
-    const int64_t rate_h = rates[size_t(2 * r)], rate_w = rates[size_t(2 * r + 1)];
+    const int64_t rate_h = rates[std::size_t(2 * r)], rate_w = rates[std::size_t(2 * r + 1)];
     return {batch,
             channels,
             1,

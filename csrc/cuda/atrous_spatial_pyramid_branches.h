@@ -23,7 +23,7 @@ struct PyramidBranches {
 // The largest step that divides the vertical rates of all branches whose taps reach other rows of the image at all.
 inline int64_t row_step(const PyramidShape& s) {
   int64_t step = 0;
-  for (size_t r = 0; r < s.rates.size(); r += 2)
+  for (std::size_t r = 0; r < s.rates.size(); r += 2)
     if (s.rates[r] < s.height) step = std::gcd(step, s.rates[r]);
   return step > 0 ? step : s.height;
 }
@@ -36,7 +36,7 @@ PyramidBranches<T> branches_of(const PyramidShape& s) {
   b.count = int(s.branches()), b.height = int(s.height), b.width = int(s.width);
   const int64_t step = row_step(s);
   for (int r = 0; r < b.count; ++r) {
-    const int64_t rate_h = s.rates[size_t(2 * r)], rate_w = s.rates[size_t(2 * r + 1)];
+    const int64_t rate_h = s.rates[std::size_t(2 * r)], rate_w = s.rates[std::size_t(2 * r + 1)];
     b.rate_h[r] = int(rate_h < s.height ? rate_h : ceil_div(s.height, step) * step);
     b.rate_w[r] = int(at_most(rate_w, s.width));
   }

@@ -232,7 +232,7 @@ struct PyramidCalls {
   static void backward(const Context& context, const PyramidShape& s, const T* const* grad_out, const T* grad_pooled,
                        const T* x, const T* weight, const T* const* conv, const Norm<A>& norm, bool batch_statistics,
                        T* grad_x, T* grad_weight, A* grad_gamma, A* grad_beta) {
-    const size_t branches = size_t(s.branches());
+    const std::size_t branches = std::size_t(s.branches());
     std::vector<const T*> y(branches), dy(branches);
     if (norm.mean) {
       std::vector<T*> recomputed(branches);
@@ -240,7 +240,7 @@ struct PyramidCalls {
         for (T*& part : recomputed) part = Depthwise::scratch(context, s.count());
         forward(context, s, x, weight, Depthwise::no_norm(), recomputed.data(), nullptr);
       }
-      for (size_t r = 0; r < branches; ++r) {
+      for (std::size_t r = 0; r < branches; ++r) {
         const int64_t row = int64_t(r) * s.channels;
         y[r] = conv ? conv[r] : recomputed[r];
         Depthwise::norm_sums(context, s.branch(int64_t(r)), grad_out[r], y[r],
@@ -252,7 +252,7 @@ struct PyramidCalls {
     if (backward_part(context, s, grad_out, norm.mean ? y.data() : nullptr, norm.mean ? &norm_grad : nullptr,
                       grad_pooled, x, weight, grad_x, grad_weight))
       return;
-    for (size_t r = 0; r < branches; ++r) {
+    for (std::size_t r = 0; r < branches; ++r) {
       dy[r] = grad_out[r];
       if (!norm.mean) continue;
       const int64_t row = int64_t(r) * s.channels;

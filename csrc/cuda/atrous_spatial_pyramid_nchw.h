@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kNchwThreads, 2)
     const int64_t start = plane + rows.top * width, end = plane + rows.bottom * width;
     AffineGrad<A> affine_c{};
     if constexpr (kNorm) affine_c = affine_grad(norm, c);
-    if (r > 0) __syncthreads();
+    if (r > 0 && !partial) __syncthreads();  // with partial the tap sums have met already
     const int64_t base = copy_dy<T, kNorm>(b.grad[r], b.y[r], affine_c, norm.norm.activation, start, end, shared_dy);
     const A* image_dy = shared_dy + (start - base) - rows.top * width;  // row i is image_dy + i * width
     A taps[9], sums[9];
