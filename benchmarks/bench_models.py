@@ -31,6 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import bars
 import measure
 import report
 import torch
@@ -47,8 +48,6 @@ from deeplab_kernels.timing import interleaved
 
 FILE = "models.json"
 OURS, EAGER, COMPILED = "ours", "eager", "compiled"
-# (mode, output stride) -> times faster than the better of PyTorch's
-BARS = {("inference", 16): 1.5, ("inference", 8): 2.0, ("training", 16): 1.5, ("training", 8): 1.5}
 CHECK_SIZE = 33
 COLUMNS = [
     "case",
@@ -321,16 +320,20 @@ def best(record: Mapping[str, Any], *kinds: str) -> tuple[float, str]:
     return min((t["median_ms"], name) for name, t in record["timings"].items() if name.split()[0] in kinds)
 
 
-def failures(record: Mapping[str, Any]) -> list[str]:
-    ratio = best(record, EAGER, COMPILED)[0] / best(record, OURS)[0]
+def judged(record: Mapping[str, Any]) -> list[bars.Bar]:
+    """The demands on the whole network; its variants without decoder or SC have none."""
     case = record["case"]
-    judged = case["model"] == Case.model and case.get("decoder", True) and case.get("separable", True)
-    bar = BARS[record["mode"], case["output_stride"]] if judged else 0.0
-    wrong = [] if ratio >= bar else [f"ratio {ratio:.2f}, bar {bar:g}"]
-    memory = record.get("peak_bytes")
-    if memory and memory[OURS] > memory[EAGER]:
-        wrong.append(f"memory {memory[OURS] / memory[EAGER]:.2f} of eager's")
-    return wrong
+    found = []
+    if case["model"] == Case.model and case.get("decoder", True) and case.get("separable", True):
+        ratio = best(record, EAGER, COMPILED)[0] / best(record, OURS)[0]
+        found = bars.network(record["mode"], case["output_stride"], ratio)
+    if memory := record.get("peak_bytes"):
+        found.append(bars.bar("network memory", memory[OURS] / memory[EAGER], "memory of eager's"))
+    return found
+
+
+def failures(record: Mapping[str, Any]) -> list[str]:
+    return [f"{bar.shortfall} ({bars.DEMANDS[bar.demand].source})" for bar in judged(record) if not bar.passed]
 
 
 def row(record: Mapping[str, Any]) -> dict[str, str]:

@@ -109,12 +109,14 @@ def copy_bandwidth(megabytes: int = 256) -> float:
     return 2 * source.nbytes / timing.median / 1e6
 
 
-def matrix_rate() -> float:
-    """Multiply-Adds per second of the fastest fp32 matrix product."""
+def matrix_rate(
+    dtype: torch.dtype = torch.float32, rounds: int = 9, shapes: Sequence[tuple[int, int, int]] = GEMM_SHAPES
+) -> float:
+    """Multiply-Adds per second of the fastest matrix product."""
     best = 0.0
-    for m, k, n in GEMM_SHAPES:
-        a, b, out = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
-        timing = interleaved({"mm": lambda a=a, b=b, out=out: torch.mm(a, b, out=out)}, rounds=9)["mm"]
+    for m, k, n in shapes:
+        a, b, out = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype), torch.empty(m, n, dtype=dtype)
+        timing = interleaved({"mm": lambda a=a, b=b, out=out: torch.mm(a, b, out=out)}, rounds=rounds)["mm"]
         best = max(best, m * k * n / timing.minimum * 1e3)
     return best
 

@@ -29,20 +29,38 @@ class Timing:
         return min(self.samples)
 
     @property
+    def quartiles(self) -> tuple[float, float]:
+        """The first and the third; of one sample both are that sample."""
+        if len(self.samples) < 2:
+            return self.samples[0], self.samples[0]
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return low, high
+
+    @property
     def iqr(self) -> float:
         """Interquartile range, the spread of the samples; 0 with one sample."""
-        if len(self.samples) < 2:
-            return 0.0
-        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        low, high = self.quartiles
         return high - low
 
     def summary(self) -> dict[str, float]:
         return {
             "median_ms": self.median,
             "min_ms": self.minimum,
+            "max_ms": max(self.samples),
+            "mean_ms": statistics.fmean(self.samples),
+            "stddev_ms": statistics.stdev(self.samples) if len(self.samples) > 1 else 0.0,
+            "q1_ms": self.quartiles[0],
+            "q3_ms": self.quartiles[1],
             "iqr_ms": self.iqr,
             "rounds": len(self.samples),
         }
+
+
+def _wall_clock(function: Callable[[], object], count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        function()
+    return time.perf_counter() - start
 
 
 def interleaved(
@@ -54,6 +72,7 @@ def interleaved(
     settle: bool = True,
     candidate_seconds: float = 4.0,
     seed: int = 0,
+    clock: Callable[[Callable[[], object], int], float] | None = None,
 ) -> dict[str, Timing]:
     """Times ``candidates`` (name -> function without arguments) against each other.
 
@@ -66,12 +85,14 @@ def interleaved(
         candidate_seconds: a candidate that has used more than this leaves the rotation once it has 3 samples; one whose
             first call takes longer than this is not called again, that call is its only sample.
         seed: of the order.
+        clock: (function, count) -> seconds that ``count`` calls take; the wall clock's by default.
 
     Returns:
         name -> :class:`Timing`, in the order of ``candidates``.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
+    clock = clock or _wall_clock
     repeats: dict[str, int] = {}
     settles: dict[str, bool] = {}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
@@ -79,9 +100,7 @@ def interleaved(
     for name, function in candidates.items():
         seconds = float("inf")
         for _ in range(max(warmup, 1)):
-            start = time.perf_counter()
-            function()
-            seconds = min(seconds, time.perf_counter() - start)
+            seconds = min(seconds, clock(function, 1))
             if seconds > min(1.0, candidate_seconds):
                 break
         if seconds > candidate_seconds:
@@ -100,10 +119,7 @@ def interleaved(
                 function, count = candidates[name], repeats[name]
                 if settles[name]:
                     function()
-                start = time.perf_counter()
-                for _ in range(count):
-                    function()
-                elapsed = time.perf_counter() - start
+                elapsed = clock(function, count)
                 samples[name].append(elapsed / count * 1e3)
                 spent[name] += elapsed
     finally:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,13 @@ from _html_page import Page, check_self_contained
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
-import layers  # noqa: E402
-from suite import compare, page, plots, rows, runner, subjects  # noqa: E402
+import bars  # noqa: E402
+from suite import cases, compare, exports, page, plots, rows, runner, subjects  # noqa: E402
 
 from deeplab_kernels import cli  # noqa: E402
 from deeplab_kernels.commands import bench  # noqa: E402
 from deeplab_kernels.errors import UserError  # noqa: E402
+from deeplab_kernels.timing import Timing  # noqa: E402
 
 COMMITTED = sorted({path.parent for path in (BENCHMARKS / "results").glob("*/atrous_depthwise.json")})
 MACHINE = {"cpu": "Tiny <CPU> & co", "cores": 2, "threads": 2, "copy_gb_per_s": 20.0, "matrix_gflop_per_s": 100.0}
@@ -88,7 +91,7 @@ def test_missed_bars_are_listed(tmp_path: Path) -> None:
     results = rows.read(write(tmp_path, atrous_separable=document, models=models()))
     assert [bar.case for bar in results.missed][-1] == "A12:2048x33r12->relu->256"
     assert "2.00 < 3" in results.missed[-1].what
-    assert sum("ratio 1.12" in bar.what for bar in results.missed) == 2
+    assert [bar.source for bar in results.missed if "ratio 1.12" in bar.what] == ["issue 4", "issue 5"] * 2
     assert not rows.read(write(tmp_path / "fast", atrous_separable=separable(whole__nhwc=1, eager__nhwc=4))).missed
 
 
@@ -134,7 +137,7 @@ def test_gpu_results_are_read_in_microseconds(tmp_path: Path) -> None:
         ("{", "models.json", "not a results file of models"),
         ("[]", "models.json", "not a results file of models"),
         ('{"records": [{"name": "a"}]}', "atrous_separable.json", "KeyError"),
-        ("{}", "other.json", "must be one of models.json"),
+        ("{}", "other.json", "must be one of contenders.json"),
     ],
 )
 def test_files_that_are_no_results(tmp_path: Path, content: str, name: str, message: str) -> None:
@@ -160,7 +163,7 @@ def test_report_of_committed_results_has_every_case(folder: Path) -> None:
     assert {(row.case, row.mode, row.contender) for row in results.rows} <= cells
     depthwise = json.loads((folder / "atrous_depthwise.json").read_text())["records"]
     assert {record["name"] for record in depthwise} <= {case for case, *_ in cells}
-    assert len(list(parsed.tables[0][1:])) == len(results.missed)
+    assert [len(table) - 1 for table in parsed.tables[:2]] == [len(bars.DEMANDS), len(results.missed)]
     assert parsed.references == []
 
 
@@ -196,6 +199,113 @@ def test_axes_are_logarithmic_and_hold_their_values() -> None:
     assert axes.x(10) == pytest.approx((axes.x(1) + axes.x(100)) / 2)
     assert plots.LEFT < axes.x(1) < axes.x(100) < plots.WIDTH - plots.RIGHT
     assert plots.TOP < axes.y(2) < plots.HEIGHT - plots.BOTTOM
+
+
+def contenders(device: str = "cpu", subject: str = "separable", what: str = "A12:2048x33r12->relu->256", dtype="fp32",
+               **times: float) -> dict[str, Any]:  # fmt: skip
+    """A file of bench_contenders with one case."""
+    case = {"subject": subject, "what": what, "mode": "inference", "batch": 8, "dtype": dtype}
+    record = {
+        "name": f"{what}/N8 {dtype}", "subject": subject, "mode": "inference", "case": case, "device": device,
+        "madds": 10**9, "bytes": 10**7, "threads": 2, "allocator": "tuned",
+        "timings": {name.replace("__", " ").replace("_", "-"): full_timing(ms) for name, ms in times.items()},
+        "peak_bytes": {"ours nhwc": 5 * 10**6}, "commit": "abc", "date": "2026-11-21",
+        "unavailable": {"max-autotune nhwc": "no <compiler>"},
+    }  # fmt: skip
+    machine = {**MACHINE, "matrix_gflop_per_s_of": {"fp32": 100.0, "bf16": 1000.0}}
+    left_out = ["728x33->728/N1 fp16, training"]
+    return {"machine": machine, "unavailable": {"tf32": "CUDA only"}, "left_out": left_out, "records": [record]}
+
+
+def full_timing(ms: float) -> dict[str, float]:
+    return Timing((0.9 * ms, ms, 1.2 * ms)).summary()
+
+
+def test_product_as_rows_with_reasons(tmp_path: Path) -> None:
+    document = contenders(ours__nhwc=1.0, eager__nhwc=4.0, native__nchw=2.0, copy__nhwc=0.5, dtype="bf16")
+    document["records"][0]["with_gaps"] = {"ours nhwc": full_timing(1.5)}
+    results = rows.read(write(tmp_path, contenders=document))
+    found = {row.contender: row for row in results.rows}
+    ours = found["ours nhwc"]
+    assert (ours.subject, ours.rival, ours.ratio) == (rows.TITLES["separable"], "native nchw", 2.0)
+    assert (ours.with_gaps_ms, ours.peak_bytes, ours.full_precision) == (1.5, 5 * 10**6, False)
+    assert ours.matrix_share == pytest.approx(2.0)  # 2000 GFLOP/s against bf16's 1000
+    assert (found["copy nhwc"].madds, found["copy nhwc"].ratio) == (0, None)
+    assert [(u.contender, u.reason) for u in results.unavailable] == [
+        ("max-autotune nhwc", "no <compiler>"),
+        ("tf32", "CUDA only"),
+    ]
+    text = page.render(results)
+    parsed = check_self_contained(text)
+    assert "no &lt;compiler&gt;" in text
+    assert any("with launch gaps, ms" in line for table in parsed.tables for line in table)
+    assert "728x33-&gt;728/N1 fp16, training" in text
+
+
+def test_same_demand_of_two_issues_stands_twice(tmp_path: Path) -> None:
+    times = {"ours__nhwc": 10.0, "eager__nhwc": 16.0}
+    what = "deeplabv3plus_xception65, output stride 16"
+    results = rows.read(write(tmp_path, contenders=contenders(subject="models", what=what, **times)))
+    found = {(v.demand.source, v.demand.limit): v.text for v in results.verdicts if v.measured}
+    assert found == {("issue 4", 1.5): "met", ("issue 5", 1.7): "missed"}
+    assert [(m.source, m.what) for m in results.missed] == [("issue 5", "best layout: ratio 1.60 < 1.7")]
+    assert sum(v.text == "not measured" for v in results.verdicts) == len(bars.DEMANDS) - 2
+
+
+@pytest.mark.parametrize(
+    ("device", "subject", "what", "dtype", "expected"),
+    [
+        ("cpu", "separable", "A12:2048x33r12->relu->256", "fp32", {"block, ASPP": 2.0}),
+        ("cpu", "separable", "728x33->728", "fp32", {"block": 2.0}),
+        ("cpu", "separable", "728x33->728", "bf16", {}),
+        ("cpu", "aspp", "2048x33 rates 6,12,18", "fp32", {"aspp": 2.0}),
+        ("cpu", "depthwise", "A12:2048x33r12", "fp32", {"depthwise, rate >= 6": 2.0}),
+        ("cpu", "models", "deeplabv3plus_xception65, output stride 8, no SC", "fp32", {}),
+        ("cuda", "depthwise", "728x33", "bf16", {"gpu depthwise": 2.0}),
+        ("cuda", "depthwise", "728x65r2", "bf16", {"gpu depthwise, rate >= 2": 2.0}),
+        ("cuda", "separable", "728x33->728", "fp16", {"gpu block": 2.0}),
+        ("cuda", "models", "deeplabv3plus_xception65, output stride 16", "bf16", {"gpu network": 3.0}),
+        ("cuda", "models", "deeplabv3plus_xception65, output stride 16", "fp32", {}),
+    ],
+)
+def test_bars_of_the_product(device: str, subject: str, what: str, dtype: str, expected: dict[str, float]) -> None:
+    times = {"ours__nhwc": 1.0, "eager__nhwc": 2.0, "max_autotune__nhwc": 3.0, "copy__nhwc": 0.1}
+    document = contenders(device, subject, what, dtype, **times)
+    found = bars.contenders(document["records"][0], document["machine"])
+    assert {bar.demand: pytest.approx(bar.value) for bar in found} == expected
+
+
+def test_large_gpu_tensors_are_held_to_the_copy_bandwidth() -> None:
+    document = contenders("cuda", "depthwise", "A24:2048x65r24", "bf16", ours__nhwc=10.0, eager__nhwc=40.0)
+    document["records"][0]["bytes"] = 2 * 70 * 10**6
+    found = {b.demand: b.value for b in bars.contenders(document["records"][0], {"copy_gb_per_s": 20.0})}
+    assert found == {"gpu depthwise, rate >= 2": 4.0, "gpu bandwidth": pytest.approx(0.7)}
+
+
+def test_pytest_benchmark_reads_the_export(tmp_path: Path) -> None:
+    old = {**separable(whole__nhwc=2.0, eager__nhwc=5.0)}  # without all statistics: left out
+    results = rows.read(write(tmp_path, contenders=contenders(ours__nhwc=1.0, eager__nhwc=4.0), atrous_separable=old))
+    file = tmp_path / "export.json"
+    file.write_text(json.dumps(exports.pytest_benchmark(results)))
+    command = [sys.executable, "-m", "pytest_benchmark", "compare", str(file), "--columns=median,iqr,rounds"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2048x33r12->relu->256/N8 fp32, inference") >= 2
+    [ours, eager] = json.loads(file.read_text())["benchmarks"]
+    assert ours["stats"]["median"] == pytest.approx(1e-3)
+    assert eager["stats"]["iqr"] == pytest.approx(0.6e-3)
+    assert ours["extra_info"]["ratio"] == pytest.approx(4.0)
+
+
+def test_markdown_has_every_row(tmp_path: Path) -> None:
+    document = contenders(ours__nhwc=1.0, eager__nhwc=4.0)
+    document["records"][0]["unavailable"] = {"compile nhwc": "a|b\nc"}
+    text = exports.markdown(rows.read(write(tmp_path, contenders=document)))
+    line = next(line for line in text.splitlines() if "| ours nhwc |" in line)
+    assert "| 4.00 |" in line
+    assert "| 1000.0 | 10.0 | 50% | 2000% | 5 |" in line  # millions, MB, shares, MB
+    assert "a/b c" in text
+    assert "| issue 5 | CPU |" in text
 
 
 # Comparison.
@@ -250,6 +360,11 @@ def test_user_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert "weather" in capsys.readouterr().err
     assert run("--report-only", "-o", tmp_path) == 2
     assert "no results" in capsys.readouterr().err
+    for options in (["--minutes", "-1"], ["--batch", "0"], ["--threads", "-2"], ["--layers", "weather"]):
+        assert run(*options, "-o", tmp_path) == 2
+        error = capsys.readouterr().err
+        assert options[0] in error
+    assert not list(tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         bench, "__file__", str(tmp_path / "site-packages" / "deeplab_kernels" / "commands" / "bench.py")
@@ -262,31 +377,35 @@ def test_user_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
 
 
 def test_plans() -> None:
-    assert {job.subject for job in subjects.JOBS} == set(subjects.SUBJECTS) == set(bench.SUBJECTS)
-    assert all((BENCHMARKS / job.script).is_file() and Path(job.results).stem in rows.KINDS for job in subjects.JOBS)
-    assert sum(job.quick.seconds for job in subjects.jobs(None, quick=True) if job.quick) < 180
-    assert [job.script for job in subjects.jobs(["crf"], quick=True)] == ["bench_dense_crf.py"]
-    cases = {job.script: job.full.cases for job in subjects.JOBS}
-    assert cases["bench_atrous_depthwise.py"] == 2 * len(layers.shapes())
-    assert cases["bench_atrous_separable.py"] == len({*layers.xception65_blocks(16), *layers.xception65_blocks(8)})
+    assert bench.SUBJECTS == subjects.SUBJECTS
+    axes = {"modes": cases.MODES, "dtypes": cases.DTYPES, "contenders": cases.CONTENDERS, "layouts": cases.LAYOUTS}
+    assert axes == bench.AXES
+    for quick, minutes in ((True, subjects.QUICK_MINUTES), (False, subjects.FULL_MINUTES)):
+        jobs = subjects.Wanted(quick=quick, minutes=minutes).jobs
+        assert all((BENCHMARKS / job.script).is_file() and Path(job.results).stem in rows.KINDS for job in jobs)
+        plans = [plan for job in jobs if (plan := job.plan(quick))]
+        assert len(plans) == len(jobs) == (3 if quick else 4)
+        assert sum(plan.seconds for plan in plans) <= 60 * minutes
+        assert jobs[0].script == "bench_contenders.py"
+        assert plans[0].cases > 5
+    only = subjects.Wanted(["crf"], quick=True)
+    assert [job.script for job in only.jobs] == ["bench_dense_crf.py"]
+    assert subjects.fitting([10, 100, 20, 5], 36) == 3
 
 
 def test_options_are_those_of_the_files(tmp_path: Path) -> None:
-    import bench_atrous_depthwise
-    import bench_atrous_separable
+    import bench_contenders
     import bench_dense_crf
 
-    arguments = {job.script: job.arguments(True, tmp_path)[1:] for job in subjects.jobs(None, quick=True)}
-    depthwise = bench_atrous_depthwise.parse(arguments["bench_atrous_depthwise.py"])
-    shapes = bench_atrous_depthwise.select(depthwise.shapes, [1], depthwise.quick)
-    plans = {job.script: job.quick.cases for job in subjects.JOBS if job.quick}
-    assert (2 * len(shapes), depthwise.json) == (plans["bench_atrous_depthwise.py"], tmp_path / "atrous_depthwise.json")
-    separable_blocks = bench_atrous_separable.chosen(
-        bench_atrous_separable.parse(arguments["bench_atrous_separable.py"])
-    )
-    assert len(separable_blocks) == plans["bench_atrous_separable.py"]
-    crf = bench_dense_crf.parse(arguments["bench_dense_crf.py"])
-    assert sum(crf.cases in case.name for case in bench_dense_crf.SMALL) == plans["bench_dense_crf.py"]
+    chosen = cases.Selection(what=["A12"], dtypes=["bf16"], batches=[1, 4], layouts=["nchw"])
+    wanted = subjects.Wanted(["separable", "crf"], quick=True, minutes=1.0, selection=chosen, threads=3)
+    product, crf = wanted.jobs
+    args = bench_contenders.parse(product.arguments(True, tmp_path, 0.5)[1:])
+    assert (args.plan, args.minutes, args.threads, args.device) == ("quick", 0.5, 3, "cpu")
+    assert bench_contenders.selection_of(args) == dataclasses.replace(chosen, subjects=["separable"], modes=cases.MODES)
+    crf_args = bench_dense_crf.parse(crf.arguments(True, tmp_path)[1:])
+    assert sum(crf_args.cases in case.name for case in bench_dense_crf.SMALL) == crf.quick.cases
+    assert crf_args.json == tmp_path / "dense_crf.json"
 
 
 SCRIPT = """
@@ -300,19 +419,48 @@ sys.exit(1)  # a bar is missed
 """
 
 
+class Wanted(subjects.Wanted):
+    """One made-up file; arguments of its script in ``contents``."""
+
+    script: Path
+    contents: tuple[str, ...]
+
+    @property
+    def jobs(self) -> list[subjects.Job]:
+        plan = subjects.Plan(1.0, 2, self.contents)
+        return [subjects.Job(("models",), str(self.script), "models.json", plan)]
+
+
+def wanted(script: Path, text: str, *contents: str, minutes: float = 0.0) -> Wanted:
+    script.write_text(text)
+    made = Wanted(minutes=minutes)
+    object.__setattr__(made, "script", script)
+    object.__setattr__(made, "contents", contents)
+    return made
+
+
 @pytest.mark.parametrize("name", ["good", "bad"])
 def test_a_job_keeps_what_was_measured(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    script = tmp_path / "bench_tiny.py"
-    script.write_text(SCRIPT)
     write(tmp_path / "out", models={"records": [{"name": "old"}]})
-    plan = subjects.Plan(1.0, 2, (name,))
-    [outcome] = runner.run([subjects.Job("models", str(script), "models.json", plan)], tmp_path / "out", quick=False)
-    assert (outcome.ok, outcome.cases) == (name == "good", 1)
+    [outcome] = runner.run(wanted(tmp_path / "bench_tiny.py", SCRIPT, name), tmp_path / "out")
+    assert (outcome.ok, outcome.cases, outcome.cut) == (name == "good", 1, False)
     assert outcome.error == ("" if outcome.ok else "SystemError: out of paper")
     assert (tmp_path / "out" / runner.TIMES).exists() == outcome.ok
     error = capsys.readouterr().err
     assert "1 files" in error
     assert ("out of paper" in error) != outcome.ok
+
+
+def test_the_time_limit_stops_a_file_and_keeps_its_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "REPORT_SECONDS", 0.0)
+    script = SCRIPT.replace("sys.exit(1)", "import time; time.sleep(600)")
+    [outcome] = runner.run(wanted(tmp_path / "bench_slow.py", script, "slow", minutes=4 / 60), tmp_path / "out")
+    assert (outcome.ok, outcome.cut, outcome.cases) == (True, True, 2)
+    assert outcome.seconds < 30
+    assert "the time is over" in capsys.readouterr().err
+    assert not (tmp_path / "out" / runner.TIMES).exists()  # no estimate for the next time
 
 
 def test_time_left_follows_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,9 @@ from deeplab_kernels._html import escape, page
 
 from . import plots
 from .compare import Change, changes, other_machine
-from .rows import KINDS, Results, Row
+from .rows import Results, Row
 
+LISTED = 60  # cases left out that are named
 Changes = Mapping[tuple[str, ...], Change]
 
 
@@ -23,8 +24,10 @@ def render(now: Results, before: Results | None = None) -> str:
         _header(now, subjects, found),
         *([_section("Against the stored run", _comparison(now, before, found))] if before else []),
         _plots(now),
+        _section("Bars", _bars(now)),
         _section("Missed bars", _missed(now)),
         *(_section(name, _table(name, [r for r in now.rows if r.subject == name], found)) for name in subjects),
+        *([_section("Not measured", _unavailable(now))] if now.unavailable or now.left_out else []),
         _section("How this was measured", _provenance(now)),
     ]
     return page("deeplab_kernels benchmarks", "\n".join(s for s in sections if s), style=_STYLE, script=_SCRIPT)
@@ -46,7 +49,7 @@ def _header(now: Results, subjects: Sequence[str], found: Changes) -> str:
         slower = sum(c.now.ours and c.verdict == "slower" for c in found.values())
         tiles.append((str(slower), f"of ours slower than in the stored run, of {len(found)} compared"))
     cards = "".join(f"<div class=tile><b>{value}</b><span>{escape(label)}</span></div>" for value, label in tiles)
-    facts = ", ".join(_FACTS.get(key, key.replace("_", " ") + " {}").format(v) for key, v in now.machine.items())
+    facts = ", ".join(_FACTS.get(key, key.replace("_", " ") + " {}").format(_fact(v)) for key, v in now.machine.items())
     dates = ", ".join(dict.fromkeys(entry["date"] for entry in now.provenance if entry["date"]))
     return (
         f"<header><h1>Benchmarks of deeplab_kernels</h1><p>{escape(facts)}. Measured {escape(dates) or 'at no date'}."
@@ -58,8 +61,49 @@ def _header(now: Results, subjects: Sequence[str], found: Changes) -> str:
 def _missed(now: Results) -> str:
     if not now.missed:
         return "<p>None of those that were measured.</p>"
-    lines = [f"<tr>{''.join(f'<td>{escape(v)}</td>' for v in (m.case, m.what, m.subject))}</tr>" for m in now.missed]
-    return _filterable("missed bars", ["case", "bar", "subject"], lines, others=False)
+    lines = [_line((m.case, m.what, m.source, m.subject)) for m in now.missed]
+    return _filterable("missed bars", ["case", "bar", "asked by", "subject"], lines, others=False)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+
+
+def _bars(now: Results) -> str:
+    """Every demand and what became of it."""
+    tones = {"met": ' class="faster"', "missed": ' class="slower"'}
+    rows = []
+    for verdict in now.verdicts:
+        demand = verdict.demand
+        worst = "" if verdict.worst is None else f"{verdict.worst:.2f} at {verdict.where.removesuffix(', ')}"
+        rows.append(
+            [
+                escape(demand.source),
+                demand.device,
+                escape(demand.what),
+                f"{'&ge;' if demand.at_least else '&le;'} {demand.limit:g}",
+                f"{verdict.met} of {verdict.measured}" if verdict.measured else "",
+                escape(worst),
+                f"<b{tones.get(verdict.text, '')}>{verdict.text}</b>",
+            ]
+        )
+    return _plain_table(["asked by", "on", "what", "bar", "cases met", "furthest from it", "verdict"], rows)
+
+
+def _unavailable(now: Results) -> str:
+    parts = []
+    if now.unavailable:
+        lines = [_line((u.case, u.mode, u.contender, u.reason, u.subject)) for u in now.unavailable]
+        heads = ["case", "mode", "what", "reason", "subject"]
+        parts.append(_filterable("what was not available", heads, lines, others=False))
+    if now.left_out:
+        cases = escape("; ".join(now.left_out[:LISTED]))
+        more = f"; and {len(now.left_out) - LISTED} more" if len(now.left_out) > LISTED else ""
+        parts.append(
+            f"<p>Left out for want of time, the most important first ({len(now.left_out)} cases; "
+            f"<code>--minutes</code> gives more):</p><p class=listing>{cases}{more}.</p>"
+        )
+    return "".join(parts)
 
 
 def _comparison(now: Results, before: Results, found: Changes) -> str:
@@ -132,6 +176,7 @@ def _columns(found: Changes) -> list[Column]:
         Column("contender", lambda r: escape(r.contender)),
         Column("setting", lambda r: escape(r.setting)),
         Column("median, ms", lambda r: _ms(r.median_ms), lambda r: r.median_ms),
+        Column("with launch gaps, ms", lambda r: _ms(r.with_gaps_ms), lambda r: r.with_gaps_ms),
         Column("spread", lambda r: _percent(r.spread), lambda r: r.spread),
         Column("best alternative, ms", lambda r: _ms(r.rival_ms), lambda r: r.rival_ms),
         Column("which", lambda r: escape(r.rival)),
@@ -193,12 +238,18 @@ def _provenance(now: Results) -> str:
         "<p>Alternatives take turns in one process, in a new order every round; times are medians over the rounds, "
         "spread is the interquartile range over the median. Ratio: the fastest alternative's time over this one's, so "
         "more is better. Bytes: inputs read once, results written once. Of copy bandwidth and of matrix ceiling: "
-        "bytes and Multiply-Adds per second against what a large copy and the fastest matrix product reached. Peak "
-        "memory: growth of a process of its own by one call. Which alternatives, checked how: the head of each "
+        "bytes and Multiply-Adds per second against what a large copy and the fastest matrix product (of the same "
+        "dtype, where that was measured) reached. With launch gaps: of ordinary calls on a GPU, where the median is of "
+        "CUDA-graph replays. Peak memory: growth of a process of its own by one call, on a GPU of the allocator. "
+        "Which alternatives, checked how: the head of each "
         f"<code>benchmarks/bench_*.py</code>, and <code>benchmarks/NOTES.md</code>. Subjects in this report: "
-        f"{escape(', '.join(kind.title for kind in KINDS.values() if any(r.subject == kind.title for r in now.rows)))}."
+        f"{escape(', '.join(dict.fromkeys(row.subject for row in now.rows)))}."
         f"</p>{table}"
     )
+
+
+def _fact(value: object) -> object:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else value
 
 
 _FACTS = {
@@ -209,6 +260,7 @@ _FACTS = {
     "last_level_cache_bytes": "last level cache of {:,} bytes",
     "copy_gb_per_s": "copy bandwidth {} GB/s",
     "matrix_gflop_per_s": "matrix product {} GFLOP/s",
+    "matrix_gflop_per_s_of": "by dtype {}",
 }
 
 
@@ -235,6 +287,9 @@ main { max-width: 1200px; }
 .tone1 { --tone: #d98200; }
 .tone2 { --tone: #2f9e62; }
 .tone3 { --tone: #a55bc4; }
+.tone4 { --tone: #c2453b; }
+.tone5 { --tone: #6f7885; }
+.listing { max-width: none; font-size: .86rem; color: var(--soft); }
 circle.solid { fill: var(--tone); }
 circle.hollow { fill: var(--back); stroke: var(--tone); stroke-width: 1.5; }
 polyline { fill: none; stroke: var(--tone); stroke-width: 1.5; }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ import bars
 from deeplab_kernels.errors import UserError
 
 Record = Mapping[str, Any]
+_REDUCED = re.compile(r"float16|\b(bf16|fp16|tf32)\b")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class Row:
     setting: str = ""  # allocator and threads, where a case was measured in several
     copy_gb_per_s: float | None = None
     gflop_per_s: float | None = None  # of the fastest matrix product
+    with_gaps_ms: float | None = None  # on a GPU: of ordinary calls, where the median is of CUDA-graph replays
+    network: str = ""  # whole networks: what the plot of latencies calls it
+    statistics: Record = field(default_factory=dict, compare=False, hash=False)  # what Timing.summary gives
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -43,7 +48,7 @@ class Row:
 
     @property
     def full_precision(self) -> bool:
-        return "float16" not in f"{self.case} {self.contender}"  # nor bfloat16
+        return not _REDUCED.search(f"{self.case} {self.contender}")
 
     @property
     def ratio(self) -> float | None:
@@ -77,6 +82,18 @@ class Missed:
     subject: str
     case: str
     what: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Unavailable:
+    """What was to be measured and could not be."""
+
+    subject: str
+    case: str
+    mode: str
+    contender: str
+    reason: str
 
 
 @dataclass
@@ -86,8 +103,22 @@ class Results:
     source: Path
     machine: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
-    missed: list[Missed] = field(default_factory=list)
+    judged: list[tuple[str, str, bars.Bar]] = field(default_factory=list)  # subject, case, bar
+    unavailable: list[Unavailable] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # cases that there was no time for
     provenance: list[dict[str, str]] = field(default_factory=list)  # one entry for each file
+
+    @property
+    def missed(self) -> list[Missed]:
+        return [
+            Missed(subject, case, f"{bar.layout}: {bar.shortfall}", bars.DEMANDS[bar.demand].source)
+            for subject, case, bar in self.judged
+            if not bar.passed
+        ]
+
+    @property
+    def verdicts(self) -> list[bars.Verdict]:
+        return bars.verdicts([(f"{case}, {bar.layout}", bar) for _, case, bar in self.judged])
 
 
 def _timed(record: Record, **shared: Any) -> Iterable[Row]:
@@ -98,6 +129,7 @@ def _timed(record: Record, **shared: Any) -> Iterable[Row]:
             median_ms=timing["median_ms"],
             iqr_ms=timing.get("iqr_ms"),
             samples=timing.get("rounds"),
+            statistics=timing,
             **{"ours": name.startswith("ours"), **shared},
         )
 
@@ -156,12 +188,44 @@ def _plain(row: Row) -> bool:
 def _models(subject: str, document: Record) -> Iterable[Row]:
     for record in document["records"]:
         shared = {"subject": subject, "case": record["name"], "mode": record["mode"], "setting": _setting(record)}
+        shared["network"] = ", ".join(record["name"].split(", ")[:-2])  # without the size and N
         rows = list(_timed(record, madds=record["madds"], gflop_per_s=2e-9 * record["gemm_madds_per_s"], **shared))
         fastest = {kind: min(r.median_ms for r in rows if r.contender.startswith(kind)) for kind in ("ours", "eager")}
         for row in rows:
             kind = row.contender.split()[0]
             peak = record.get("peak_bytes", {}).get(kind) if row.median_ms == fastest.get(kind) else None
             yield _with_rival(replace(row, peak_bytes=peak), (r for r in rows if not r.ours))
+
+
+def _contenders(subject: str, document: Record) -> Iterable[Row]:
+    """The product of bench_contenders, each record under its own subject."""
+    ceilings = document["machine"].get("matrix_gflop_per_s_of", {})
+    for record in document["records"]:
+        case, gaps = record["case"], record.get("with_gaps", {})
+        shared = {
+            "subject": TITLES[record["subject"]],
+            "case": record["name"],
+            "mode": record["mode"],
+            "madds": record["madds"],
+            "bytes": record["bytes"],
+            "setting": _setting(record),
+            "gflop_per_s": ceilings.get(case["dtype"]),
+            "network": case["what"] if record["subject"] == "models" else "",
+        }
+        rows = list(_timed(record, **shared))
+        rivals = [row for row in rows if not row.ours and not row.contender.startswith("copy")]
+        same_layout = record["subject"] == "depthwise" and record["mode"] == "inference"
+        for row in rows:
+            layout = row.contender.rsplit(" ", 1)[1]
+            row = replace(
+                row,
+                peak_bytes=record.get("peak_bytes", {}).get(row.contender),
+                with_gaps_ms=gaps.get(row.contender, {}).get("median_ms"),
+            )
+            if row.contender.startswith("copy"):
+                yield replace(row, madds=0)
+            else:
+                yield _with_rival(row, (r for r in rivals if not same_layout or r.contender.endswith(layout)))
 
 
 def _dense_crf(subject: str, document: Record) -> Iterable[Row]:
@@ -233,26 +297,53 @@ def _gpu(subject: str, document: Record) -> Iterable[Row]:
             yield Row(subject, f"CRF {record['picture']}", "", name, True, timing["median_us"] / 1e3)
 
 
-# Bars, each file's own.
+# Bars.
 
 
-def _bars_of(module: str, record: Record) -> list[str]:
-    import importlib
+def _models_bars(record: Record, machine: Record) -> list[bars.Bar]:
+    import bench_models
 
-    return list(importlib.import_module(module).failures(record))
-
-
-def _depthwise_bars(record: Record, machine: Record) -> list[str]:
-    demands = bars.bars(record, machine.get("last_level_cache_bytes", 32 << 20))
-    return [f"{record['mode']}, {bar.layout}: {bar.shortfall}" for bar in demands if not bar.passed]
+    return bench_models.judged(record)
 
 
-def _separable_bars(record: Record, machine: Record) -> list[str]:
-    return [f"{bar.layout}: {bar.shortfall}" for bar in bars.separable(record) if not bar.passed]
+def _depthwise_bars(record: Record, machine: Record) -> list[bars.Bar]:
+    return bars.bars(record, machine.get("last_level_cache_bytes", 32 << 20))
 
 
-def _file_bars(module: str) -> Callable[[Record, Record], list[str]]:
-    return lambda record, machine: _bars_of(module, record)
+def _separable_bars(record: Record, machine: Record) -> list[bars.Bar]:
+    return bars.separable(record)
+
+
+def _dense_crf_bars(record: Record, machine: Record) -> list[bars.Bar]:
+    import bench_dense_crf
+
+    names = {"faster": "crf", "faster_with_one": "crf, one thread", "memory_share": "crf memory"}
+    found = [
+        bars.bar(names[key], value, key.replace("_", " "), "")
+        for key, value in bench_dense_crf.ratios(record).items()
+        if record["case"][key] is not None
+    ]
+    if "large" in record:
+        found.append(bars.bar("crf large", record["memory"]["ours"]["peak_bytes"] / 1e9, "peak memory, GB", ""))
+    return found
+
+
+def _crf_layer_bars(record: Record, machine: Record) -> list[bars.Bar]:
+    if record["recompute"]:
+        return []  # its backward contains the forward
+    return [bars.bar("crf backward", record["backward"] / record["forward"], "backward / forward", "")]
+
+
+def _gpu_bars(document: Record) -> Iterable[tuple[str, bars.Bar]]:
+    """Of the dense CRF in a file of gpu_suite: (case, bar)."""
+    for record in document.get("crf", []):
+        times = record.get("times", {})
+        for key, demand in (
+            ("10 iterations, lattices built", f"gpu crf {record['picture']}"),
+            ("exact appearance filter", "gpu exact filter"),
+        ):
+            if key in times and demand in bars.DEMANDS:
+                yield f"CRF {record['picture']}", bars.bar(demand, times[key]["median_us"] / 1e3, "ms", "")
 
 
 @dataclass(frozen=True)
@@ -261,7 +352,7 @@ class Kind:
 
     title: str
     rows: Callable[[str, Record], Iterable[Row]]
-    missed: Callable[[Record, Record], list[str]] | None = None
+    judged: Callable[[Record, Record], list[bars.Bar]] | None = None
     case: Callable[[Record], str] = lambda record: str(record["name"])
 
 
@@ -269,12 +360,19 @@ def _layer_case(record: Record) -> str:
     return f"{record['sigmas']}; trained: {record['trained']}"
 
 
+TITLES = {
+    "models": "Whole networks",
+    "aspp": "ASPP stage",
+    "separable": "Separable convolution, the whole block",
+    "depthwise": "Depthwise + batch normalisation + ReLU",
+}
 KINDS: dict[str, Kind] = {
-    "models": Kind("Whole networks", _models, _file_bars("bench_models")),
-    "atrous_separable": Kind("Separable convolution, the whole block", _separable, _separable_bars),
-    "atrous_depthwise": Kind("Depthwise + batch normalisation + ReLU", _depthwise, _depthwise_bars),
-    "dense_crf": Kind("Dense CRF for numpy", _dense_crf, _file_bars("bench_dense_crf")),
-    "dense_crf_layer": Kind("Dense CRF as a layer", _crf_layer, _file_bars("bench_dense_crf_layer"), _layer_case),
+    "contenders": Kind("Contenders", _contenders, bars.contenders),
+    "models": Kind(TITLES["models"], _models, _models_bars),
+    "atrous_separable": Kind(TITLES["separable"], _separable, _separable_bars),
+    "atrous_depthwise": Kind(TITLES["depthwise"], _depthwise, _depthwise_bars),
+    "dense_crf": Kind("Dense CRF for numpy", _dense_crf, _dense_crf_bars),
+    "dense_crf_layer": Kind("Dense CRF as a layer", _crf_layer, _crf_layer_bars, _layer_case),
     "gaussian_filter": Kind("Gaussian filters", _filters),
     "sweep": Kind("Depthwise, random shapes", _sweep),
     "overhead": Kind("Cost of a call on a tiny tensor", _overhead),
@@ -319,8 +417,20 @@ def _add(results: Results, name: str, document: Record) -> None:
         gflop = row.gflop_per_s or machine.get("matrix_gflop_per_s")
         results.rows.append(replace(row, copy_gb_per_s=copy, gflop_per_s=gflop))
     for record in document.get("records", []):
-        for what in kind.missed(record, machine) if kind.missed else []:
-            results.missed.append(Missed(kind.title, kind.case(record), what))
+        subject = TITLES.get(record.get("subject", ""), kind.title)
+        if not (kind.judged or "unavailable" in record):
+            continue
+        case, mode = kind.case(record), f", {record['mode']}" if "mode" in record else ""
+        for bar in kind.judged(record, machine) if kind.judged else []:
+            results.judged.append((subject, case + mode, bar))
+        for contender, reason in record.get("unavailable", {}).items():
+            results.unavailable.append(Unavailable(subject, case, record["mode"], contender, reason))
+    results.judged += [(kind.title, case, bar) for case, bar in _gpu_bars(document)]
+    for what, reason in document.get("unavailable", {}).items():
+        results.unavailable.append(Unavailable("", "all", "", what, reason))
+    if monai := document.get("monai"):
+        results.unavailable.append(Unavailable(kind.title, "all", "", "MONAI", monai))
+    results.left_out += document.get("left_out", [])
     results.machine = {**machine, **results.machine}
     records = [r for r in document.get("records", []) if "commit" in r] or [document]
     results.provenance.append(

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import measure
 from tqdm import tqdm
 
-from .subjects import Job
+from .subjects import Job, Wanted
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
 TIMES = "suite_seconds.json"  # how long each file took here, for the next estimate
@@ -25,14 +25,15 @@ TIMES = "suite_seconds.json"  # how long each file took here, for the next estim
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one job ended. cases: records in its results file that are of this run."""
+    """How one job ended. cases: records in its results file that are of this run; cut: there was no time for all."""
 
-    subject: str
+    subjects: tuple[str, ...]
     script: str
     ok: bool
     seconds: float
     cases: int
     error: str = ""
+    cut: bool = False
 
 
 def _records(path: Path) -> set[str]:
@@ -102,12 +103,16 @@ def clock(seconds: float) -> str:
     return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"
 
 
-def run_job(job: Job, folder: Path, quick: bool, tell: Callable[[int], None], poll: float = 0.5) -> Outcome:
-    """Runs one file to its end; ``tell`` gets the number of cases done. Interrupted, the file is stopped first."""
+def run_job(
+    job: Job, folder: Path, quick: bool, tell: Callable[[int], None], deadline: Deadline, poll: float = 0.5
+) -> Outcome:
+    """Runs one file to its end, or to the deadline's; ``tell`` gets the number of cases done. Interrupted, the file is
+    stopped first."""
     results = folder / job.results
     old, start = _records(results), time.monotonic()
     environment = {**os.environ, **measure.TUNED_ALLOCATOR, "DEEPLAB_KERNELS_RESULTS": str(folder)}
-    arguments = job.arguments(quick, folder)
+    arguments = job.arguments(quick, folder, deadline.share_minutes)
+    cut = False
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             [sys.executable, str(BENCHMARKS / arguments[0]), *arguments[1:]],
@@ -117,41 +122,77 @@ def run_job(job: Job, folder: Path, quick: bool, tell: Callable[[int], None], po
             stderr=subprocess.STDOUT,
         )
         try:
-            while process.poll() is None:
+            while process.poll() is None and not (cut := deadline.is_over):
                 tell(len(_records(results) - old))
                 time.sleep(poll)
         finally:
             if process.poll() is None:
                 process.terminate()
-                process.wait()
+                try:
+                    process.wait(5)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
         output.seek(0)
         text = output.read()
     # Exit code 1 without a traceback: measured, and a bar is missed, which the report lists.
-    ok = process.returncode == 0 or (process.returncode == 1 and "Traceback (most recent call last)" not in text)
+    ok = cut or process.returncode == 0 or (process.returncode == 1 and "Traceback (most recent call last)" not in text)
     lines = text.strip().splitlines()
     error = "" if ok else (lines[-1] if lines else f"exit code {process.returncode}")
-    return Outcome(job.subject, job.script, ok, time.monotonic() - start, len(_records(results) - old), error)
+    seconds, count = time.monotonic() - start, len(_records(results) - old)
+    return Outcome(job.subjects, job.script, ok, seconds, count, error, cut)
 
 
-def run(jobs: Sequence[Job], folder: Path, quick: bool) -> list[Outcome]:
+@dataclass(frozen=True)
+class Deadline:
+    """When everything must be over (by time.monotonic; 0: never), and what one file may plan with until then."""
+
+    end: float = 0.0
+    share_minutes: float = 0.0
+
+    @property
+    def is_over(self) -> bool:
+        return bool(self.end) and time.monotonic() >= self.end
+
+
+REPORT_SECONDS = 4.0  # for the report after the last file
+
+
+def run(wanted: Wanted, folder: Path) -> list[Outcome]:
     """All jobs in turn; one that fails does not stop the others. If cut, what was measured is in ``folder``."""
+    start, jobs, quick = time.monotonic(), wanted.jobs, wanted.quick
+    end = start + max(60 * wanted.minutes - REPORT_SECONDS, 1.0) if wanted.minutes else 0.0
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     known = _times(folder, quick)
     estimates = {
-        job.script: (known.get(job.script, plan.seconds), plan.cases) for job in jobs if (plan := job.plan(quick))
+        job.script: (plan.seconds if job.fills else known.get(job.script, plan.seconds), plan.cases)
+        for job in jobs
+        if (plan := job.plan(quick))
     }
-    print(f"{len(jobs)} files, about {clock(sum(s for s, _ in estimates.values()))}, into {folder}", file=sys.stderr)
+    limit = f", {clock(60 * wanted.minutes)} at most" if wanted.minutes else ""
+    print(f"{len(jobs)} files, about {clock(sum(s for s, _ in estimates.values()))}{limit}, into {folder}",
+          file=sys.stderr)  # fmt: skip
     progress, outcomes = Progress(estimates), []
     try:
         for job in jobs:
-            outcome = run_job(job, folder, quick, partial(progress.update, job.script))
+            planned = estimates[job.script][0]
+            left = end - time.monotonic() if end else float("inf")
+            if left < min(0.5 * planned, 60.0):
+                tqdm.write(f"{job.script}: left out, {left:.0f} s are left", file=sys.stderr)
+                outcomes.append(Outcome(job.subjects, job.script, True, 0.0, 0, cut=True))
+                continue
+            share = min(planned, left) / 60 if end else 0.0
+            deadline = Deadline(end, share)
+            outcome = run_job(job, folder, quick, partial(progress.update, job.script), deadline)
             outcomes.append(outcome)
             progress.finish(job.script)
-            if outcome.ok:
-                _remember(folder, quick, outcome)
-            else:
+            if not outcome.ok:
                 tqdm.write(f"{job.script} failed: {outcome.error}", file=sys.stderr)
+            elif outcome.cut:
+                tqdm.write(f"{job.script}: the time is over, {outcome.cases} cases done", file=sys.stderr)
+            elif not job.fills:
+                _remember(folder, quick, outcome)
     finally:
         progress.close()
     return outcomes
