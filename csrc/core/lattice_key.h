@@ -99,20 +99,22 @@ struct LatticeKeySteps {
     }
   }
 
-  // The vertex of remainder 0, from lattice_simplex's greedy[i] / (d + 1) at quotient[i * stride].
+  // The vertex of remainder 0, from lattice_simplex's greedy[i] / (d + 1) at quotient[i * stride]. kDimension: d where
+  // it is known, else 0.
+  template <int kDimension = 0>
   DK_HOST_DEVICE Key first(const int32_t* quotient, int64_t stride) const {
     Key key{};
-    for (int i = 0; i < layout.d; ++i)
-      key.word[layout.word[i]] += uint64_t(uint32_t(quotient[i * stride] - layout.lowest[i])) << layout.shift[i];
+    for (int i = 0; i < (kDimension ? kDimension : layout.d); ++i)
+      key.word[kWords == 1 ? 0 : layout.word[i]] += uint64_t(uint32_t(quotient[i * stride] - layout.lowest[i]))
+                                                    << layout.shift[i];
     return key;
   }
 
-  // The neighbour along direction i: all coordinates + 1, coordinate i - d.
-  DK_HOST_DEVICE Key neighbour(Key key, int i) const {
+  // What to add for the neighbour along direction i (all coordinates + 1, coordinate i - d): element i.
+  DK_HOST_DEVICE const Key* to_neighbours(const Key& key) const {
     const bool last = (key.word[layout.remainder_word] & remainder_mask) == uint64_t(layout.d)
                                                                                 << layout.remainder_shift;
-    key += last ? wrap[i] : lower[i];
-    return key;
+    return last ? wrap : lower;
   }
 };
 

@@ -62,17 +62,14 @@ struct Filter {
         normalizer(*lattice, problem.kernels[m].normalization, problem.scale, problem.mask, transpose, parallel),
         rows(*lattice, pitch) {}
 
-  void splat(int64_t chunk, int64_t image, int64_t first, int64_t count, const T* values, int64_t pitch,
-             T* slot_rows) const {
-    const T* before = normalizer.before ? normalizer.before + image * lattice->plan.points + first : nullptr;
-    lattice_kernels<T>().splat(lattice->places(chunk, first), before, values, pitch, count, slot_rows);
+  void splat(int64_t image, int64_t first, int64_t count, const T* values, int64_t pitch, T* sums) const {
+    lattice_kernels<T>().splat(lattice->places(image, first), factors(normalizer.before, image, first), values, pitch,
+                               count, sums);
   }
   // out = base + factor * filtered; base may be null: 0.
-  void slice(int64_t chunk, int64_t image, int64_t first, int64_t count, T factor, const T* base, int64_t pitch,
-             T* out) const {
-    const T* after = normalizer.after ? normalizer.after + image * lattice->plan.points + first : nullptr;
-    lattice_kernels<T>().slice(lattice->places(chunk, first), after, factor * normalizer.scale, rows.rows(), pitch,
-                               count, base, out);
+  void slice(int64_t image, int64_t first, int64_t count, T factor, const T* base, int64_t pitch, T* out) const {
+    lattice_kernels<T>().slice(lattice->places(image, first), factors(normalizer.after, image, first),
+                               factor * normalizer.scale, rows.rows(), pitch, count, base, out);
   }
   const T* factors(const T* all, int64_t image, int64_t first) const {
     return all ? all + image * lattice->plan.points + first : nullptr;
@@ -155,7 +152,7 @@ struct MeanField<T>::State {
     return rows;
   }
 
-  // Calls f(chunk, image, first, count, scratch) for all blocks, scratch of three blocks' rows, after prepare(chunk).
+  // Calls f(image, first, count, scratch) for all blocks, scratch of three blocks' rows, after prepare(chunk).
   template <typename F, typename Prepare>
   void each_block(F&& f, Prepare&& prepare) const {
     parallel(plan.chunks(), [&](int64_t begin, int64_t end) {
@@ -163,7 +160,7 @@ struct MeanField<T>::State {
       for (int64_t c = begin; c < end; ++c) {
         prepare(c);
         over_blocks(plan, c, block,
-                    [&](int64_t image, int64_t first, int64_t count) { f(c, image, first, count, scratch); });
+                    [&](int64_t image, int64_t first, int64_t count) { f(image, first, count, scratch); });
       }
     });
   }
@@ -172,19 +169,19 @@ struct MeanField<T>::State {
     each_block(f, [](int64_t) {});
   }
 
-  void clear_slots(int64_t chunk) const {
+  void clear_sums(int64_t chunk) const {
     for (const Filter<T>& filter : filters) filter.rows.begin_chunk(chunk);
   }
-  void splat(int64_t chunk, int64_t image, int64_t first, int64_t count, const T* q) const {
-    for (const Filter<T>& filter : filters)
-      filter.splat(chunk, image, first, count, q, pitch, filter.rows.chunk_rows(chunk));
+  void splat(int64_t image, int64_t first, int64_t count, const T* q) const {
+    for (const Filter<T>& filter : filters) filter.splat(image, first, count, q, pitch, filter.rows.sums());
   }
   void blur() {
     for (Filter<T>& filter : filters) filter.rows.blur(false, parallel);
   }
 
-  // energy -> q, outputs, and the next splat.
-  void finish_block(int64_t chunk, int64_t image, int64_t first, int64_t count, const T* energy, T* q,
+  // energy -> q, outputs, and the next splat. q may be energy: the fewer rows, the more of the vertices' stay in the
+  // cache.
+  void finish_block(int64_t image, int64_t first, int64_t count, const T* energy, T* q,
                     const MeanFieldOutput<T>& output, bool more, T* saved) const {
     store_rows(energy, pitch, problem.labels, image, first, count, output.energy);
     if (!more && saved == nullptr && output.q.data == nullptr) return;
@@ -192,53 +189,53 @@ struct MeanField<T>::State {
     store_rows(q, pitch, problem.labels, image, first, count, output.q);
     if (saved != nullptr)
       std::memcpy(saved + (image * plan.points + first) * pitch, q, size_t(count * pitch) * sizeof(T));
-    if (more) splat(chunk, image, first, count, q);
+    if (more) splat(image, first, count, q);
   }
 
   void start(const MeanFieldOutput<T>& output, bool more, T* saved) {
     if (empty()) return;
     each_block(
-        [&](int64_t c, int64_t image, int64_t first, int64_t count, T* scratch) {
+        [&](int64_t image, int64_t first, int64_t count, T* scratch) {
           const T* energy = unary_rows(image, first, count, scratch);
-          finish_block(c, image, first, count, energy, scratch + block * pitch, output, more, saved);
+          finish_block(image, first, count, energy, scratch, output, more, saved);
         },
-        [&](int64_t c) { clear_slots(c); });
+        [&](int64_t c) { clear_sums(c); });
   }
 
   void step(const MeanFieldOutput<T>& output, bool more, T* saved) {
     if (empty()) return;
     blur();
     each_block(
-        [&](int64_t c, int64_t image, int64_t first, int64_t count, T* scratch) {
+        [&](int64_t image, int64_t first, int64_t count, T* scratch) {
           T* sum = scratch;
           T* filtered = scratch + block * pitch;
           const T* energy = unary_rows(image, first, count, sum);
           for (int m = 0; m < kernel_count(); ++m) {
             const Compatibility<T>& matrix = compatibility[m];
             if (matrix.kind == MatrixKind::kScalar) {
-              filters[m].slice(c, image, first, count, -matrix.scalar, energy, pitch, sum);
+              filters[m].slice(image, first, count, -matrix.scalar, energy, pitch, sum);
             } else {
-              filters[m].slice(c, image, first, count, T(1), nullptr, pitch, filtered);
+              filters[m].slice(image, first, count, T(1), nullptr, pitch, filtered);
               if (energy != sum) std::memcpy(sum, energy, size_t(count * pitch) * sizeof(T));
               add_compatibility(matrix, T(-1), filtered, problem.labels, pitch, count, false, sum);
             }
             energy = sum;
           }
-          finish_block(c, image, first, count, energy, filtered, output, more, saved);
+          finish_block(image, first, count, energy, sum, output, more, saved);
         },
         [&](int64_t c) {
-          if (more) clear_slots(c);
+          if (more) clear_sums(c);
         });
   }
 
   void set_q(Strided<const T> q) {
     if (empty()) return;
     each_block(
-        [&](int64_t c, int64_t image, int64_t first, int64_t count, T* scratch) {
+        [&](int64_t image, int64_t first, int64_t count, T* scratch) {
           load_rows(q, problem.labels, pitch, image, first, count, T(1), T(0), scratch);
-          splat(c, image, first, count, scratch);
+          splat(image, first, count, scratch);
         },
-        [&](int64_t c) { clear_slots(c); });
+        [&](int64_t c) { clear_sums(c); });
   }
 
   void pairwise(int m, Strided<const T> q, bool with_matrix, Strided<T> out) {
@@ -248,15 +245,15 @@ struct MeanField<T>::State {
     VertexRows<T> rows(*filter.lattice, pitch);
     const LatticeKernels<T>& kernels = lattice_kernels<T>();
     each_block(
-        [&](int64_t c, int64_t image, int64_t first, int64_t count, T* scratch) {
+        [&](int64_t image, int64_t first, int64_t count, T* scratch) {
           load_rows(q, problem.labels, pitch, image, first, count, T(1), T(0), scratch);
-          filter.splat(c, image, first, count, scratch, pitch, rows.chunk_rows(c));
+          filter.splat(image, first, count, scratch, pitch, rows.sums());
         },
         [&](int64_t c) { rows.begin_chunk(c); });
     rows.blur(false, parallel);
-    each_block([&](int64_t c, int64_t image, int64_t first, int64_t count, T* scratch) {
+    each_block([&](int64_t image, int64_t first, int64_t count, T* scratch) {
       T* product = scratch + block * pitch;
-      kernels.slice(filter.lattice->places(c, first), filter.factors(filter.normalizer.after, image, first),
+      kernels.slice(filter.lattice->places(image, first), filter.factors(filter.normalizer.after, image, first),
                     filter.normalizer.scale, rows.rows(), pitch, count, nullptr, scratch);
       std::fill(product, product + count * pitch, T(0));
       if (with_matrix) add_compatibility(compatibility[m], T(1), scratch, problem.labels, pitch, count, false, product);
@@ -369,9 +366,8 @@ void mean_field_backward(const MeanFieldProblem<T>& problem, int64_t iterations,
     for (const Filter<T>& filter : backward) filter.rows.begin_chunk(c);
   };
   // dL/dE_t of a block -> the lattices.
-  const auto splat = [&](int64_t c, int64_t image, int64_t first, int64_t count, const T* grad) {
-    for (const Filter<T>& filter : backward)
-      filter.splat(c, image, first, count, grad, pitch, filter.rows.chunk_rows(c));
+  const auto splat = [&](int64_t image, int64_t first, int64_t count, const T* grad) {
+    for (const Filter<T>& filter : backward) filter.splat(image, first, count, grad, pitch, filter.rows.sums());
   };
   const auto multiplied = [&](const T* rows, const T* factors, int64_t count, T* out) {
     for (int64_t p = 0; p < count; ++p)
@@ -387,7 +383,7 @@ void mean_field_backward(const MeanFieldProblem<T>& problem, int64_t iterations,
         load_rows(gradients.grad_energy, labels, pitch, image, first, count, T(1), T(0), grad);
         if (grad_unary.size() > 0) std::memset(at(grad_unary, image, first), 0, size_t(count * pitch) * sizeof(T));
         subtract(grad, image, first, count);
-        if (iterations > 0) splat(c, image, first, count, grad);
+        if (iterations > 0) splat(image, first, count, grad);
       });
     }
   });
@@ -403,7 +399,7 @@ void mean_field_backward(const MeanFieldProblem<T>& problem, int64_t iterations,
           T* to = rows.begin_chunk(c);
           over_blocks(plan, c, block, [&](int64_t image, int64_t first, int64_t count) {
             // The transposed filter's factor after is the filter's factor before.
-            kernels.splat(backward[m].lattice->places(c, first),
+            kernels.splat(backward[m].lattice->places(image, first),
                           backward[m].factors(backward[m].normalizer.after, image, first), saved_q(t - 1, image, first),
                           pitch, count, to);
           });
@@ -418,7 +414,7 @@ void mean_field_backward(const MeanFieldProblem<T>& problem, int64_t iterations,
       T* a = scratch + 2 * block * pitch;
       T* b = scratch + 3 * block * pitch;
       for (int64_t c = begin; c < end; ++c) {
-        // The slots are free: the blurred values lie elsewhere.
+        // The sums are free: the blurred values lie elsewhere.
         begin_chunk(c);
         over_blocks(plan, c, block, [&](int64_t image, int64_t first, int64_t count) {
           T* grad = at(grad_energy, image, first);
@@ -426,7 +422,7 @@ void mean_field_backward(const MeanFieldProblem<T>& problem, int64_t iterations,
           std::fill(grad_q, grad_q + count * pitch, T(0));
           for (int m = 0; m < count_m; ++m) {
             const Filter<T>& filter = backward[m];
-            filter.slice(c, image, first, count, T(1), nullptr, pitch, filtered);
+            filter.slice(image, first, count, T(1), nullptr, pitch, filtered);
             if (wants_matrix(m))
               kernels.add_outer(filtered, q, T(-1), labels, pitch, count, matrix_parts[m].data() + c * labels * pitch);
             add_compatibility(compatibility[m], T(-1), filtered, labels, pitch, count, true, grad_q);
@@ -438,14 +434,14 @@ void mean_field_backward(const MeanFieldProblem<T>& problem, int64_t iterations,
             std::fill(b, b + count * pitch, T(0));
             add_compatibility(compatibility[m], T(-1), q, labels, pitch, count, false, b);
             multiplied(b, filter.factors(filter.normalizer.after, image, first), count, b);
-            feature_gradients[feature_index[m]].add(c, image, first, count, filter.normalizer.scale, a,
+            feature_gradients[feature_index[m]].add(image, first, count, filter.normalizer.scale, a,
                                                     forward_rows[feature_index[m]].rows(), b, filter.rows.rows(),
                                                     pitch);
           }
           std::memcpy(grad, grad_q, size_t(count * pitch) * sizeof(T));
           kernels.softmax_backward(q, pitch, count, grad);
           subtract(grad, image, first, count);
-          if (t > 1) splat(c, image, first, count, grad);
+          if (t > 1) splat(image, first, count, grad);
         });
       }
     });

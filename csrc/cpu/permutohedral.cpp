@@ -32,7 +32,7 @@ void filter_scalar(const LatticeData<T>& lattice, VertexRows<T>& rows, bool tran
       over_blocks(lattice.plan, c, kBlock, [&](int64_t image, int64_t first, int64_t count) {
         T values[kBlock];
         for (int64_t p = 0; p < count; ++p) values[p] = value(image, first + p);
-        kernels.splat(lattice.places(c, first), nullptr, values, 1, count, to);
+        kernels.splat(lattice.places(image, first), nullptr, values, 1, count, to);
       });
     }
   });
@@ -41,7 +41,7 @@ void filter_scalar(const LatticeData<T>& lattice, VertexRows<T>& rows, bool tran
     for (int64_t c = begin; c < end; ++c)
       over_blocks(lattice.plan, c, kBlock, [&](int64_t image, int64_t first, int64_t count) {
         T values[kBlock];
-        kernels.slice(lattice.places(c, first), nullptr, scale, rows.rows(), 1, count, nullptr, values);
+        kernels.slice(lattice.places(image, first), nullptr, scale, rows.rows(), 1, count, nullptr, values);
         for (int64_t p = 0; p < count; ++p) result(image, first + p, values[p]);
       });
   });
@@ -59,46 +59,44 @@ const LatticeKernels<T>& lattice_kernels() {
 
 template <typename T>
 VertexRows<T>::VertexRows(const LatticeData<T>& lattice, int64_t pitch) : lattice_(&lattice), pitch_(pitch) {
-  const int64_t rows = lattice.vertices + 1;
-  slots_ = Buffer<T>(std::max(lattice.slots(), rows) * pitch);
-  result_ = Buffer<T>(rows * pitch);
-  std::memset(result_.data() + lattice.vertices * pitch, 0, size_t(pitch) * sizeof(T));
-  if (lattice.d % 2 == 0) {
-    first_ = Buffer<T>(rows * pitch);
-    std::memset(first_.data() + lattice.vertices * pitch, 0, size_t(pitch) * sizeof(T));
+  for (Buffer<T>* rows : {&sums_, &result_}) {
+    *rows = Buffer<T>(lattice.rows() * pitch);
+    std::memset(rows->data() + lattice.vertices * pitch, 0, size_t(pitch) * sizeof(T));
   }
 }
 
 template <typename T>
 T* VertexRows<T>::begin_chunk(int64_t chunk) const {
-  const int64_t begin = lattice_->chunk_begin[chunk], end = lattice_->chunk_begin[chunk + 1];
-  T* rows = chunk_rows(chunk);
-  std::memset(rows, 0, size_t((end - begin) * pitch_) * sizeof(T));
-  return rows;
+  const auto clear = [&](const Buffer<int32_t>& begin, int64_t offset) {
+    std::memset(sums_.data() + (offset + begin[chunk]) * pitch_, 0,
+                size_t((begin[chunk + 1] - begin[chunk]) * pitch_) * sizeof(T));
+  };
+  clear(lattice_->chunk_vertex, 0);
+  clear(lattice_->chunk_copy, lattice_->vertices + 1);
+  return sums_.data();
 }
 
 template <typename T>
 void VertexRows<T>::blur(bool transpose, const Parallel& parallel) {
   const LatticeKernels<T>& kernels = lattice_kernels<T>();
-  const int64_t vertices = lattice_->vertices, d = lattice_->d;
-  if (vertices == 0) return;
-  // An odd number of blurs goes first -> slots -> result -> first -> ...: the last one ends in `result` if the sums
-  // start in `first` and every other target is `slots`.
-  const bool odd = d % 2 == 0;
-  T* from = odd ? first_.data() : result_.data();
-  parallel(vertices, [&](int64_t begin, int64_t end) {
-    kernels.merge(lattice_->vertex_begin.data(), lattice_->vertex_slots.data(), slots_.data(), begin, end, pitch_,
-                  from);
+  const LatticeData<T>& lattice = *lattice_;
+  const int64_t vertices = lattice.vertices, d = lattice.d, copies = (vertices + 1) * pitch_;
+  parallel(lattice.shared_vertex.size(), [&](int64_t begin, int64_t end) {
+    kernels.merge(lattice.shared_vertex.data(), lattice.shared_begin.data(), lattice.shared_copy.data(),
+                  sums_.data() + copies, begin, end, pitch_, sums_.data());
   });
-  std::memset(slots_.data() + vertices * pitch_, 0, size_t(pitch_) * sizeof(T));
   for (int64_t i = 0; i <= d; ++i) {
     const int64_t j = transpose ? d - i : i;
-    T* to = from == slots_.data() ? (odd && i < d ? first_.data() : result_.data()) : slots_.data();
-    if (i == d) to = result_.data();
-    const int32_t* neighbours = lattice_->neighbour.data() + j * vertices * 2;
-    parallel(vertices, [&](int64_t begin, int64_t end) { kernels.blur(neighbours, from, begin, end, pitch_, to); });
-    from = to;
+    const int32_t* neighbours = lattice.neighbour.data() + j * vertices * 2;
+    parallel(vertices, [&](int64_t begin, int64_t end) {
+      kernels.blur(neighbours, sums_.data(), begin, end, pitch_, result_.data());
+    });
+    std::swap(sums_, result_);
   }
+  std::swap(sums_, result_);
+  parallel(lattice.copies(), [&](int64_t begin, int64_t end) {
+    kernels.share(lattice.copy_vertex.data(), result_.data(), begin, end, pitch_, result_.data() + copies);
+  });
 }
 
 template <typename T>
@@ -144,11 +142,11 @@ FeatureGradient<T>::FeatureGradient(const LatticeData<T>& lattice, Normalization
 }
 
 template <typename T>
-void FeatureGradient<T>::add(int64_t chunk, int64_t image, int64_t first, int64_t count, T scale, const T* a,
-                             const T* vertex_a, const T* b, const T* vertex_b, int64_t pitch) {
+void FeatureGradient<T>::add(int64_t image, int64_t first, int64_t count, T scale, const T* a, const T* vertex_a,
+                             const T* b, const T* vertex_b, int64_t pitch) {
   T after[64], before[64];
   const int64_t at = image * lattice_->plan.points + first;
-  lattice_kernels<T>().weight_gradient(lattice_->places(chunk, first), scale, a, vertex_a, b, vertex_b, pitch, count,
+  lattice_kernels<T>().weight_gradient(lattice_->places(image, first), scale, a, vertex_a, b, vertex_b, pitch, count,
                                        grad_weight_.data() + at * (lattice_->d + 1), after, before);
   if (normalization_ == Normalization::kNone) return;
   // n^-p stands after (before) the lattice: dL / d log n = -p times the sum of output (input) times its gradient.
@@ -186,7 +184,7 @@ void FeatureGradient<T>::finish(T scale, Strided<const T> features, Strided<T> g
           T masks[kBlock], unused_x[kBlock], unused_y[kBlock];
           for (int64_t p = 0; p < count; ++p) masks[p] = mask_of(image, first + p);
           const int64_t at = image * points + first;
-          kernels.weight_gradient(lattice.places(c, first), scale, grad_log_norm_.data() + at, ones.rows(), masks,
+          kernels.weight_gradient(lattice.places(image, first), scale, grad_log_norm_.data() + at, ones.rows(), masks,
                                   grads.rows(), 1, count, grad_weight_.data() + at * (d + 1), unused_x, unused_y);
         });
     });
@@ -239,9 +237,9 @@ int64_t Lattice<T>::vertices() const {
 namespace {
 
 struct Header {
-  int64_t magic, element, batch, points, row, d, vertices, slots;
+  int64_t magic, element, batch, points, row, d, vertices, copies, shared;
 };
-constexpr int64_t kMagic = 0x324c4b44;  // changes with the layout
+constexpr int64_t kMagic = 0x334c4b44;  // changes with the layout
 
 // Calls f(buffer, size) for each array, in the order of packing. `data` may be const.
 template <typename Data, typename F>
@@ -249,18 +247,20 @@ void over_arrays(Data& data, const Header& header, F&& f) {
   const ChunkPlan plan(header.batch, header.points, header.row);
   const int64_t corners = plan.batch * plan.points * (header.d + 1);
   f(data.weight, corners);
-  f(data.slot, corners);
-  f(data.chunk_begin, plan.chunks() + 1);
-  f(data.slot_vertex, header.slots);
-  f(data.vertex_begin, header.vertices + 1);
-  f(data.vertex_slots, header.slots);
+  f(data.row, corners);
+  f(data.chunk_vertex, plan.chunks() + 1);
+  f(data.chunk_copy, plan.chunks() + 1);
+  f(data.copy_vertex, header.copies);
+  f(data.shared_vertex, header.shared);
+  f(data.shared_begin, header.shared + 1);
+  f(data.shared_copy, header.copies);
   f(data.neighbour, (header.d + 1) * header.vertices * 2);
 }
 
 template <typename T>
 Header header_of(const LatticeData<T>& data) {
-  return {kMagic, int64_t(sizeof(T)), data.plan.batch, data.plan.points, data.plan.row,
-          data.d, data.vertices,      data.slots()};
+  return {kMagic, int64_t(sizeof(T)), data.plan.batch, data.plan.points,         data.plan.row,
+          data.d, data.vertices,      data.copies(),   data.shared_vertex.size()};
 }
 
 }  // namespace
@@ -280,7 +280,7 @@ size_t Lattice<T>::packed_bytes() const {
 template <typename T>
 void Lattice<T>::pack(void* bytes) const {
   if (!data_) {
-    const Header none{kMagic, int64_t(sizeof(T)), 0, 0, 0, 0, 0, 0};
+    const Header none{kMagic, int64_t(sizeof(T)), 0, 0, 0, 0, 0, 0, 0};
     std::memcpy(bytes, &none, sizeof none);
     return;
   }
@@ -342,7 +342,7 @@ void permutohedral_filter(const Lattice<T>& lattice, int64_t channels, Strided<c
               values.data + image * values.batch_stride + c0 * values.channel_stride + first * values.point_stride;
           kernels.load(in, values.channel_stride, values.point_stride, width, pitch, count, T(1), T(0), scratch);
           const T* before = normalizer.before ? normalizer.before + image * points + first : nullptr;
-          kernels.splat(data.places(c, first), before, scratch, pitch, count, to);
+          kernels.splat(data.places(image, first), before, scratch, pitch, count, to);
         });
       }
     });
@@ -352,7 +352,8 @@ void permutohedral_filter(const Lattice<T>& lattice, int64_t channels, Strided<c
       for (int64_t c = begin; c < end; ++c)
         over_blocks(data.plan, c, block, [&](int64_t image, int64_t first, int64_t count) {
           const T* after = normalizer.after ? normalizer.after + image * points + first : nullptr;
-          kernels.slice(data.places(c, first), after, normalizer.scale, rows.rows(), pitch, count, nullptr, scratch);
+          kernels.slice(data.places(image, first), after, normalizer.scale, rows.rows(), pitch, count, nullptr,
+                        scratch);
           T* to = out.data + image * out.batch_stride + c0 * out.channel_stride + first * out.point_stride;
           kernels.store(scratch, pitch, width, count, to, out.channel_stride, out.point_stride);
         });
@@ -398,9 +399,9 @@ void permutohedral_filter_backward(const Lattice<T>& lattice, int64_t channels, 
           T* backward_rows = backward.begin_chunk(c);
           over_blocks(data.plan, c, block, [&](int64_t image, int64_t first, int64_t count) {
             load(values, normalizer.before, image, first, count, scratch);
-            kernels.splat(data.places(c, first), nullptr, scratch, pitch, count, forward_rows);
+            kernels.splat(data.places(image, first), nullptr, scratch, pitch, count, forward_rows);
             load(grad_out, normalizer.after, image, first, count, scratch);
-            kernels.splat(data.places(c, first), nullptr, scratch, pitch, count, backward_rows);
+            kernels.splat(data.places(image, first), nullptr, scratch, pitch, count, backward_rows);
           });
         }
       });
@@ -413,11 +414,10 @@ void permutohedral_filter_backward(const Lattice<T>& lattice, int64_t channels, 
           over_blocks(data.plan, c, block, [&](int64_t image, int64_t first, int64_t count) {
             load(grad_out, normalizer.after, image, first, count, scratch);
             load(values, normalizer.before, image, first, count, other);
-            gradient.add(c, image, first, count, normalizer.scale, scratch, forward.rows(), other, backward.rows(),
-                         pitch);
+            gradient.add(image, first, count, normalizer.scale, scratch, forward.rows(), other, backward.rows(), pitch);
             if (grad_values.data == nullptr) return;
             const T* before = normalizer.before ? normalizer.before + image * points + first : nullptr;
-            kernels.slice(data.places(c, first), before, normalizer.scale, backward.rows(), pitch, count, nullptr,
+            kernels.slice(data.places(image, first), before, normalizer.scale, backward.rows(), pitch, count, nullptr,
                           scratch);
             kernels.store(scratch, pitch, width, count,
                           grad_values.data + image * grad_values.batch_stride + c0 * grad_values.channel_stride +

@@ -10,88 +10,16 @@
 #include <utility>
 
 #include "../core/lattice_key.h"
+#include "permutohedral_bounds.h"
 #include "permutohedral_passes.h"
+#include "permutohedral_table.h"
 
 namespace deeplab_kernels::cpu {
 namespace {
 
-// Positions below this embed into int32 coordinates.
-constexpr double kLargestPosition = 1 << 26;
 // Above this, float has too few bits left for the place within a simplex.
 constexpr double kLargestFloatPosition = 1 << 10;
 constexpr double kLargestPydensecrfCoordinate = (1 << 15) - 1;
-
-// lattice_scale of each axis. The factor common to all axes is rounded first, as in pydensecrf. Whether a vertex exists
-// may hang on the last bit of a position, and so may a label: in float the order of operations is pydensecrf's, without
-// fused multiply-adds (permutohedral_embed.h).
-struct Scales {
-  double value[kMaxLatticeDimension];
-  explicit Scales(int d) {
-    for (int i = 0; i < d; ++i) value[i] = lattice_scale(d, 1.0 / std::sqrt(double(i + 1) * double(i + 2)));
-  }
-  void round_to_float(int d) {
-    const float common = float(std::sqrt(2.0 / 3.0) * (d + 1));
-    for (int i = 0; i < d; ++i) value[i] = float(double(common) / std::sqrt(double(i + 1) * double(i + 2)));
-  }
-};
-
-// Open addressing with the keys in the table; grows before it is half full.
-template <typename Key>
-class KeyTable {
- public:
-  explicit KeyTable(int64_t expected) {
-    bits_ = 6;
-    while ((int64_t{1} << bits_) < 2 * expected) ++bits_;
-    entries_.assign(size_t{1} << bits_, {Key{}, -1});
-  }
-
-  // Index of the key, or -1.
-  int32_t find(const Key& key) const {
-    for (uint64_t h = place(key);; h = (h + 1) & (entries_.size() - 1)) {
-      const Entry& entry = entries_[h];
-      if (entry.index < 0 || entry.key == key) return entry.index;
-    }
-  }
-
-  // Index of the key, which becomes `index` if it is new.
-  int32_t find_or_insert(const Key& key, int32_t index) {
-    for (uint64_t h = place(key);; h = (h + 1) & (entries_.size() - 1)) {
-      Entry& entry = entries_[h];
-      if (entry.index < 0) {
-        entry = {key, index};
-        if (2 * ++count_ >= int64_t(entries_.size())) grow();
-        return index;
-      }
-      if (entry.key == key) return entry.index;
-    }
-  }
-
-  void prefetch(const Key& key) const { __builtin_prefetch(entries_.data() + place(key)); }
-
- private:
-  struct Entry {
-    Key key;
-    int32_t index;
-  };
-
-  uint64_t place(const Key& key) const { return key.hash() >> (64 - bits_); }
-
-  void grow() {
-    std::vector<Entry> old(entries_.size() * 2, {Key{}, -1});
-    old.swap(entries_);
-    ++bits_;
-    for (const Entry& entry : old) {
-      if (entry.index < 0) continue;
-      uint64_t h = place(entry.key);
-      while (entries_[h].index >= 0) h = (h + 1) & (entries_.size() - 1);
-      entries_[h] = entry;
-    }
-  }
-
-  std::vector<Entry> entries_;
-  int bits_;
-  int64_t count_ = 0;
-};
 
 // parallel(count, f), where f may run out of memory on any thread.
 template <typename F>
@@ -107,23 +35,42 @@ void parallel_or_throw(const Parallel& parallel, int64_t count, const F& f) {
   if (failed) throw std::bad_alloc();
 }
 
-// Embeds a chunk's points; returns the keys of its slots.
-template <int kWords, typename T>
+// The keys of the vertices around points that are embedded, (count, d + 1), and their hashes. kDimension: d where it is
+// known, else 0.
+template <int kWords, int kDimension>
+void find_keys(const LatticeKeySteps<kWords>& steps, const int32_t* quotient, const int32_t* rank, int64_t count,
+               LatticeKey<kWords>* keys, uint64_t* hashes) {
+  const int d = kDimension ? kDimension : steps.layout.d;
+  for (int64_t p = 0; p < count; ++p) {
+    LatticeKey<kWords> key = steps.template first<kDimension>(quotient + p, kEmbedBlock);
+    LatticeKey<kWords> next[(kDimension ? kDimension : kMaxLatticeDimension) + 2];
+    for (int i = 0; i <= d; ++i) next[d + 1 - rank[i * kEmbedBlock + p]] = steps.lower[i];
+    for (int k = 0; k <= d; ++k) {
+      if (k > 0) key += next[k];
+      *keys++ = key;
+      *hashes++ = key.hash();
+    }
+  }
+}
+
+// Embeds a chunk's points; returns the keys of its slots. The table is empty.
+template <int kWords, int kDimension, typename T>
 std::vector<LatticeKey<kWords>> embed_chunk(LatticeData<T>& lattice, const LatticeKeySteps<kWords>& steps,
                                             const Scales& scales, Strided<const T> features, int64_t chunk,
-                                            bool precisely) {
+                                            bool precisely, KeyTable<LatticeKey<kWords>>& table) {
   using Key = LatticeKey<kWords>;
+  constexpr int kMost = (kDimension ? kDimension : kMaxLatticeDimension) + 1;
+  // Several points' keys come before their look-ups, whose branches are hard to predict.
+  constexpr int64_t kTogether = kEmbedBlock / kWords;
   const LatticeKernels<T>& kernels = lattice_kernels<T>();
   const int d = lattice.d;
   std::vector<Key> keys;
-  KeyTable<Key> table(2048);
-  // Neighbouring points mostly share vertices.
-  Key previous[kMaxLatticeDimension + 1];
-  int32_t previous_slot[kMaxLatticeDimension + 1];
-  for (int k = 0; k <= d; ++k) previous_slot[k] = -1;
+  keys.reserve(8192);
+  int32_t quotient[kMost * kEmbedBlock], rank[kMost * kEmbedBlock];
+  Key together[kMost * kTogether];
+  uint64_t hashes[kMost * kTogether];
 
   over_blocks(lattice.plan, chunk, kEmbedBlock, [&](int64_t image, int64_t first, int64_t count) {
-    int32_t quotient[(kMaxLatticeDimension + 1) * kEmbedBlock], rank[(kMaxLatticeDimension + 1) * kEmbedBlock];
     const int64_t at = (image * lattice.plan.points + first) * (d + 1);
     const EmbedBlock<T> block{features.data + image * features.batch_stride + first * features.point_stride,
                               features.channel_stride,
@@ -135,26 +82,42 @@ std::vector<LatticeKey<kWords>> embed_chunk(LatticeData<T>& lattice, const Latti
                               quotient,
                               rank};
     precisely ? kernels.embed_precisely(block) : kernels.embed(block);
-    int32_t* slot = lattice.slot.data() + at;
-    for (int64_t p = 0; p < count; ++p, slot += d + 1) {
-      Key key = steps.first(quotient + p, kEmbedBlock), next[kMaxLatticeDimension + 2];
-      for (int i = 0; i <= d; ++i) next[d + 1 - rank[i * kEmbedBlock + p]] = steps.lower[i];
-      for (int k = 0; k <= d; ++k) {
-        if (k > 0) key += next[k];
-        if (previous_slot[k] < 0 || !(previous[k] == key)) {
-          const auto fresh = int32_t(keys.size());
-          previous[k] = key;
-          previous_slot[k] = table.find_or_insert(key, fresh);
-          if (previous_slot[k] == fresh) keys.push_back(key);
-        }
-        slot[k] = previous_slot[k];
+    int32_t* slot = lattice.row.data() + at;
+    for (int64_t p = 0; p < count; p += kTogether) {
+      const int64_t points = std::min(kTogether, count - p);
+      find_keys<kWords, kDimension>(steps, quotient + p, rank + p, points, together, hashes);
+      for (int64_t i = 0; i < points * (d + 1); ++i, ++slot) {
+        const auto fresh = int32_t(keys.size());
+        *slot = table.find_or_insert(together[i], hashes[i], fresh);
+        if (*slot == fresh) keys.push_back(together[i]);
       }
     }
   });
   return keys;
 }
 
-// vertices of all chunks -> slot_vertex, vertex_begin, vertex_slots, neighbour.
+// copy_vertex and the copies of each vertex, in the order of the chunks.
+template <typename T>
+void set_copies(LatticeData<T>& lattice, const std::vector<int32_t>& copy_vertex) {
+  const auto copies = int64_t(copy_vertex.size());
+  lattice.copy_vertex = Buffer<int32_t>(copies), lattice.shared_copy = Buffer<int32_t>(copies);
+  std::copy(copy_vertex.begin(), copy_vertex.end(), lattice.copy_vertex.data());
+  std::vector<int32_t> at(size_t(lattice.vertices), 0);  // the number of copies, then where the next one goes
+  int64_t shared = 0;
+  for (const int32_t v : copy_vertex) shared += at[size_t(v)]++ == 0;
+  lattice.shared_vertex = Buffer<int32_t>(shared), lattice.shared_begin = Buffer<int32_t>(shared + 1);
+  int32_t i = 0, sum = 0;
+  for (int32_t v = 0; v < int32_t(lattice.vertices); ++v) {
+    const int32_t count = at[size_t(v)];
+    if (count == 0) continue;
+    lattice.shared_vertex[i] = v, lattice.shared_begin[i++] = at[size_t(v)] = sum;
+    sum += count;
+  }
+  lattice.shared_begin[shared] = sum;
+  for (int32_t c = 0; c < int32_t(copies); ++c) lattice.shared_copy[at[size_t(copy_vertex[size_t(c)])]++] = c;
+}
+
+// The chunks' slots -> vertices, copies, neighbours.
 template <int kWords, typename T>
 void merge_chunks(LatticeData<T>& lattice, const LatticeKeySteps<kWords>& steps,
                   std::vector<std::vector<LatticeKey<kWords>>> chunk_keys, const Parallel& parallel) {
@@ -162,17 +125,15 @@ void merge_chunks(LatticeData<T>& lattice, const LatticeKeySteps<kWords>& steps,
   const ChunkPlan& plan = lattice.plan;
   const int d = lattice.d;
   const int64_t chunks = plan.chunks();
-  lattice.chunk_begin = Buffer<int64_t>(chunks + 1);
-  lattice.chunk_begin[0] = 0;
-  for (int64_t c = 0; c < chunks; ++c)
-    lattice.chunk_begin[c + 1] = lattice.chunk_begin[c] + int64_t(chunk_keys[c].size());
-  const int64_t slots = lattice.chunk_begin[chunks];
+  std::vector<int64_t> chunk_begin(size_t(chunks) + 1);
+  for (size_t c = 0; c < chunk_keys.size(); ++c) chunk_begin[c + 1] = chunk_begin[c] + int64_t(chunk_keys[c].size());
+  const int64_t slots = chunk_begin.back();
   if (slots >= std::numeric_limits<int32_t>::max() - 1)
     throw std::length_error("the lattice has 2^31 or more vertices");
   Buffer<Key> keys(slots);
   parallel(chunks, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
-      std::copy(chunk_keys[c].begin(), chunk_keys[c].end(), keys.data() + lattice.chunk_begin[c]);
+      std::copy(chunk_keys[c].begin(), chunk_keys[c].end(), keys.data() + chunk_begin[c]);
       chunk_keys[c] = {};
     }
   });
@@ -180,173 +141,145 @@ void merge_chunks(LatticeData<T>& lattice, const LatticeKeySteps<kWords>& steps,
   // Each (image, part of the hashes) has a table of the first slot with each key.
   const int64_t parts =
       std::max<int64_t>(1, std::min<int64_t>(16, parallel.threads() / std::max<int64_t>(1, plan.batch)));
-  const auto part_of = [parts](const Key& key) {
-    return parts == 1 ? 0 : int64_t((key.hash() & 0xffffffff) * uint64_t(parts) >> 32);
-  };
+  const auto part_of = [parts](uint64_t hash) { return int64_t((hash & 0xffffffff) * uint64_t(parts) >> 32); };
   std::vector<KeyTable<Key>> tables;
-  for (int64_t i = 0; i < plan.batch * parts; ++i)
-    tables.emplace_back(slots / std::max<int64_t>(1, plan.batch * parts) / 2);
+  std::vector<KeyFilter> filters;
+  for (int64_t i = 0; i < plan.batch * parts; ++i) {
+    tables.emplace_back(slots / (plan.batch * parts) * 3 / 4);
+    filters.emplace_back(slots / (plan.batch * parts) * 3 / 4);
+  }
   Buffer<int32_t> first_slot(slots);
   parallel_or_throw(parallel, plan.batch * parts, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / parts, part = task % parts;
-      const int64_t from = lattice.chunk_begin[image * plan.chunks_per_image];
-      const int64_t to = lattice.chunk_begin[(image + 1) * plan.chunks_per_image];
+      const int64_t from = chunk_begin[image * plan.chunks_per_image];
+      const int64_t to = chunk_begin[(image + 1) * plan.chunks_per_image];
       KeyTable<Key>& table = tables[task];
       for (int64_t s = from; s < to; ++s) {
-        if (s + 8 < to) table.prefetch(keys[s + 8]);
-        if (part_of(keys[s]) == part) first_slot[s] = table.find_or_insert(keys[s], int32_t(s));
+        if (s + 8 < to) table.prefetch(keys[s + 8].hash());
+        const uint64_t hash = keys[s].hash();
+        if (part_of(hash) != part) continue;
+        first_slot[s] = table.find_or_insert(keys[s], hash, int32_t(s));
+        filters[task].insert(hash);
       }
     }
   });
 
-  // Vertices in the order of their first slots, and their slots.
-  lattice.slot_vertex = Buffer<int32_t>(slots);
-  std::vector<int32_t> count;
-  std::vector<int32_t> vertex_slot;
-  count.reserve(size_t(slots)), vertex_slot.reserve(size_t(slots));
-  for (int64_t s = 0; s < slots; ++s) {
-    if (first_slot[s] == s) {
-      lattice.slot_vertex[s] = int32_t(count.size());
-      count.push_back(1);
-      vertex_slot.push_back(int32_t(s));
-    } else {
-      lattice.slot_vertex[s] = lattice.slot_vertex[first_slot[s]];
-      ++count[lattice.slot_vertex[s]];
+  // Vertices in the order of their first slots; the other slots become copies, in slot_row -1 - c meanwhile.
+  Buffer<int32_t> slot_row(slots), vertex_slot(slots);
+  lattice.chunk_vertex = Buffer<int32_t>(chunks + 1), lattice.chunk_copy = Buffer<int32_t>(chunks + 1);
+  std::vector<int32_t> copy_vertex;
+  int32_t vertices = 0;
+  for (int64_t c = 0; c < chunks; ++c) {
+    lattice.chunk_vertex[c] = vertices, lattice.chunk_copy[c] = int32_t(copy_vertex.size());
+    for (int64_t s = chunk_begin[c]; s < chunk_begin[c + 1]; ++s) {
+      if (first_slot[s] == s) {
+        vertex_slot[vertices] = int32_t(s);
+        slot_row[s] = vertices++;
+      } else {
+        slot_row[s] = -1 - int32_t(copy_vertex.size());
+        copy_vertex.push_back(slot_row[first_slot[s]]);
+      }
     }
   }
-  const int64_t vertices = lattice.vertices = int64_t(count.size());
-  lattice.vertex_begin = Buffer<int32_t>(vertices + 1);
-  lattice.vertex_slots = Buffer<int32_t>(slots);
-  int32_t sum = 0;
-  for (int64_t v = 0; v < vertices; ++v) {
-    lattice.vertex_begin[v] = sum;
-    sum += count[v];
-    count[v] = lattice.vertex_begin[v];
-  }
-  lattice.vertex_begin[vertices] = sum;
-  for (int64_t s = 0; s < slots; ++s) lattice.vertex_slots[count[lattice.slot_vertex[s]]++] = int32_t(s);
+  lattice.vertices = vertices;
+  lattice.chunk_vertex[chunks] = vertices, lattice.chunk_copy[chunks] = int32_t(copy_vertex.size());
+  set_copies(lattice, copy_vertex);
+  parallel(chunks, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      int32_t* row_of_slot = slot_row.data() + chunk_begin[c];
+      for (int64_t s = 0; s < chunk_begin[c + 1] - chunk_begin[c]; ++s)
+        if (row_of_slot[s] < 0) row_of_slot[s] = vertices - row_of_slot[s];
+      over_blocks(plan, c, kEmbedBlock, [&](int64_t image, int64_t first, int64_t count) {
+        int32_t* row = lattice.row.data() + (image * plan.points + first) * (d + 1);
+        for (int64_t i = 0; i < count * (d + 1); ++i) row[i] = row_of_slot[row[i]];
+      });
+    }
+  });
 
-  lattice.neighbour = Buffer<int32_t>((d + 1) * vertices * 2);
+  lattice.neighbour = Buffer<int32_t>(int64_t{2} * (d + 1) * vertices);
   parallel(lattice.neighbour.size(), [&](int64_t begin, int64_t end) {
-    std::fill(lattice.neighbour.data() + begin, lattice.neighbour.data() + end, int32_t(vertices));
+    std::fill(lattice.neighbour.data() + begin, lattice.neighbour.data() + end, vertices);
   });
   parallel(vertices, [&](int64_t begin, int64_t end) {
-    // Some vertices at a time, so that the table's cache misses overlap.
-    constexpr int64_t kTogether = 8;
-    Key next[kTogether * (kMaxLatticeDimension + 1)];
-    const KeyTable<Key>* where[kTogether * (kMaxLatticeDimension + 1)];
+    // Some vertices at a time, so that the table's cache misses overlap. About half of the neighbours do not exist.
+    constexpr int64_t kTogether = 16, kMost = kTogether * (kMaxLatticeDimension + 1) + 1;
+    struct Candidate {
+      uint64_t hash;
+      int64_t task;
+      int32_t vertex, direction;
+    };
+    struct Found {
+      int32_t slot, vertex, direction;
+    };
+    Key next[kMost];
+    Candidate candidates[kMost];
+    Found found[kMost];
     int64_t image = 0;
     for (int64_t v0 = begin; v0 < end; v0 += kTogether) {
-      const int64_t last = std::min(v0 + kTogether, end);
-      int at = 0;
-      for (int64_t v = v0; v < last; ++v) {
-        const int32_t s = vertex_slot[v];
-        while (s >= lattice.chunk_begin[(image + 1) * plan.chunks_per_image]) ++image;
-        for (int j = 0; j <= d; ++j, ++at) {
-          next[at] = steps.neighbour(keys[s], j);
-          where[at] = &tables[image * parts + part_of(next[at])];
-          where[at]->prefetch(next[at]);
+      int count = 0;
+      for (int64_t v = v0; v < std::min(v0 + kTogether, end); ++v) {
+        const Key& key = keys[vertex_slot[v]];
+        const Key* to_neighbours = steps.to_neighbours(key);
+        while (vertex_slot[v] >= chunk_begin[(image + 1) * plan.chunks_per_image]) ++image;
+        for (int j = 0; j <= d; ++j) {
+          next[count] = key;
+          next[count] += to_neighbours[j];
+          const uint64_t hash = next[count].hash();
+          const int64_t task = image * parts + part_of(hash);
+          candidates[count] = {hash, task, int32_t(v), j};
+          count += filters[task].may_have(hash);
         }
       }
-      at = 0;
-      for (int64_t v = v0; v < last; ++v)
-        for (int j = 0; j <= d; ++j, ++at) {
-          const int32_t found = where[at]->find(next[at]);
-          if (found < 0) continue;
-          // Each vertex is the next of at most one other: no two threads write the same place.
-          const int64_t u = lattice.slot_vertex[found];
-          lattice.neighbour[(j * vertices + v) * 2 + 1] = int32_t(u);
-          lattice.neighbour[(j * vertices + u) * 2] = int32_t(v);
-        }
+      for (int i = 0; i < count; ++i) tables[candidates[i].task].prefetch(candidates[i].hash);
+      int found_count = 0;
+      for (int i = 0; i < count; ++i) {
+        const Candidate& c = candidates[i];
+        const int32_t slot = tables[c.task].find(next[i], c.hash);
+        if (slot >= 0) __builtin_prefetch(slot_row.data() + slot);
+        found[found_count] = {slot, c.vertex, c.direction};
+        found_count += slot >= 0;
+      }
+      for (int i = 0; i < found_count; ++i) {
+        const auto [slot, v, direction] = found[i];
+        const int64_t j = direction;
+        // Each vertex is the next of at most one other: no two threads write the same place.
+        const int32_t u = slot_row[slot];
+        lattice.neighbour[(j * vertices + v) * 2 + 1] = u;
+        lattice.neighbour[(j * vertices + u) * 2] = v;
+      }
     }
   });
+}
+
+// embed_chunk for all chunks; the keys of their slots.
+template <int kWords, typename T>
+std::vector<std::vector<LatticeKey<kWords>>> embed_chunks(LatticeData<T>& lattice, const LatticeKeySteps<kWords>& steps,
+                                                          const Scales& scales, Strided<const T> features,
+                                                          bool precisely, const Parallel& parallel) {
+  using Key = LatticeKey<kWords>;
+  std::vector<std::vector<Key>> keys(size_t(lattice.plan.chunks()));
+  auto embed = embed_chunk<kWords, 0, T>;
+  if constexpr (kWords == 1) {
+    if (lattice.d == 2) embed = embed_chunk<kWords, 2, T>;
+    if (lattice.d == 5) embed = embed_chunk<kWords, 5, T>;
+  }
+  parallel_or_throw(parallel, lattice.plan.chunks(), [&](int64_t begin, int64_t end) {
+    KeyTable<Key> table(2048);
+    for (int64_t c = begin; c < end; ++c) {
+      if (c > begin) table.clear();
+      keys[size_t(c)] = embed(lattice, steps, scales, features, c, precisely, table);
+    }
+  });
+  return keys;
 }
 
 template <int kWords, typename T>
 void build(LatticeData<T>& lattice, const LatticeKeyLayout& layout, const Scales& scales, Strided<const T> features,
            bool precisely, const Parallel& parallel) {
   const LatticeKeySteps<kWords> steps(layout);
-  std::vector<std::vector<LatticeKey<kWords>>> chunk_keys(size_t(lattice.plan.chunks()));
-  parallel_or_throw(parallel, lattice.plan.chunks(), [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) chunk_keys[c] = embed_chunk(lattice, steps, scales, features, c, precisely);
-  });
-  merge_chunks<kWords>(lattice, steps, std::move(chunk_keys), parallel);
-}
-
-struct Bounds {
-  double low[kMaxLatticeDimension], high[kMaxLatticeDimension];
-};
-
-// Extends [low, high] by `count` values; NaN or an infinity makes it infinite for good.
-template <typename T>
-void add_bounds(const T* in, int64_t stride, int64_t count, double* low, double* high) {
-  constexpr int64_t kLanes = 8;
-  T least[kLanes], most[kLanes], wrong[kLanes];
-  for (int64_t l = 0; l < kLanes; ++l) least[l] = most[l] = in[0], wrong[l] = T(0);
-  for (int64_t p = 0; p < count; p += kLanes)
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const T value = in[std::min(p + l, count - 1) * stride];
-      least[l] = value < least[l] ? value : least[l];
-      most[l] = value > most[l] ? value : most[l];
-      wrong[l] += value - value;  // NaN for NaN and infinities
-    }
-  for (int64_t l = 0; l < kLanes; ++l) {
-    *low = std::min<double>(*low, least[l]);
-    *high = std::max<double>(*high, most[l]);
-  }
-  for (int64_t l = 0; l < kLanes; ++l)
-    if (wrong[l] != T(0))
-      *low = -std::numeric_limits<double>::infinity(), *high = std::numeric_limits<double>::infinity();
-}
-
-// Smallest and largest feature of each axis; NaN or an infinity becomes infinite bounds.
-template <typename T>
-Bounds find_bounds(int64_t batch, int d, int64_t points, Strided<const T> features, const Parallel& parallel) {
-  constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  constexpr int64_t kPiece = 8192;
-  const int64_t pieces = (points + kPiece - 1) / kPiece;
-  std::vector<Bounds> of_piece(size_t(batch * pieces));
-  parallel(batch * pieces, [&](int64_t begin, int64_t end) {
-    for (int64_t piece = begin; piece < end; ++piece) {
-      const int64_t image = piece / pieces, first = piece % pieces * kPiece;
-      Bounds& bounds = of_piece[size_t(piece)];
-      for (int i = 0; i < d; ++i) {
-        bounds.low[i] = kInfinity, bounds.high[i] = -kInfinity;
-        const T* in = features.data + image * features.batch_stride + i * features.channel_stride;
-        add_bounds(in + first * features.point_stride, features.point_stride, std::min(kPiece, points - first),
-                   &bounds.low[i], &bounds.high[i]);
-      }
-    }
-  });
-  Bounds all;
-  for (int i = 0; i < d; ++i) {
-    all.low[i] = kInfinity, all.high[i] = -kInfinity;
-    for (const Bounds& b : of_piece) {
-      all.low[i] = std::min(all.low[i], b.low[i]);
-      all.high[i] = std::max(all.high[i], b.high[i]);
-    }
-  }
-  return all;
-}
-
-template <typename T>
-FeatureProblem find_problem(int64_t batch, int d, int64_t points, Strided<const T> features, const Bounds& bounds) {
-  const Scales scales(d);
-  bool good = true;
-  for (int i = 0; i < d; ++i)
-    good &= std::max(std::abs(bounds.low[i]), std::abs(bounds.high[i])) * scales.value[i] < kLargestPosition;
-  if (good) return {};
-  for (int64_t b = 0; b < batch; ++b)
-    for (int64_t p = 0; p < points; ++p)
-      for (int i = 0; i < d; ++i) {
-        const double value =
-            features.data[b * features.batch_stride + i * features.channel_stride + p * features.point_stride];
-        const double limit = kLargestPosition / scales.value[i];
-        if (!std::isfinite(value)) return {FeatureProblem::kNotFinite, b, i, p, limit};
-        if (!(std::abs(value) < limit)) return {FeatureProblem::kTooLarge, b, i, p, limit};
-      }
-  return {};
+  merge_chunks<kWords>(lattice, steps, embed_chunks<kWords>(lattice, steps, scales, features, precisely, parallel),
+                       parallel);
 }
 
 // Bound of the vertices' coordinates, whose neighbours' included; low and high are of each axis' positions.
@@ -399,7 +332,7 @@ LatticeData<T> build_lattice(int64_t batch, int d, int64_t points, int64_t row, 
   if (problem->kind == FeatureProblem::kNone) lattice.plan = ChunkPlan(batch, points, row);
   const int64_t total = lattice.plan.batch * lattice.plan.points;
   lattice.weight = Buffer<T>(total * (d + 1));
-  lattice.slot = Buffer<int32_t>(total * (d + 1));
+  lattice.row = Buffer<int32_t>(total * (d + 1));
   Scales scales(d);
   double low[kMaxLatticeDimension] = {}, high[kMaxLatticeDimension] = {}, largest = 0;
   for (int i = 0; i < d; ++i) {

@@ -8,13 +8,12 @@
 
 namespace deeplab_kernels::cpu {
 
-// Where the points first, first + 1, ... of one chunk lie.
+// Where consecutive points lie.
 template <typename T>
 struct PointPlaces {
-  const int32_t* slot;         // (points, d + 1): the chunk's slot of each enclosing vertex
-  const T* weight;             // (points, d + 1)
-  const int32_t* slot_vertex;  // vertex row of each of the chunk's slots
-  int vertices;                // d + 1
+  const int32_t* row;  // (points, d + 1): the row of each enclosing vertex, for the points' chunk
+  const T* weight;     // (points, d + 1)
+  int vertices;        // d + 1
 };
 
 constexpr int64_t kEmbedBlock = 64;
@@ -43,16 +42,18 @@ struct LatticeKernels {
   void (*store)(const T* rows, int64_t pitch, int64_t channels, int64_t count, T* values, int64_t channel_stride,
                 int64_t point_stride);
 
-  // slot_rows[slot] += weight * point_scale * row. point_scale may be null: 1.
+  // vertex_rows[row_k] += weight_k * point_scale * row. point_scale may be null: 1.
   void (*splat)(const PointPlaces<T>& places, const T* point_scale, const T* rows, int64_t pitch, int64_t count,
-                T* slot_rows);
-  // rows = base + factor * point_scale * sum_k weight_k vertex_rows[vertex_k]. point_scale and base may be null: 1, 0.
+                T* vertex_rows);
+  // rows = base + factor * point_scale * sum_k weight_k vertex_rows[row_k]. point_scale and base may be null: 1, 0.
   // base may be rows.
   void (*slice)(const PointPlaces<T>& places, const T* point_scale, T factor, const T* vertex_rows, int64_t pitch,
                 int64_t count, const T* base, T* rows);
-  // vertex_rows[v] = sum of its slots' rows, v = first ... last - 1.
-  void (*merge)(const int32_t* begin, const int32_t* slots, const T* slot_rows, int64_t first, int64_t last,
-                int64_t pitch, T* vertex_rows);
+  // rows[vertex[i]] += the sum of copies[copy[j]], j = begin[i] ... begin[i + 1] - 1; i = first ... last - 1.
+  void (*merge)(const int32_t* vertex, const int32_t* begin, const int32_t* copy, const T* copies, int64_t first,
+                int64_t last, int64_t pitch, T* rows);
+  // copies[i] = rows[vertex[i]]
+  void (*share)(const int32_t* vertex, const T* rows, int64_t first, int64_t last, int64_t pitch, T* copies);
   // out[v] = in[v] + (in[n_0] + in[n_1]) / 2, neighbours (vertices, 2).
   void (*blur)(const int32_t* neighbours, const T* in, int64_t first, int64_t last, int64_t pitch, T* out);
 
@@ -67,7 +68,7 @@ struct LatticeKernels {
                       T* rows);
   // matrix (channels, pitch) += factor * sum over points of a b^T
   void (*add_outer)(const T* a, const T* b, T factor, int64_t channels, int64_t pitch, int64_t count, T* matrix);
-  // x_k = factor * <a, vertex_a[vertex_k]>, y_k = factor * <b, vertex_b[vertex_k]>: grad_weight (count, d + 1) += x +
+  // x_k = factor * <a, vertex_a[row_k]>, y_k = factor * <b, vertex_b[row_k]>: grad_weight (count, d + 1) += x +
   // y; sum_x[p] = sum_k weight_k x_k, sum_y alike.
   void (*weight_gradient)(const PointPlaces<T>& places, T factor, const T* a, const T* vertex_a, const T* b,
                           const T* vertex_b, int64_t pitch, int64_t count, T* grad_weight, T* sum_x, T* sum_y);

@@ -207,46 +207,52 @@ struct Kernels {
             if (i < width) store_pack(values + (c0 + i) * channel_stride + p, v[i]);
         }
       }
-      for (; p < count; ++p)
-        for (int64_t i = 0; i < width; ++i)
-          values[(c0 + i) * channel_stride + p * point_stride] = rows[p * pitch + c0 + i];
+      for (; p < count; ++p) {
+        T* to = values + c0 * channel_stride + p * point_stride;
+        const T* row = rows + p * pitch + c0;
+        if (channel_stride == 1 && width == kPack) {
+          store_pack(to, load_pack(row));
+          continue;
+        }
+        for (int64_t i = 0; i < width; ++i) to[i * channel_stride] = row[i];
+      }
     }
   }
 
   static void splat(const PointPlaces<T>& places, const T* point_scale, const T* rows, int64_t pitch, int64_t count,
-                    T* slot_rows) {
+                    T* vertex_rows) {
     over_simplex(places.vertices, [&](auto simplex) DK_INLINE_LAMBDA {
       over_row(pitch, [&](auto packs, int64_t offset) DK_INLINE_LAMBDA {
         using R = Row<T, packs.value>;
         const int vertices = simplex.value ? simplex.value : places.vertices;
-        const int32_t* slot = places.slot;
+        const int32_t* row_of = places.row;
         const T* weight = places.weight;
         // Neighbouring pixels often share a simplex. Where its rows fit the registers, they stay there meanwhile.
         if constexpr (simplex.value * packs.value > 0 && simplex.value * packs.value <= 9) {
           R sum[simplex.value];
           int32_t at[simplex.value];
-          for (int64_t p = 0; p < count; ++p, slot += vertices, weight += vertices) {
+          for (int64_t p = 0; p < count; ++p, row_of += vertices, weight += vertices) {
             bool same = p > 0;
-            for (int k = 0; k < simplex.value && p > 0; ++k) same &= slot[k] == at[k];
+            for (int k = 0; k < simplex.value && p > 0; ++k) same &= row_of[k] == at[k];
             if (!same) {
-              for (int k = 0; k < simplex.value && p > 0; ++k) sum[k].store(slot_rows + at[k] * pitch + offset);
+              for (int k = 0; k < simplex.value && p > 0; ++k) sum[k].store(vertex_rows + at[k] * pitch + offset);
               for (int k = 0; k < simplex.value; ++k) {
-                at[k] = slot[k];
-                sum[k] = R::load(slot_rows + at[k] * pitch + offset);
+                at[k] = row_of[k];
+                sum[k] = R::load(vertex_rows + at[k] * pitch + offset);
               }
             }
             R row = R::load(rows + p * pitch + offset);
             if (point_scale) row.scale(point_scale[p]);
             for (int k = 0; k < simplex.value; ++k) add_scaled(sum[k], weight[k], row);
           }
-          for (int k = 0; k < simplex.value && count > 0; ++k) sum[k].store(slot_rows + at[k] * pitch + offset);
+          for (int k = 0; k < simplex.value && count > 0; ++k) sum[k].store(vertex_rows + at[k] * pitch + offset);
           return;
         }
-        for (int64_t p = 0; p < count; ++p, slot += vertices, weight += vertices) {
+        for (int64_t p = 0; p < count; ++p, row_of += vertices, weight += vertices) {
           R row = R::load(rows + p * pitch + offset);
           if (point_scale) row.scale(point_scale[p]);
           for (int k = 0; k < vertices; ++k) {
-            T* to = slot_rows + slot[k] * pitch + offset;
+            T* to = vertex_rows + row_of[k] * pitch + offset;
             R sum = R::load(to);
             add_scaled(sum, weight[k], row);
             sum.store(to);
@@ -262,12 +268,11 @@ struct Kernels {
       over_row(pitch, [&](auto packs, int64_t offset) DK_INLINE_LAMBDA {
         using R = Row<T, packs.value>;
         const int vertices = simplex.value ? simplex.value : places.vertices;
-        const int32_t* slot = places.slot;
+        const int32_t* row_of = places.row;
         const T* weight = places.weight;
-        for (int64_t p = 0; p < count; ++p, slot += vertices, weight += vertices) {
+        for (int64_t p = 0; p < count; ++p, row_of += vertices, weight += vertices) {
           R sum = R::zero();
-          for (int k = 0; k < vertices; ++k)
-            sum.add(weight[k], vertex_rows + places.slot_vertex[slot[k]] * pitch + offset);
+          for (int k = 0; k < vertices; ++k) sum.add(weight[k], vertex_rows + row_of[k] * pitch + offset);
           sum.scale(point_scale ? factor * point_scale[p] : factor);
           if (base) sum.add(base + p * pitch + offset);
           sum.store(rows + p * pitch + offset);
@@ -276,18 +281,28 @@ struct Kernels {
     });
   }
 
-  static void merge(const int32_t* begin, const int32_t* slots, const T* slot_rows, int64_t first, int64_t last,
-                    int64_t pitch, T* vertex_rows) {
+  static void merge(const int32_t* vertex, const int32_t* begin, const int32_t* copy, const T* copies, int64_t first,
+                    int64_t last, int64_t pitch, T* rows) {
     over_row(pitch, [&](auto packs, int64_t offset) DK_INLINE_LAMBDA {
       using R = Row<T, packs.value>;
       const int32_t end = begin[last];
-      for (int64_t v = first; v < last; ++v) {
-        R sum = R::zero();
-        for (int32_t s = begin[v]; s < begin[v + 1]; ++s) {
-          if (s + 16 < end) prefetch_row<packs.value>(slot_rows + slots[s + 16] * pitch + offset);
-          sum.add(slot_rows + slots[s] * pitch + offset);
+      for (int64_t i = first; i < last; ++i) {
+        R sum = R::load(rows + vertex[i] * pitch + offset);
+        if (i + 8 < last) prefetch_row<packs.value>(rows + vertex[i + 8] * pitch + offset);
+        for (int32_t j = begin[i]; j < begin[i + 1]; ++j) {
+          if (j + 8 < end) prefetch_row<packs.value>(copies + copy[j + 8] * pitch + offset);
+          sum.add(copies + copy[j] * pitch + offset);
         }
-        sum.store(vertex_rows + v * pitch + offset);
+        sum.store(rows + vertex[i] * pitch + offset);
+      }
+    });
+  }
+
+  static void share(const int32_t* vertex, const T* rows, int64_t first, int64_t last, int64_t pitch, T* copies) {
+    over_row(pitch, [&](auto packs, int64_t offset) DK_INLINE_LAMBDA {
+      for (int64_t i = first; i < last; ++i) {
+        if (i + 16 < last) prefetch_row<packs.value>(rows + vertex[i + 16] * pitch + offset);
+        Row<T, packs.value>::load(rows + vertex[i] * pitch + offset).store(copies + i * pitch + offset);
       }
     });
   }
@@ -384,14 +399,15 @@ struct Kernels {
     for (int64_t p = 0; p < count; ++p) sum_x[p] = sum_y[p] = T(0);
     over_row(pitch, [&](auto packs, int64_t offset) DK_INLINE_LAMBDA {
       using R = Row<T, packs.value>;
-      const int32_t* slot = places.slot;
+      const int32_t* row_of = places.row;
       const T* weight = places.weight;
       T* grad = grad_weight;
-      for (int64_t p = 0; p < count; ++p, slot += places.vertices, weight += places.vertices, grad += places.vertices) {
+      for (int64_t p = 0; p < count;
+           ++p, row_of += places.vertices, weight += places.vertices, grad += places.vertices) {
         const R row_a = R::load(a + p * pitch + offset), row_b = R::load(b + p * pitch + offset);
         T x_sum = T(0), y_sum = T(0);
         for (int k = 0; k < places.vertices; ++k) {
-          const int64_t at = places.slot_vertex[slot[k]] * pitch + offset;
+          const int64_t at = row_of[k] * pitch + offset;
           const T x = factor * row_a.dot(vertex_a + at), y = factor * row_b.dot(vertex_b + at);
           grad[k] += x + y;
           x_sum += weight[k] * x, y_sum += weight[k] * y;
@@ -448,25 +464,22 @@ struct Kernels {
     return r;
   }
 
-  // Below the smallest normal number's logarithm: 0. Error: under 2 units in the last place. x is not above 0 here.
+  // x is not above 0 here. Below -88, about the logarithm of the smallest normal number: 0. Relative error: 2e-7
+  // plus what rounding x to a float may do.
   DK_INLINE static Pack<float> exp_of(Pack<float> x) {
     typedef int32_t Integers __attribute__((vector_size(kPack * 4)));
-    const auto too_small = x < -87.3f;
-    const Pack<float> clamped = too_small ? Pack<float>{} : x;
-    // x = n ln 2 + r: adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
-    const Pack<float> shifted = clamped * 1.44269504f + 12582912.0f;
-    const Pack<float> n = shifted - 12582912.0f;
-    const Pack<float> r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
-    Pack<float> y = broadcast(1.9875691500e-4f);
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * (r * r) + r + 1.0f;
-    const Integers power = (reinterpret_cast<Integers>(shifted) + (127 - 0x4b400000)) << 23;
-    const Pack<float> result = y * reinterpret_cast<Pack<float>>(power);
-    return too_small ? Pack<float>{} : result;
+    const Pack<float> least = broadcast(-88.0f), clamped = x > least ? x : least;
+    // 2^(n + r), n an integer: adding 1.5 * 2^23 rounds to one, which with 127 stands in the low bits: the exponent. At
+    // -88 it is 0, and the power 0.
+    const Pack<float> shifted = clamped * 1.44269504f + (12582912.0f + 127.0f);
+    const Pack<float> r = clamped * 1.44269504f - (shifted - (12582912.0f + 127.0f));
+    Pack<float> y = broadcast(1.32647273e-3f);
+    y = y * r + 9.67151299e-3f;
+    y = y * r + 5.55073358e-2f;
+    y = y * r + 2.40222424e-1f;
+    y = y * r + 6.93147004e-1f;
+    y = y * r + 1.0f;
+    return y * reinterpret_cast<Pack<float>>(reinterpret_cast<Integers>(shifted) << 23);
   }
 };
 
@@ -479,6 +492,7 @@ constexpr LatticeKernels<T> kTable = {
     Kernels<T>::splat,
     Kernels<T>::slice,
     Kernels<T>::merge,
+    Kernels<T>::share,
     Kernels<T>::blur,
     Kernels<T>::softmax,
     Kernels<T>::softmax_backward,

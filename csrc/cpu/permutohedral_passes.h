@@ -1,9 +1,10 @@
 // What a lattice consists of, and the passes over it that the filter and the mean field are made of. Internal.
 //
-// An image's points are cut into chunks, the same for any number of threads. A chunk numbers the vertices around its
-// points by itself (its slots, in the order of first touch): splatting writes a chunk's own rows, without atomics,
-// within the cache; a vertex then sums its slots' rows in the order of the chunks. Vertices are numbered in the order
-// of first touch over the chunks, so that neighbours in a scanned image lie close together.
+// An image's points are cut into chunks, the same for any number of threads. Vertices are numbered in the order of
+// first touch over the chunks, so that neighbours in a scanned image lie close together. A row of values belongs to
+// each vertex; a chunk that touches a vertex which an earlier chunk touched has a row of its own for it, a copy.
+// Splatting writes a chunk's own rows alone, without atomics, within the cache; a vertex then adds its copies in the
+// order of the chunks. Before slicing the copies take the vertices' values.
 #pragma once
 
 #include <algorithm>
@@ -63,18 +64,20 @@ struct LatticeData {
   ChunkPlan plan;
   int d = 0;
   int64_t vertices = 0;
-  Buffer<T> weight;              // (batch, points, d + 1)
-  Buffer<int32_t> slot;          // (batch, points, d + 1), counted from the chunk's first
-  Buffer<int64_t> chunk_begin;   // (chunks + 1)
-  Buffer<int32_t> slot_vertex;   // (slots)
-  Buffer<int32_t> vertex_begin;  // (vertices + 1)
-  Buffer<int32_t> vertex_slots;  // (slots)
-  Buffer<int32_t> neighbour;     // (d + 1, vertices, 2); `vertices` where there is none
+  Buffer<T> weight;     // (batch, points, d + 1)
+  Buffer<int32_t> row;  // (batch, points, d + 1): vertex v, or vertices + 1 + c for copy c; row `vertices` is 0
+  Buffer<int32_t> chunk_vertex, chunk_copy;  // (chunks + 1): the first vertex and the first copy of each chunk
+  Buffer<int32_t> copy_vertex;               // (copies)
+  Buffer<int32_t> shared_vertex;             // (shared): the vertices that have copies
+  Buffer<int32_t> shared_begin;              // (shared + 1): where their copies begin in shared_copy
+  Buffer<int32_t> shared_copy;               // (copies)
+  Buffer<int32_t> neighbour;                 // (d + 1, vertices, 2); `vertices` where there is none
 
-  int64_t slots() const { return slot_vertex.size(); }
-  PointPlaces<T> places(int64_t chunk, int64_t first) const {
-    const int64_t at = (plan.image(chunk) * plan.points + first) * (d + 1);
-    return {slot.data() + at, weight.data() + at, slot_vertex.data() + chunk_begin[chunk], d + 1};
+  int64_t copies() const { return copy_vertex.size(); }
+  int64_t rows() const { return vertices + 1 + copies(); }
+  PointPlaces<T> places(int64_t image, int64_t first) const {
+    const int64_t at = (image * plan.points + first) * (d + 1);
+    return {row.data() + at, weight.data() + at, d + 1};
   }
 };
 
@@ -101,21 +104,18 @@ class VertexRows {
  public:
   VertexRows(const LatticeData<T>& lattice, int64_t pitch);
 
-  // Where chunk's slots' rows lie, to be splatted to. Valid until blur().
-  T* chunk_rows(int64_t chunk) const { return slots_.data() + lattice_->chunk_begin[chunk] * pitch_; }
-  // The same, zeroed.
+  // Where to splat to until blur(), after a chunk's rows are zeroed.
+  T* sums() const { return sums_.data(); }
   T* begin_chunk(int64_t chunk) const;
-  // Sums the slots and blurs along all directions.
+  // Adds the copies to their vertices and blurs along all directions. The sums are lost.
   void blur(bool transpose, const Parallel& parallel);
-  // The result; rows of `vertices()` and the zero row.
+  // The result of blur(); it stays while the next sums are splatted.
   const T* rows() const { return result_.data(); }
 
  private:
   const LatticeData<T>* lattice_;
   int64_t pitch_;
-  Buffer<T> slots_;  // also every second blur's target
-  Buffer<T> result_;
-  Buffer<T> first_;  // what the slots are summed into, if the number of blurs is odd
+  Buffer<T> sums_, result_;
 };
 
 // Calls f(image, first, count) for a chunk's points, at most `block` consecutive ones at a time.
@@ -154,8 +154,8 @@ class FeatureGradient {
 
   // Adds a block's part: a (times `after`) are rows of the output's gradient and vertex_a the filtered values, b (times
   // `before`) rows of the values and vertex_b the transposed filtered gradients.
-  void add(int64_t chunk, int64_t image, int64_t first, int64_t count, T scale, const T* a, const T* vertex_a,
-           const T* b, const T* vertex_b, int64_t pitch);
+  void add(int64_t image, int64_t first, int64_t count, T scale, const T* a, const T* vertex_a, const T* b,
+           const T* vertex_b, int64_t pitch);
   // Adds what goes through the normalisation, then writes the gradient with respect to the features.
   void finish(T scale, Strided<const T> features, Strided<T> grad_features, const Parallel& parallel);
 

@@ -14,7 +14,7 @@ namespace {
 
 constexpr std::align_val_t kAlignment{64};
 constexpr size_t kHugePage = size_t{1} << 21;
-constexpr size_t kLargeBlock = 2 * kHugePage;
+constexpr size_t kSmallestKept = size_t{1} << 18, kSmallestHuge = 2 * kHugePage;
 
 struct ThreadMemory {
   void* data = nullptr;
@@ -22,12 +22,15 @@ struct ThreadMemory {
   ~ThreadMemory() { ::operator delete(data, kAlignment); }
 };
 
-// Sizes of large blocks are rounded up, by an eighth at most, so that calls on similar images share them.
+// Sizes of blocks that may be kept are rounded up, mostly by an eighth at most, so that calls on similar images share
+// them.
 size_t size_class(size_t bytes) {
-  size_t step = kHugePage;
+  size_t step = bytes < kSmallestHuge ? kSmallestKept / 8 : kHugePage;
   while (step * 16 < bytes) step *= 2;
   return (bytes + step - 1) / step * step;
 }
+
+std::align_val_t alignment(size_t size) { return size < kSmallestHuge ? kAlignment : std::align_val_t(kHugePage); }
 
 // Released blocks, the oldest first. A thread that finds the list in use does without, rather than waits.
 class KeptBlocks {
@@ -56,7 +59,7 @@ class KeptBlocks {
       kept = false;
     }
     while (total_ > kKeptBytes) {
-      ::operator delete(blocks_.front().data, std::align_val_t(kHugePage));
+      ::operator delete(blocks_.front().data, alignment(blocks_.front().bytes));
       total_ -= blocks_.front().bytes;
       blocks_.erase(blocks_.begin());
     }
@@ -89,21 +92,22 @@ KeptBlocks& kept_blocks() {
 }  // namespace
 
 void* allocate(size_t bytes) {
-  if (bytes < kLargeBlock) return ::operator new(bytes, kAlignment);
+  if (bytes < kSmallestKept) return ::operator new(bytes, kAlignment);
   const size_t size = size_class(bytes);
   if (kKeep)
     if (void* kept = kept_blocks().take(size)) return kept;
-  void* data = ::operator new(size, std::align_val_t(kHugePage));
+  void* data = ::operator new(size, alignment(size));
 #if defined(__linux__)
   // Rows are visited out of order: with small pages the address translation alone would miss its caches.
-  madvise(data, size, MADV_HUGEPAGE);
+  if (size >= kSmallestHuge) madvise(data, size, MADV_HUGEPAGE);
 #endif
   return data;
 }
 
 void release(void* data, size_t bytes) {
-  if (bytes < kLargeBlock) return ::operator delete(data, kAlignment);
-  if (!kKeep || !kept_blocks().keep(data, size_class(bytes))) ::operator delete(data, std::align_val_t(kHugePage));
+  if (bytes < kSmallestKept) return ::operator delete(data, kAlignment);
+  const size_t size = size_class(bytes);
+  if (!kKeep || !kept_blocks().keep(data, size)) ::operator delete(data, alignment(size));
 }
 
 void* thread_scratch(size_t bytes) {

@@ -6,9 +6,9 @@
 
 namespace deeplab_kernels::cpu {
 
-// Uninitialised memory, 64-byte aligned; large blocks in huge pages where the system has them. Released large blocks of
-// up to kLargestKept bytes are kept for the next call, kKeptBytes in all: mapping and clearing their pages can take as
-// long as the work done in them. release() is given the same number of bytes.
+// Uninitialised memory, 64-byte aligned; large blocks in huge pages where the system has them. Released blocks of 256
+// KB up to kLargestKept bytes are kept for the next call, kKeptBytes in all: mapping and clearing their pages can take
+// as long as the work done in them. release() is given the same number of bytes.
 void* allocate(size_t bytes);
 void release(void* data, size_t bytes);
 constexpr size_t kKeptBytes = size_t{256} << 20, kLargestKept = size_t{32} << 20;
