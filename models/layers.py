@@ -8,6 +8,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deeplab_kernels.nn.functional import norm_act, pointwise
+
 # Official DeepLab code: the moving averages keep 0.9997 of their old value in every layer, but the backbone and the
 # heads differ in epsilon.
 BN_MOMENTUM = 3e-4
@@ -64,10 +66,7 @@ class ConvNormAct(nn.Module):
         self.conv.padding = (rate * (vertical - 1) // 2, rate * (horizontal - 1) // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.conv(x))
-        if self.activation is None:
-            return x
-        return F.relu6(x, inplace=True) if self.activation == "relu6" else F.relu(x, inplace=True)
+        return norm_act(self.norm, self.activation, pointwise(self.conv, x))
 
 
 def check_batch_statistics(norm: nn.Module, x: Tensor, what: str) -> None:

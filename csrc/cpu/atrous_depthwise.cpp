@@ -1,32 +1,12 @@
 // Chooses the instruction set and makes the plan; the kernels are in atrous_depthwise_kernels.h.
 #include "atrous_depthwise.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-
 #include "atrous_depthwise_isa.h"
 #include "finite.h"
+#include "stored.h"
 
 namespace deeplab_kernels::cpu {
 namespace {
-
-template <typename T>
-struct Stored {
-  using type = T;
-};
-template <>
-struct Stored<torch::headeronly::BFloat16> {
-  using type = BFloat16Bits;
-};
-
-// The same memory under the type that the kernels know it by.
-template <typename T>
-const typename Stored<T>::type* stored(const T* p) {
-  return reinterpret_cast<const typename Stored<T>::type*>(p);
-}
-template <typename T>
-typename Stored<T>::type* stored(T* p) {
-  return reinterpret_cast<typename Stored<T>::type*>(p);
-}
 
 template <typename T, typename F>
 void with_depthwise(F&& f) {

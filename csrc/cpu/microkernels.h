@@ -156,18 +156,26 @@ DK_INLINE X masked(X grad, X z, Activation activation) {
 }
 
 // Chan, Golub and LeVeque's update: (n values with this mean and m2, the sum of squared deviations) joins (seen values
-// with mean and m2).
-DK_INLINE void join_moments(double seen, double n, double add_mean, double add_m2, double& mean, double& m2) {
-  const double delta = add_mean - mean, total = seen + n;
+// with mean and m2). X, deduced from the last two: double or a vector of them.
+template <typename X>
+struct Given {
+  using type = X;
+};
+template <typename X>
+DK_INLINE void join_moments(double seen, double n, typename Given<X>::type add_mean, typename Given<X>::type add_m2,
+                            X& mean, X& m2) {
+  const X delta = add_mean - mean;
+  const double total = seen + n;
   mean += delta * (n / total);
   m2 += add_m2 + delta * delta * (seen * n / total);
 }
 // The same for n values whose deviations from `centre`, itself rounded, sum up to `rest` and their squares to
 // `squares`.
-DK_INLINE void join_deviations(double seen, double n, double centre, double rest, double squares, double& mean,
-                               double& m2) {
-  const double add_m2 = squares - rest * rest / n;
-  join_moments(seen, n, centre + rest / n, add_m2 < 0 ? 0 : add_m2, mean, m2);
+template <typename X>
+DK_INLINE void join_deviations(double seen, double n, typename Given<X>::type centre, typename Given<X>::type rest,
+                               typename Given<X>::type squares, X& mean, X& m2) {
+  const X zero = {}, add_m2 = squares - rest * rest / n;
+  join_moments(seen, n, centre + rest / n, add_m2 < zero ? zero : add_m2, mean, m2);
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
 // CPU bindings of the atrous depthwise operators: checks, geometry, call.
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/util/BFloat16.h>
 
 #include <string>
 #include <tuple>
@@ -12,37 +11,9 @@
 namespace deeplab_kernels {
 namespace {
 
-using torch::headeronly::BFloat16;
-
-// Calls f with a value of the storage type, so that the kernels' template argument can be deduced from it.
-template <typename F>
-void dispatch(ScalarType dtype, F&& f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f(float());
-    case ScalarType::Double:
-      return f(double());
-    case ScalarType::BFloat16:
-      return f(BFloat16());
-    default:
-      STD_TORCH_CHECK(false, "x must be float32, float64, float16 or bfloat16");
-  }
-}
-
-template <typename A>
-cpu::NormParameters<A> norm_parameters(const OptionalTensor& gamma, const OptionalTensor& beta, double eps,
-                                       int64_t activation) {
-  return {in_or_null<A>(gamma), in_or_null<A>(beta), eps, activation_of(activation)};
-}
-
 void check_norm(const OptionalTensor& gamma, const OptionalTensor& beta, const DepthwiseShape& shape, const Tensor& x) {
   if (gamma) check_vector(*gamma, "gamma", shape, x);
   if (beta) check_vector(*beta, "beta", shape, x);
-}
-
-// float16 has no kernels of its own on the CPU: it is computed in float32, at the price of the conversions.
-Tensor widened(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Half ? torch::stable::to(t, ScalarType::Float) : t;
 }
 
 Tensor conv2d(const Tensor& x_any, const Tensor& weight_any, const Ints& stride, const Ints& padding,

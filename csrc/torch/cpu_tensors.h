@@ -1,6 +1,9 @@
 // What the CPU bindings of the convolutions share.
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+
+#include "../cpu/atrous_depthwise.h"
 #include "tensors.h"
 
 namespace deeplab_kernels {
@@ -33,6 +36,32 @@ inline Activation activation_of(int64_t code) {
 
 inline Tensor as_dtype(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
+// Calls f with a value of the storage type, so that the kernels' template argument can be deduced from it.
+template <typename F>
+void dispatch(ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float());
+    case ScalarType::Double:
+      return f(double());
+    case ScalarType::BFloat16:
+      return f(torch::headeronly::BFloat16());
+    default:
+      STD_TORCH_CHECK(false, "x must be float32, float64, float16 or bfloat16");
+  }
+}
+
+template <typename A>
+cpu::NormParameters<A> norm_parameters(const OptionalTensor& gamma, const OptionalTensor& beta, double eps,
+                                       int64_t activation) {
+  return {in_or_null<A>(gamma), in_or_null<A>(beta), eps, activation_of(activation)};
+}
+
+// float16 has no kernels of its own on the CPU: it is computed in float32, at the price of the conversions.
+inline Tensor widened(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Half ? torch::stable::to(t, ScalarType::Float) : t;
 }
 
 }  // namespace deeplab_kernels

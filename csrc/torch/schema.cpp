@@ -70,6 +70,17 @@ STABLE_TORCH_LIBRARY(deeplab_kernels, m) {
       "atrous_spatial_pyramid_backward(Tensor[] grad_out, Tensor? grad_pooled, Tensor x, Tensor weight, Tensor[] conv, "
       "Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var, float eps, int activation, bool batch_statistics, int[] "
       "dilation, bool need_grad_x, bool need_grad_weight) -> (Tensor, Tensor, Tensor, Tensor)");
+  // out = act(gamma (z - mean) / sqrt(var + eps) + beta + residual) with the batch's own statistics; z and residual
+  // (N, C, H, W). Returns (out, mean, var): mean and biased var over (N, H, W), in the accumulation dtype.
+  m.def(
+      "batch_norm_act_training(Tensor z, Tensor? residual, Tensor? gamma, Tensor? beta, float eps, int activation) -> "
+      "(Tensor, Tensor, Tensor)");
+  // Backward of the above. out: given where there was a residual before an activation. Returns (grad_z, grad_residual,
+  // grad_gamma, grad_beta), the last two in the accumulation dtype; grad_residual has shape (0,) without out, when it
+  // is grad_out or not wanted.
+  m.def(
+      "batch_norm_act_backward(Tensor grad_out, Tensor z, Tensor? out, Tensor? gamma, Tensor? beta, Tensor mean, "
+      "Tensor var, float eps, int activation) -> (Tensor, Tensor, Tensor, Tensor)");
   // out_i = sum_j exp(-|f_i - f_j|^2 / 2) v_j. values (B, C, N), features (B, d, N) in any floating dtype; the result
   // in the accumulation dtype of values (float64 for float64, otherwise float32), as is grad_out.
   m.def("gaussian_filter(Tensor values, Tensor features) -> Tensor");

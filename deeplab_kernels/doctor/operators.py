@@ -65,6 +65,16 @@ def _separable(call: Call, t: _Inputs) -> Any:
     return call("atrous_separable_conv2d", *tensors, 1e-3, 1e-5, 1, 2, 1, *_GEOMETRY)
 
 
+def _norm(call: Call, t: _Inputs) -> Any:
+    return call("batch_norm_act_training", t(2, 5, 9, 11), t(2, 5, 9, 11), t(5), t(5), 1e-3, 2)
+
+
+def _norm_backward(call: Call, t: _Inputs) -> Any:
+    z, gamma, beta = t(2, 5, 9, 11), t(5), t(5)
+    out, mean, var = call("batch_norm_act_training", z, t(2, 5, 9, 11), gamma, beta, 1e-3, 0)
+    return call("batch_norm_act_backward", t(2, 5, 9, 11), z, out, gamma, beta, mean, var, 1e-3, 0)
+
+
 _RATES = [1, 1, 2, 3, 4, 2]
 
 
@@ -137,6 +147,8 @@ CASES: dict[str, Callable[[Call, _Inputs], Any]] = {
     "atrous_spatial_pyramid": _pyramid,
     "atrous_spatial_pyramid_training": _pyramid_training,
     "atrous_spatial_pyramid_backward": _pyramid_backward,
+    "batch_norm_act_training": _norm,
+    "batch_norm_act_backward": _norm_backward,
     "gaussian_filter": _gaussian,
     "gaussian_filter_backward": _gaussian_backward,
     "local_gaussian_filter": _local,

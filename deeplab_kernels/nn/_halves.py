@@ -67,15 +67,20 @@ def fusable(norm: nn.Module, conv: nn.Conv2d, x: Tensor) -> TypeGuard[BatchNorm]
     return conv.bias is None or not (batch_statistics or _needs_grad(x, conv.weight, conv.bias, norm.weight, norm.bias))
 
 
+def running(norm: BatchNorm) -> tuple[Tensor | None, Tensor | None, float, bool]:
+    """(mean, var, momentum, whether a batch is counted): what the norm's next call uses and updates."""
+    counted = norm.training and norm.track_running_stats and norm.num_batches_tracked is not None
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if norm.training and not norm.track_running_stats:
+        return None, None, momentum, counted
+    if counted and norm.momentum is None:
+        momentum = 1.0 / float(norm.num_batches_tracked + 1)  # type: ignore[operator]
+    return norm.running_mean, norm.running_var, momentum, counted
+
+
 def conv_norm_act(conv: nn.Conv2d, norm: BatchNorm, activation: str | None, x: Tensor, padding: Padding) -> Tensor:
     """``act(norm(conv(x)))`` in one operator; updates the running statistics as the norm would."""
-    mean, var = norm.running_mean, norm.running_var
-    momentum = 0.0 if norm.momentum is None else norm.momentum
-    counted = norm.training and norm.track_running_stats and norm.num_batches_tracked is not None
-    if norm.training and not norm.track_running_stats:
-        mean = var = None
-    elif counted and norm.momentum is None:
-        momentum = 1.0 / float(norm.num_batches_tracked + 1)  # type: ignore[operator]
+    mean, var, momentum, counted = running(norm)
     if conv.bias is not None and mean is not None:
         mean = mean - conv.bias
     out = atrous_depthwise_bn_act(

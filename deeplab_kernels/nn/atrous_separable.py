@@ -12,8 +12,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import _validation, atrous_separable_conv2d
 from ..ops.atrous_separable import EXECUTIONS, picks_whole
-from ._halves import activate, conv_act, conv_norm_act, convolve, fusable, norm_in_place, norm_parameters
+from ._halves import activate, conv_act, conv_norm_act, convolve, fusable, norm_parameters
 from ._separable_blocks import check_convolutions, check_norm, only_zeros, renamed, sort_modules, untouched
+from .functional import norm_act, pointwise
 from .init import truncated_normal_
 
 Norm = bool | Callable[[int], nn.Module] | None
@@ -350,10 +351,10 @@ class AtrousSeparableConv2d(nn.Module):
             and untouched(conv, nn.Conv2d)
             and untouched(norm, nn.Identity, nn.BatchNorm2d, nn.SyncBatchNorm)
         )
-        out = norm_in_place(norm, conv(y)) if plain else norm(conv(y))
-        if residual is not None:
-            out = out + residual
-        return activate(out, self.pointwise_activation, inplace=plain)
+        if plain:
+            return norm_act(norm, self.pointwise_activation, pointwise(conv, y), residual, owned=True)
+        out = norm(conv(y))
+        return activate(out if residual is None else out + residual, self.pointwise_activation)
 
     @classmethod
     def from_modules(

@@ -4,6 +4,7 @@
 from .atrous_depthwise import atrous_depthwise_bn_act, atrous_depthwise_conv2d
 from .atrous_separable import BatchNorm, atrous_separable_conv2d
 from .atrous_spatial_pyramid import atrous_spatial_pyramid
+from .batch_norm_act import batch_norm_act
 from .dense_crf import dense_crf_mean_field
 from .gaussian_filter import gaussian_filter
 from .local_gaussian_filter import local_gaussian_filter
@@ -16,6 +17,7 @@ __all__ = [
     "atrous_depthwise_conv2d",
     "atrous_separable_conv2d",
     "atrous_spatial_pyramid",
+    "batch_norm_act",
     "dense_crf_mean_field",
     "gaussian_filter",
     "local_gaussian_filter",

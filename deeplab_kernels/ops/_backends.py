@@ -28,6 +28,8 @@ OPERATORS: dict[str, str | None] = {
     "atrous_spatial_pyramid": None,
     "atrous_spatial_pyramid_training": None,
     "atrous_spatial_pyramid_backward": None,
+    "batch_norm_act_training": None,
+    "batch_norm_act_backward": None,
     "gaussian_filter": "gaussian_filter",
     "gaussian_filter_backward": "gaussian_filter",
     "local_gaussian_filter": "local_gaussian_filter",

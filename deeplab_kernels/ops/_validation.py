@@ -12,6 +12,7 @@ Pair = tuple[int, int]
 Sides = tuple[int, int, int, int]
 
 ACTIVATIONS = {None: 0, "none": 0, "relu": 1, "relu6": 2}
+ACTIVATION_NAMES = (None, "relu", "relu6")  # by code
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 # Bound of stride, padding and dilation: index arithmetic in 64 bits then cannot overflow (csrc/torch/tensors.h).
@@ -87,6 +88,33 @@ class Geometry:
     dilation: Pair
 
 
+def _dense(tensor: Tensor, name: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        given = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {given}")
+
+
+def image(x: Tensor, name: str = "x") -> None:
+    """Checks a tensor of shape (N, C, H, W)."""
+    _dense(x, name)
+    if x.dim() != 4:
+        raise ValueError(f"{name} must have shape (N, C, H, W), got {tuple(x.shape)}")
+
+
+def residual(residual: Tensor, x: Tensor, out_size: tuple[int, ...], name: str = "x") -> None:
+    """Checks what is added to an output of size ``out_size``; ``name`` is that of x."""
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual must be a torch.Tensor or None, got {type(residual).__name__}")
+    if residual.shape != out_size:
+        raise ValueError(f"residual must have the output's shape {out_size}, got {tuple(residual.shape)}")
+    if residual.device != x.device:
+        raise ValueError(f"residual must be on {name}'s device {x.device}, got {residual.device}")
+
+
 def depthwise(
     x: Tensor,
     weight: Tensor,
@@ -96,16 +124,9 @@ def depthwise(
     name: str = "weight",
 ) -> Geometry:
     """Checks the arguments of an atrous depthwise convolution and normalises its geometry; ``name`` is the weight's."""
-    for argument, tensor in (("x", x), (name, weight)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{argument} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{argument} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
-        if tensor.layout != torch.strided or tensor.is_nested:
-            given = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
-            raise TypeError(f"{argument} must be a dense tensor, got {given}")
-    if x.dim() != 4:
-        raise ValueError(f"x must have shape (N, C, H, W), got {tuple(x.shape)}")
+    _dense(x, "x")
+    _dense(weight, name)
+    image(x)
     if weight.dim() != 4 or weight.shape[1] != 1:
         raise ValueError(f"{name} must have shape (C * multiplier, 1, kh, kw), got {tuple(weight.shape)}")
     channels, out_channels = x.shape[1], weight.shape[0]

@@ -35,10 +35,10 @@ def _transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def _call(name: str, tensors: Sequence[Tensor | None], *args: Any) -> Any:
+def _call(name: str, tensors: Sequence[Tensor | None], *args: Any, cast_arguments: int = 2) -> Any:
     operator = getattr(_ops, name).default
     if _transforms_active():  # the operator has no rules for them and would drop tangents silently; its definition has
-        return _backends.without_autocast(getattr(reference, name), cast_arguments=2)(*tensors, *args)
+        return _backends.without_autocast(getattr(reference, name), cast_arguments)(*tensors, *args)
     if torch.compiler.is_compiling():
         return operator(*tensors, *args)
     # The Python autograd key is skipped: it costs more than a small convolution, with gradients or without.

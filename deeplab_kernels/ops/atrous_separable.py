@@ -25,6 +25,7 @@ from .._layout import is_channels_last_only, output_memory_format
 from ..reference.atrous_depthwise import _activate
 from . import _backends, _validation
 from ._flops import register_flop_formula
+from ._pointwise import pointwise_conv2d
 from .atrous_depthwise import (
     _accumulation_dtype,
     _below_autograd,
@@ -36,6 +37,7 @@ from .atrous_depthwise import (
     atrous_depthwise_bn_act,
     atrous_depthwise_conv2d,
 )
+from .batch_norm_act import batch_norm_act
 
 _ops = torch.ops.deeplab_kernels
 
@@ -203,7 +205,8 @@ def atrous_separable_conv2d(
     height, width = _output_size(x, depthwise_weight, g.stride, g.padding, g.dilation)
     out_size = (x.shape[0], pointwise_weight.shape[0], height, width)
     if residual is not None:
-        _check_residual(residual, x, out_size)
+        _validation.residual(residual, x, out_size)
+        _validation.same_dtype(x, residual, "residual")
     if execution not in EXECUTIONS:
         raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
     tensors = [x, depthwise_weight, pointwise_weight, residual, *vectors]
@@ -221,16 +224,6 @@ def atrous_separable_conv2d(
 
 
 _Half = tuple[BatchNorm | None, Tensor | None]
-
-
-def _check_residual(residual: Tensor, x: Tensor, out_size: tuple[int, ...]) -> None:
-    if not isinstance(residual, Tensor):
-        raise TypeError(f"residual must be a torch.Tensor or None, got {type(residual).__name__}")
-    _validation.same_dtype(x, residual, "residual")
-    if residual.shape != out_size:
-        raise ValueError(f"residual must have the output's shape {out_size}, got {tuple(residual.shape)}")
-    if residual.device != x.device:
-        raise ValueError(f"residual must be on x's device {x.device}, got {residual.device}")
 
 
 def _norm_vectors(half: _Half, acc: torch.dtype) -> tuple[list[Tensor | None], float]:
@@ -281,7 +274,7 @@ def _two_kernels(
     x = _activate(x, pre)
     norm, bias = depthwise
     if norm is not None and bias is None:
-        name = next(n for n, code in _validation.ACTIVATIONS.items() if code == between)
+        name = _validation.ACTIVATION_NAMES[between]
         y = atrous_depthwise_bn_act(
             x, depthwise_weight, norm.gamma, norm.beta, norm.mean, norm.var, training=training,
             momentum=norm.momentum, eps=norm.eps, activation=name, **geometry,
@@ -289,8 +282,20 @@ def _two_kernels(
     else:
         y = atrous_depthwise_conv2d(x, depthwise_weight, **geometry)
         y = _activate(_batch_norm(y, depthwise, training), between)
-    z = _batch_norm(F.conv2d(y, pointwise_weight), pointwise, training)
-    return _activate(z if residual is None else z + residual.to(z.dtype), after)
+    z = pointwise_conv2d(y, pointwise_weight)
+    norm, bias = pointwise
+    if residual is not None:
+        residual = residual.to(z.dtype)
+    if norm is not None and training and z.device.type == "cpu":
+        if bias is not None:
+            z = z + bias.to(z.dtype).view(1, -1, 1, 1)
+        name = _validation.ACTIVATION_NAMES[after]
+        return batch_norm_act(
+            z, norm.gamma, norm.beta, norm.mean, norm.var, momentum=norm.momentum, eps=norm.eps, activation=name,
+            residual=residual,
+        )  # fmt: skip
+    z = _batch_norm(z, pointwise, training)
+    return _activate(z if residual is None else z + residual, after)
 
 
 def _batch_norm(z: Tensor, half: _Half, training: bool) -> Tensor:

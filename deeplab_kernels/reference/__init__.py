@@ -17,6 +17,7 @@ from .atrous_spatial_pyramid import (
     atrous_spatial_pyramid_backward,
     atrous_spatial_pyramid_training,
 )
+from .batch_norm_act import batch_norm_act_backward, batch_norm_act_training
 from .dense_crf import dense_crf_mean_field, dense_crf_mean_field_backward
 from .gaussian_filter import gaussian_filter, gaussian_filter_backward
 from .local_gaussian_filter import local_gaussian_filter, local_gaussian_filter_backward
@@ -32,6 +33,8 @@ __all__ = [
     "atrous_spatial_pyramid",
     "atrous_spatial_pyramid_backward",
     "atrous_spatial_pyramid_training",
+    "batch_norm_act_backward",
+    "batch_norm_act_training",
     "dense_crf",
     "dense_crf_mean_field",
     "dense_crf_mean_field_backward",

@@ -110,6 +110,25 @@ def _affine(xhat: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
     return z if beta is None else z + _channel(beta)
 
 
+def _masked(grad: Tensor, z: Tensor, activation: int) -> Tensor:
+    """The gradient before the activation of ``z``; the activated values tell the same."""
+    if activation == 0:
+        return grad
+    return torch.where((z <= 0) | (z >= 6) if activation == 2 else z <= 0, 0, grad)
+
+
+def _norm_backward(
+    grad: Tensor, xhat: Tensor, gamma: Tensor | None, var: Tensor, eps: float, batch_statistics: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the normalised tensor, of gamma and of beta."""
+    grad_beta, grad_gamma = grad.sum((0, 2, 3)), (grad * xhat).sum((0, 2, 3))
+    if batch_statistics:
+        count = max(grad.shape[0] * grad.shape[2] * grad.shape[3], 1)
+        grad = grad - _channel(grad_beta / count) - xhat * _channel(grad_gamma / count)
+    scale = torch.rsqrt(var + eps)
+    return grad * _channel(scale if gamma is None else scale * gamma), grad_gamma, grad_beta
+
+
 def atrous_depthwise_bn_act_inference(
     x: Tensor,
     weight: Tensor,
@@ -169,16 +188,8 @@ def atrous_depthwise_bn_act_backward(
     acc = accumulation_dtype(x.dtype)
     conv = y.to(acc) if y.dim() == 4 else _conv_accumulated(x, weight, stride, padding, dilation)
     xhat = _normalise(conv, mean, var, eps)
-    z = _affine(xhat, gamma, beta)
-    grad = grad_out.to(acc)
-    if activation:
-        grad = torch.where((z <= 0) | (z >= 6) if activation == 2 else z <= 0, 0, grad)
-    grad_beta, grad_gamma = grad.sum((0, 2, 3)), (grad * xhat).sum((0, 2, 3))
-    if batch_statistics:
-        count = max(grad.shape[0] * grad.shape[2] * grad.shape[3], 1)
-        grad = grad - _channel(grad_beta / count) - xhat * _channel(grad_gamma / count)
-    scale = torch.rsqrt(var + eps)
-    grad_y = grad * _channel(scale if gamma is None else scale * gamma)
+    grad = _masked(grad_out.to(acc), _affine(xhat, gamma, beta), activation)
+    grad_y, grad_gamma, grad_beta = _norm_backward(grad, xhat, gamma, var, eps, batch_statistics)
     grad_x, grad_weight = atrous_depthwise_conv2d_backward(
         grad_y, x.to(acc), weight.to(acc), stride, padding, dilation, need_grad_x, need_grad_weight
     )

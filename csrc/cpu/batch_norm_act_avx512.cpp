@@ -1,0 +1,2 @@
+#define DK_ISA avx512
+#include "batch_norm_act_kernels.h"
