@@ -47,7 +47,7 @@ void with_constants(Activation activation, bool flag, const F& f) {
 // What a pass over maps needs of a channel, as a vector or as a broadcast scalar.
 template <typename V>
 struct MapNorm {
-  V mean, scale, shift;  // z * scale + shift
+  V mean, scale, shift;  // (z - mean) * scale + shift: z * scale + (shift - mean * scale) would cancel for large means
   V slope, constant;     // backward: the gradient of z is grad * scale + (z - mean) * slope + constant
 };
 
@@ -56,14 +56,8 @@ template <typename A>
 MapNorm<A> map_norm(const BatchNorm<A>& norm, int64_t c, double mean_grad, double mean_dot) {
   const double inv = 1 / __builtin_sqrt(double(norm.var[c]) + norm.eps);
   const double scale = norm.gamma ? double(norm.gamma[c]) * inv : inv;
-  const double shift = (norm.beta ? double(norm.beta[c]) : 0.0) - double(norm.mean[c]) * scale;
-  return {norm.mean[c], A(scale), A(shift), A(-scale * inv * inv * mean_dot), A(-scale * mean_grad)};
-}
-
-// The gradient before the activation. out: whether `told` is the activated value itself, not z.
-template <bool kOut, typename V>
-DK_INLINE V before_activation(V grad, V told, V scale, V shift, Activation activation) {
-  return masked(grad, kOut ? told : V(told * scale + shift), activation);
+  return {norm.mean[c], A(scale), norm.beta ? norm.beta[c] : A(0), A(-scale * inv * inv * mean_dot),
+          A(-scale * mean_grad)};
 }
 
 template <typename T>
@@ -85,19 +79,27 @@ struct Maps {
   template <bool kResidual>
   DK_INLINE static void activate(const T* z, const T* residual, int64_t k, const MapNorm<V>& norm,
                                  Activation activation, T* out, int64_t n) {
-    V v = read(z + k, n) * norm.scale + norm.shift;
+    V v = (read(z + k, n) - norm.mean) * norm.scale + norm.shift;
     if constexpr (kResidual) v += read(residual + k, n);
     write(out + k, activated(v, activation), n);
   }
 
-  template <bool kOut>
-  DK_INLINE static void gradient(const MapGradients<T>& t, int64_t k, const MapNorm<V>& norm, Activation activation,
-                                 int64_t n) {
-    const V z = read(t.z + k, n);
-    const V g = before_activation<kOut>(read(t.grad_out + k, n), kOut ? read(t.out + k, n) : z, norm.scale, norm.shift,
-                                        activation);
+  // The gradient before the activation, and z - mean. kOut: whether `out` tells the activation's mask, or z does.
+  template <Activation kActivation, bool kOut>
+  DK_INLINE static V before_activation(const MapGradients<T>& t, int64_t k, const MapNorm<V>& norm, int64_t n,
+                                       V& centred) {
+    centred = read(t.z + k, n) - norm.mean;
+    const V grad = read(t.grad_out + k, n);
+    if constexpr (kOut) return masked(grad, read(t.out + k, n), kActivation);
+    return masked(grad, V(centred * norm.scale + norm.shift), kActivation);
+  }
+
+  template <Activation kActivation, bool kOut>
+  DK_INLINE static void gradient(const MapGradients<T>& t, int64_t k, const MapNorm<V>& norm, int64_t n) {
+    V centred;
+    const V g = before_activation<kActivation, kOut>(t, k, norm, n, centred);
     if constexpr (kOut) write(t.grad_residual + k, g, n);
-    write(t.grad_z + k, g * norm.scale + (z - norm.mean) * norm.slope + norm.constant, n);
+    write(t.grad_z + k, g * norm.scale + centred * norm.slope + norm.constant, n);
   }
 };
 
@@ -186,10 +188,9 @@ struct ChannelMaps : Maps<T> {
     chunks(s, c, [&](int64_t first, int64_t count) {
       A part[2];
       sums<2>(count, part, [&](int64_t k, int64_t n, V(&terms)[2]) {
-        const V z = read(t.z + first + k, n);
-        terms[0] = before_activation<kOut>(read(t.grad_out + first + k, n), kOut ? read(t.out + first + k, n) : z,
-                                           values.scale, values.shift, kActivation);
-        terms[1] = terms[0] * (z - values.mean);
+        V centred;
+        terms[0] = Maps<T>::template before_activation<kActivation, kOut>(t, first + k, values, n, centred);
+        terms[1] = terms[0] * centred;
       });
       grad += double(part[0]), dot += double(part[1]);
     });
@@ -198,7 +199,7 @@ struct ChannelMaps : Maps<T> {
     t.grad_beta[c] = A(grad), t.grad_gamma[c] = A(dot / __builtin_sqrt(double(norm.var[c]) + norm.eps));
     chunks(s, c, [&](int64_t first, int64_t values_here) {
       vectors(first, first + values_here,
-              [&](int64_t k, int64_t n) { Maps<T>::template gradient<kOut>(t, k, values, kActivation, n); });
+              [&](int64_t k, int64_t n) { Maps<T>::template gradient<kActivation, kOut>(t, k, values, n); });
     });
   }
 };
@@ -261,7 +262,7 @@ class PixelMaps : Maps<T> {
       keep(c, map_norm(norm, c, grad / double(pixels_), dot / double(pixels_)));
     });
     for_rows(parallel, [&](int64_t row, int64_t c, int64_t n, const MapNorm<V>& values) {
-      Maps<T>::template gradient<kOut>(t, row + c, values, kActivation, n);
+      Maps<T>::template gradient<kActivation, kOut>(t, row + c, values, n);
     });
   }
 
@@ -365,11 +366,9 @@ class PixelMaps : Maps<T> {
         for (int64_t r = 0; r < rows; ++r, k += channels_)
 #pragma GCC unroll 4
           for (int i = 0; i < N; ++i) {
-            const V z = read(t.z + k + i * L, each);
-            const V g =
-                before_activation<kOut>(read(t.grad_out + k + i * L, each), kOut ? read(t.out + k + i * L, each) : z,
-                                        norm[i].scale, norm[i].shift, kActivation);
-            grads[i] += g, dots[i] += g * (z - norm[i].mean);
+            V centred;
+            const V g = Maps<T>::template before_activation<kActivation, kOut>(t, k + i * L, norm[i], each, centred);
+            grads[i] += g, dots[i] += g * centred;
           }
         for (int i = 0; i < N; ++i) {
           double *sum = first_sum(b) + c + i * L, *dot = second_sum(b) + c + i * L;
