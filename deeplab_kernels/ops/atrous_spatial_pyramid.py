@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
 from .._layout import output_memory_format
 from . import _backends, _validation
+from ._flops import register_flop_formula
 from .atrous_depthwise import (
     _accumulation_dtype,
     _below_autograd,
