@@ -40,9 +40,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     selection = parser.add_argument_group("selection")
     add_selection(selection)
-    selection.add_argument("--plan", choices=["product", "quick", "gpu-bars"], default="product")
+    selection.add_argument("--plan", choices=["product", "quick", "gpu-bars", "gpu-rehearsal"], default="product")
     selection.add_argument("--quick", dest="plan", action="store_const", const="quick")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "rehearsal"], default="auto")
     parser.add_argument("--minutes", type=float, default=0.0, help="leave out what does not fit; 0: no limit")
     parser.add_argument("--rounds", type=int, help="default: 9; with --quick 5")
     parser.add_argument("--seconds", type=float, help="of one contender and layout at most; default: 1, quick 0.3")
@@ -80,8 +80,9 @@ def tasks_of(args: argparse.Namespace, device: str) -> list[cases.Task]:
     chosen = selection_of(args)
     if args.plan == "quick":
         return cases.quick(chosen)
-    if args.plan == "gpu-bars":
-        return [task for task in cases.gpu_bars() if chosen.chooses(task.case)]
+    if args.plan.startswith("gpu"):
+        tasks = cases.gpu_bars() if args.plan == "gpu-bars" else cases.gpu_rehearsal()
+        return [task for task in tasks if chosen.chooses(task.case)]
     return cases.product(chosen, device)
 
 
@@ -124,7 +125,7 @@ def measure_task(task: cases.Task, device: devices.Device, args: argparse.Namesp
         "case": cases.to_dict(case),
         "madds": workloads.madds(case),
         "bytes": case.bytes,
-        "device": device.kind,
+        "device": device.name,
         "allocator": measure.allocator(),
         "threads": torch.get_num_threads(),
         "load_average": round(measure.load_average(), 1),
@@ -133,7 +134,7 @@ def measure_task(task: cases.Task, device: devices.Device, args: argparse.Namesp
     wanted = list(task.contenders)
     if "ours" in wanted:
         try:
-            record["relative_error"] = workloads.check(case, device.kind)
+            record["relative_error"] = workloads.check(case, device.place)
         except measure.CheckFailed as error:
             reasons["ours"], record["wrong"] = str(error), True
             wanted.remove("ours")
@@ -143,7 +144,7 @@ def measure_task(task: cases.Task, device: devices.Device, args: argparse.Namesp
     ready: dict[str, Function] = {}
     for contender in wanted:
         for layout in task.layouts:
-            made = contenders.prepare(case, contender, layout, device.kind, args.compile_limit)
+            made = contenders.prepare(case, contender, layout, device.place, args.compile_limit)
             if made.function is not None:
                 ready[f"{contender} {layout}"] = made.function
             else:
@@ -215,7 +216,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.threads:
         torch.set_num_threads(args.threads)
     tasks = tasks_of(args, device.kind)
-    machine = device.machine(args.dtypes if args.plan == "product" else ("fp32", "bf16"))
+    dtypes = {task.case.dtype for task in tasks}
+    machine = device.machine([dtype for dtype in cases.DTYPES if dtype == "fp32" or dtype in dtypes])
     # A machine with a slower matrix product than the one the estimates are from is slower in all, until cases tell.
     clock.expect(120 / machine["matrix_gflop_per_s"] if device.kind == "cpu" else 0.3)
     rates = {dtype: 1e9 * gflop for dtype, gflop in machine["matrix_gflop_per_s_of"].items()}

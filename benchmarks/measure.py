@@ -84,6 +84,9 @@ def results_folder() -> Path:
 
 
 def _commit() -> str:
+    """Of the sources beside this file; DEEPLAB_KERNELS_COMMIT names that of a copy without git."""
+    if given := os.environ.get("DEEPLAB_KERNELS_COMMIT"):
+        return given
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

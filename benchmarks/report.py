@@ -1,7 +1,8 @@
 """Tables, as text or Markdown, from the records of measure.measure.
 
 python benchmarks/report.py             # rewrites every results/<machine>/atrous_depthwise.md from its .json
-python benchmarks/report.py --readme benchmarks/results/<machine>    # and the README's tables of speed
+python benchmarks/report.py --readme benchmarks/results/<machine>    # and the README's tables, and its GPU parts
+python benchmarks/report.py --readme                                 # only what README says of GPUs
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import bars
+
+from deeplab_kernels.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -259,18 +262,34 @@ README_TABLES = {
 }
 
 
-def update_readme(folder: Path) -> None:
-    text = README.read_text()
+GPU_TABLE = "GPU table"
+
+
+def update_readme(folder: Path | None, readme: Path = README, results: Path = RESULTS) -> None:
+    """README's tables: of speed from the files in ``folder`` that are there, and what it says of GPUs from all of
+    ``results``."""
+    import status
+
+    text = readme.read_text()
     for file, (name, table) in README_TABLES.items():
-        begin, end = f"<!-- {name}: from benchmarks/results -->", f"<!-- end of the {name} -->"
-        head, tail = text.split(begin)[0], text.split(end)[-1]
-        text = f"{head}{begin}\n\n{table(json.loads((folder / file).read_text()))}\n\n{end}{tail}"
-    README.write_text(text)
+        if folder is not None and (folder / file).exists():
+            text = _replaced(text, name, table(json.loads((folder / file).read_text())))
+    measured = status.runs(results)
+    text = _replaced(status.update_rows(text, measured), GPU_TABLE, status.bars_table(results, measured))
+    readme.write_text(text)
+
+
+def _replaced(text: str, name: str, content: str) -> str:
+    begin, end = f"<!-- {name}: from benchmarks/results -->", f"<!-- end of the {name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise UserError(f"README must have {begin} and {end}, once each")
+    head, tail = text.split(begin)[0], text.split(end)[-1]
+    return f"{head}{begin}\n\n{content}\n\n{end}{tail}"
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--readme"]:
-        update_readme(Path(sys.argv[2]))
+        update_readme(Path(sys.argv[2]) if len(sys.argv) > 2 else None)
     for path in sorted(RESULTS.glob("*/atrous_depthwise.json")):
         path.with_suffix(".md").write_text(document(json.loads(path.read_text())))
         print(path.with_suffix(".md"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import layers
@@ -289,6 +289,12 @@ def _gpu_bars() -> Iterator[Task]:
     for block in computations("separable"):
         if block not in ("A12:2048x33r12->relu->256", "728x33->728"):
             yield Task(Case("separable", block, "inference", 8, "bf16"), ("ours", "eager"))
+
+
+def gpu_rehearsal() -> list[Task]:
+    """The first of each kind of layer, one image, with what compiles left out: to be run on a CPU."""
+    first = {task.case.subject: task for task in reversed(gpu_bars()) if task.case.subject != "models"}
+    return [Task(replace(task.case, batch=1, dtype="fp32"), ("ours", "eager"), ("nhwc",)) for task in first.values()]
 
 
 def to_dict(case: Case) -> dict[str, Any]:

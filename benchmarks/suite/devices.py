@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import platform
+import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -21,7 +24,9 @@ class NotAvailable(RuntimeError):
 
 
 class Device(Protocol):
-    kind: str  # of torch.device
+    kind: str  # what it can: "cpu" or "cuda"
+    place: str  # where its tensors are, for torch.device
+    name: str  # what the results call it
 
     def time(self, functions: Mapping[str, Function], rounds: int, seconds: float) -> dict[str, Timing]:
         """Interleaved timings; ``seconds``: about the most for one function."""
@@ -53,7 +58,7 @@ def use_tf32(on: bool) -> None:
 
 
 class Cpu:
-    kind = "cpu"
+    kind = place = name = "cpu"
     HALF_SHAPES = (
         (512, 512, 512),
     )  # without instructions of its own a CPU is a hundred times slower in half precision
@@ -81,9 +86,10 @@ class Cpu:
 
 
 class Cuda:
-    """One NVIDIA GPU. cuda: torch.cuda, or what stands for it in a test."""
+    """One NVIDIA GPU. cuda: torch.cuda, or what stands for it."""
 
-    kind = "cuda"
+    kind = place = name = "cuda"
+    COPY_ELEMENTS, MATRIX_SIZE = 1 << 28, 8192
     FLUSH_BYTES = 256 << 20  # more than any second-level cache
 
     def __init__(self, cuda: Any = torch.cuda, flush: Function | None = None) -> None:
@@ -146,7 +152,7 @@ class Cuda:
 
     def machine(self, dtypes: Sequence[str]) -> dict[str, Any]:
         properties = self.cuda.get_device_properties(0)
-        source = torch.ones(1 << 28, device="cuda")
+        source = torch.ones(self.COPY_ELEMENTS, device=self.place)
         target = torch.empty_like(source)
         copy = self.time({"copy": lambda: target.copy_(source)}, 9, 5.0)["copy"]
         matrix = {dtype: self._matrix_rate(dtype) for dtype in dtypes}
@@ -162,8 +168,9 @@ class Cuda:
             "torch": torch.__version__,
         }
 
-    def _matrix_rate(self, dtype: str, size: int = 8192) -> float:
-        a, b = (torch.randn(size, size, device="cuda", dtype=TORCH_DTYPES[dtype]) for _ in range(2))
+    def _matrix_rate(self, dtype: str) -> float:
+        size = self.MATRIX_SIZE
+        a, b = (torch.randn(size, size, device=self.place).to(TORCH_DTYPES[dtype]) for _ in range(2))
         use_tf32(dtype == "tf32")
         timing = self.time({"mm": lambda: a @ b}, 7, 5.0)["mm"]
         use_tf32(False)
@@ -174,15 +181,69 @@ class Cuda:
         self.cuda.empty_cache()
 
 
+class Twin:
+    """Stands for torch.cuda on a machine without a GPU: events read the wall clock, a graph only counts its replays."""
+
+    class Event:
+        def __init__(self, enable_timing: bool = False) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = time.perf_counter()
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Twin.Event) -> float:
+            return 1e3 * (end.at - self.at)
+
+    class Stream:
+        def wait_stream(self, stream: object) -> None:
+            pass
+
+    class CUDAGraph:
+        replays = 0
+
+        def replay(self) -> None:
+            self.replays += 1
+
+    def __init__(self) -> None:
+        self.stream = self.graph = contextlib.nullcontext
+        self.current_stream = self.Stream
+
+    def synchronize(self) -> None:
+        pass
+
+    empty_cache = reset_peak_memory_stats = synchronize
+
+    def memory_allocated(self) -> int:
+        return 0
+
+    max_memory_allocated = memory_allocated
+
+    def get_device_properties(self, device: int) -> Any:
+        return types.SimpleNamespace(name="rehearsal on the CPU", multi_processor_count=0)
+
+
+class Rehearsal(Cuda):
+    """The way that a GPU is measured, on the CPU: to find mistakes before a GPU is at hand, not to measure."""
+
+    place, name = "cpu", "rehearsal"
+    COPY_ELEMENTS, MATRIX_SIZE = 1 << 20, 128
+
+    def __init__(self) -> None:
+        super().__init__(Twin(), flush=lambda: None)
+
+
 def open_device(name: str) -> Device:
-    """ "cpu", "cuda", or "auto": a GPU where there is one.
+    """ "cpu", "cuda", "rehearsal", or "auto": a GPU where there is one.
 
     Raises:
         NotAvailable: "cuda" without a device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return Cuda() if name == "cuda" else Cpu()
+    return {"cuda": Cuda, "rehearsal": Rehearsal, "cpu": Cpu}[name]()
 
 
 def first_line(error: BaseException) -> str:

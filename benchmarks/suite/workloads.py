@@ -247,6 +247,6 @@ def _same_order(case: Case) -> list[int]:
 
 def _error(found: Tensor, exact: Tensor, largest: float) -> float:
     """The difference, relative. Gradients that a batch norm after them makes zero are held to the largest result."""
-    scale = max(float(exact.double().norm()), 1e-4 * largest, 1e-30)
+    scale = max(float(exact.double().norm()), 1e-3 * largest, 1e-30)
     error = float((found.double() - exact.double()).norm()) / scale
     return error if error == error else float("inf")
