@@ -610,6 +610,26 @@ def test_saved_for_backward(training, layout, dtype):
     assert max(t.numel() for t in rest) <= inputs[1].numel()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_training_keeps_is_a_choice(layout):
+    """save_conv: the same results, with and without a second tensor of the activation's size."""
+    case = Case((2, 16, 17, 19), padding="same")
+    inputs, _ = random_block(case, torch.float32, layout)
+    results = []
+    for save_conv in (False, True, None):
+        copies, saved = leaves(*inputs), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t) or t, lambda t: t):
+            out = ours(copies, (None, None), case, training=True, save_conv=save_conv)
+        assert len({t.data_ptr() for t in saved if t.numel() == out.numel()}) == 1 + (save_conv is True)
+        out.square().sum().backward()
+        results.append([out.detach(), *(t.grad for t in copies)])
+    for tensors in zip(*results, strict=True):
+        for other in tensors[1:]:
+            torch.testing.assert_close(other, tensors[0], atol=1e-3, rtol=1e-3)
+    with pytest.raises(TypeError, match="save_conv must be True, False or None, got 1"):
+        ours(inputs, (None, None), case, training=True, save_conv=1)
+
+
 def test_meta_device():
     for case in TRAINABLE:
         for training in (False, True):

@@ -78,7 +78,14 @@ def running(norm: BatchNorm) -> tuple[Tensor | None, Tensor | None, float, bool]
     return norm.running_mean, norm.running_var, momentum, counted
 
 
-def conv_norm_act(conv: nn.Conv2d, norm: BatchNorm, activation: str | None, x: Tensor, padding: Padding) -> Tensor:
+def conv_norm_act(
+    conv: nn.Conv2d,
+    norm: BatchNorm,
+    activation: str | None,
+    x: Tensor,
+    padding: Padding,
+    save_conv: bool | None = None,
+) -> Tensor:
     """``act(norm(conv(x)))`` in one operator; updates the running statistics as the norm would."""
     mean, var, momentum, counted = running(norm)
     if conv.bias is not None and mean is not None:
@@ -97,6 +104,7 @@ def conv_norm_act(conv: nn.Conv2d, norm: BatchNorm, activation: str | None, x: T
         stride=conv.stride,
         padding=padding,
         dilation=conv.dilation,
+        save_conv=save_conv,
     )
     if counted:
         norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]

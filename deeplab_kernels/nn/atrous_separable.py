@@ -168,6 +168,8 @@ class AtrousSeparableConv2d(nn.Module):
             Xception uses (0.09, 0.09). Biases start at zero.
         execution: how inference runs, as in :func:`ops.atrous_separable_conv2d`: "auto" by cost, "whole" as one kernel
             wherever it serves, "two_kernels" never so. Gradients and training always take two.
+        save_conv: what training keeps of the depthwise half for backward, as in :func:`ops.atrous_depthwise_bn_act`:
+            False for less memory, True to compute the convolution only once, None by device.
 
     Attributes:
         depthwise: :class:`AtrousDepthwiseConv2d`; depthwise_norm: the norm or ``nn.Identity``;
@@ -210,10 +212,13 @@ class AtrousSeparableConv2d(nn.Module):
         depthwise_bias: bool = False,
         weight_std: tuple[float, float] = WEIGHT_STD,
         execution: str = "auto",
+        save_conv: bool | None = None,
     ) -> None:
         super().__init__()
         only_zeros(padding_mode)
         self.execution = execution
+        _validation.optional_bool(save_conv, "save_conv")
+        self.save_conv = save_conv
         self.in_channels = _positive(in_channels, "in_channels")
         self.out_channels = _positive(out_channels, "out_channels")
         self.channel_multiplier = _positive(channel_multiplier, "channel_multiplier")
@@ -340,7 +345,7 @@ class AtrousSeparableConv2d(nn.Module):
                 return conv_act(conv, activation, x, conv.padding)
             if untouched(norm, nn.BatchNorm2d, nn.SyncBatchNorm) and fusable(norm, conv, x):
                 conv.check_input(x)
-                return conv_norm_act(conv, norm, activation, x, conv.padding)
+                return conv_norm_act(conv, norm, activation, x, conv.padding, self.save_conv)
         return activate(norm(conv(x)), activation)
 
     def _pointwise_half(self, y: Tensor, observed: bool, residual: Tensor | None) -> Tensor:

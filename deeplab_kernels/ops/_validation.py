@@ -71,6 +71,11 @@ def sides(padding: int | str | Sequence[int], kernel: Pair, stride: Pair, dilati
     return (top, bottom, left, right)
 
 
+def optional_bool(value: bool | None, name: str) -> None:
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{name} must be True, False or None, got {value!r}")
+
+
 def activation_code(activation: str | None) -> int:
     if activation is not None and not isinstance(activation, str):
         raise TypeError(f'activation must be "relu", "relu6", "none" or None, got {activation!r}')

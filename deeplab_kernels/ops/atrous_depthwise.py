@@ -109,6 +109,7 @@ def atrous_depthwise_bn_act(
     stride: int | Sequence[int] = 1,
     padding: int | str | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
+    save_conv: bool | None = None,
 ) -> Tensor:
     """``act(batch_norm(atrous_depthwise_conv2d(x, weight)))`` in one operator.
 
@@ -122,10 +123,14 @@ def atrous_depthwise_bn_act(
         momentum: in [0, 1]; weight of the batch in that update.
         eps: added to the variance; positive (0 is allowed with ``training=False``).
         activation: "relu", "relu6", or None / "none".
+        save_conv: what training keeps for backward: False for x and the per-channel statistics, the convolution being
+            computed again; True for x and the convolution's result, a tensor of the output's size. None takes what is
+            expected to be faster on x's device: False on the CPU, True elsewhere. Costs measured:
+            docs/atrous_separable.md.
 
     Returns:
         (N, C*m, H', W') in x's dtype and memory format. Differentiable w.r.t. x, weight, gamma and beta in both modes;
-        for backward x and at most one more tensor of the output's size are kept.
+        without ``training`` x alone is kept for backward.
 
     Raises:
         ValueError, TypeError: an argument is not as above, or training on one value per channel.
@@ -137,6 +142,7 @@ def atrous_depthwise_bn_act(
     _validation.channel_vector(beta, "beta", weight)
     _validation.running_statistics(running_mean, running_var, weight, training)
     _validation.normalisation_constants(training, momentum, eps)
+    _validation.optional_bool(save_conv, "save_conv")
     acc = _accumulation_dtype(x.dtype)
     gamma_acc, beta_acc = _vector(gamma, acc), _vector(beta, acc)
     if not training:
@@ -152,7 +158,7 @@ def atrous_depthwise_bn_act(
     out, _, mean, var = _call(
         "atrous_depthwise_bn_act_training",
         (x, weight, gamma_acc, beta_acc),
-        eps, code, g.stride, g.padding, g.dilation, save_conv_default(x),
+        eps, code, g.stride, g.padding, g.dilation, save_conv_default(x) if save_conv is None else save_conv,
     )  # fmt: skip
     update_running_statistics(running_mean, running_var, mean, var, count, momentum)
     return out

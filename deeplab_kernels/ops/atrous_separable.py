@@ -161,6 +161,7 @@ def atrous_separable_conv2d(
     dilation: int | Sequence[int] = 1,
     training: bool = False,
     execution: str = "auto",
+    save_conv: bool | None = None,
 ) -> Tensor:
     """Depthwise convolution [+ norm] [+ activation], then 1x1 convolution [+ norm] [+ residual] [+ activation].
 
@@ -174,6 +175,7 @@ def atrous_separable_conv2d(
         training: the batch's own statistics normalise, and the running ones are updated.
         execution: "auto" picks by cost; "whole" or "two_kernels" (see the module) insist. The environment variable
             DEEPLAB_KERNELS_SEPARABLE_EXECUTION changes what "auto" means.
+        save_conv: what training keeps of the depthwise half, as in :func:`atrous_depthwise_bn_act`.
 
     Returns:
         (N, C', H', W') in x's dtype and memory format. Differentiable (by "two_kernels").
@@ -207,6 +209,7 @@ def atrous_separable_conv2d(
     if residual is not None:
         _validation.residual(residual, x, out_size)
         _validation.same_dtype(x, residual, "residual")
+    _validation.optional_bool(save_conv, "save_conv")
     if execution not in EXECUTIONS:
         raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
     tensors = [x, depthwise_weight, pointwise_weight, residual, *vectors]
@@ -219,7 +222,7 @@ def atrous_separable_conv2d(
         )  # fmt: skip
     return _two_kernels(
         x, depthwise_weight, pointwise_weight, residual, (depthwise_norm, depthwise_bias),
-        (pointwise_norm, pointwise_bias), activations, g, training,
+        (pointwise_norm, pointwise_bias), activations, g, training, save_conv,
     )  # fmt: skip
 
 
@@ -268,6 +271,7 @@ def _two_kernels(
     activations: Sequence[int],
     g: _validation.Geometry,
     training: bool,
+    save_conv: bool | None,
 ) -> Tensor:
     pre, between, after = activations
     geometry: dict[str, Any] = {"stride": g.stride, "padding": g.padding, "dilation": g.dilation}
@@ -277,7 +281,7 @@ def _two_kernels(
         name = _validation.ACTIVATION_NAMES[between]
         y = atrous_depthwise_bn_act(
             x, depthwise_weight, norm.gamma, norm.beta, norm.mean, norm.var, training=training,
-            momentum=norm.momentum, eps=norm.eps, activation=name, **geometry,
+            momentum=norm.momentum, eps=norm.eps, activation=name, save_conv=save_conv, **geometry,
         )  # fmt: skip
     else:
         y = atrous_depthwise_conv2d(x, depthwise_weight, **geometry)
