@@ -102,7 +102,7 @@ int64_t slab_forward_bytes(int64_t pixels, int64_t packs, int64_t branches, bool
 // Statistics go to partial[slice][3][branches * C], slice = n * phases + phase; the sums for the mean, already divided
 // by the number of pixels, to pool[phase][N * C]. Either may be null; out[r] may be null where there are statistics.
 template <typename T, bool kMoments>
-__global__ void __launch_bounds__(kSlabThreads, 4)
+__global__ void __launch_bounds__(kSlabThreads, kMoments ? 3 : 4)
     pyramid_nhwc(PyramidBranches<T> b, SlabTiling tiling, const T* x, const T* weight, Norm<acc_t<T>> norm,
                  acc_t<T>* partial, acc_t<T>* pool) {
   using A = acc_t<T>;

@@ -219,26 +219,19 @@ def _first_item(channel_tiles, steps, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
-    x,  # [N, in_channels, height, width]
-    weight,  # [taps][channels] in channels_last, else [channels][taps]
-    y,  # [N, channels, rows, cols] or None: only statistics are wanted
-    mean, var, gamma, beta,  # [channels] each; mean None: no normalisation; gamma, beta None: 1, 0
-    partials,  # [slices][mean, M2][channels] or None: no statistics
-    counts,  # [slices]
-    eps, items, steps, channel_tiles, channel_units, in_channels, height, width, rows, cols, row_tiles, col_tiles,
-    phases_h, phases_w, pad_top, pad_left, rate_h, rate_w,
-    UNIT: tl.constexpr, MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr,
-    SW: tl.constexpr, ACTIVATION: tl.constexpr, SAME_WIDTH: tl.constexpr, FLAT: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr,
+def _forward_tiles(
+    x, weight, y, mean, var, gamma, beta, partials, counts, eps,  # as in _forward_kernel
+    first, end, slice_index,  # tiles, and where their statistics go
+    c, row_c,  # channels of the image, and where the vectors have them
+    channels, in_channels, height, width, rows, cols, row_tiles, col_tiles, phases_h, phases_w, pad_top, pad_left,
+    rate_h, rate_w,
+    MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    ACTIVATION: tl.constexpr, SAME_WIDTH: tl.constexpr, FLAT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """The convolution of tiles [first, end) of one tile of channels."""
     TAPS: tl.constexpr = KH * KW
     PIXELS: tl.constexpr = TILE_H * TILE_W
-    channels = channel_units * UNIT  # tells the compiler what channels is divisible by
-    channel_tile, slice_index, first = _first_item(channel_tiles, steps, WIDE)
-    c = channel_tile * BLOCK_C + tl.arange(0, BLOCK_C)
-    if WIDE:
-        c = c.to(tl.int64)
     c_valid = c < channels
     if MULTIPLIER == 1:
         c_in = c
@@ -247,17 +240,17 @@ def _forward_kernel(
         c_in = c // MULTIPLIER
         x_channels = in_channels
     if mean is not None:
-        centre = _by_channel(tl.load(mean + c, mask=c_valid, other=0.0), CHANNELS_LAST)
-        variance = tl.load(var + c, mask=c_valid, other=1.0)
-        scale = _by_channel(tl.rsqrt(variance + eps) * _load_or(gamma, c, c_valid, 1.0), CHANNELS_LAST)
-        shift = _by_channel(_load_or(beta, c, c_valid, 0.0), CHANNELS_LAST)
+        centre = _by_channel(tl.load(mean + row_c, mask=c_valid, other=0.0), CHANNELS_LAST)
+        variance = tl.load(var + row_c, mask=c_valid, other=1.0)
+        scale = _by_channel(tl.rsqrt(variance + eps) * _load_or(gamma, row_c, c_valid, 1.0), CHANNELS_LAST)
+        shift = _by_channel(_load_or(beta, row_c, c_valid, 0.0), CHANNELS_LAST)
     if TAPS <= _KEPT_TAPS:
         weights = _load_weights(weight, c, c_valid, channels, TAPS, CHANNELS_LAST)
     if partials is not None:  # Welford's running mean and M2, one per lane
         lane_count = tl.zeros([PIXELS], tl.float32)
         lane_mean = _zeros(PIXELS, BLOCK_C, CHANNELS_LAST)
         lane_m2 = _zeros(PIXELS, BLOCK_C, CHANNELS_LAST)
-    for item in range(first, tl.minimum(first + steps, items)):
+    for item in range(first, end):
         n, i, j, pixel, valid = _pixels(
             item, rows, cols, row_tiles, col_tiles, phases_h, phases_w, TILE_H, TILE_W, FLAT
         )
@@ -303,6 +296,33 @@ def _forward_kernel(
 
 
 @triton.jit
+def _forward_kernel(
+    x,  # [N, in_channels, height, width]
+    weight,  # [taps][channels] in channels_last, else [channels][taps]
+    y,  # [N, channels, rows, cols] or None: only statistics are wanted
+    mean, var, gamma, beta,  # [channels] each; mean None: no normalisation; gamma, beta None: 1, 0
+    partials,  # [slices][mean, M2][channels] or None: no statistics
+    counts,  # [slices]
+    eps, items, steps, channel_tiles, channel_units, in_channels, height, width, rows, cols, row_tiles, col_tiles,
+    phases_h, phases_w, pad_top, pad_left, rate_h, rate_w,
+    UNIT: tl.constexpr, MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr,
+    SW: tl.constexpr, ACTIVATION: tl.constexpr, SAME_WIDTH: tl.constexpr, FLAT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    channels = channel_units * UNIT  # tells the compiler what channels is divisible by
+    channel_tile, slice_index, first = _first_item(channel_tiles, steps, WIDE)
+    c = channel_tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    if WIDE:
+        c = c.to(tl.int64)
+    _forward_tiles(
+        x, weight, y, mean, var, gamma, beta, partials, counts, eps, first, tl.minimum(first + steps, items),
+        slice_index, c, c, channels, in_channels, height, width, rows, cols, row_tiles, col_tiles, phases_h, phases_w,
+        pad_top, pad_left, rate_h, rate_w, MULTIPLIER, KH, KW, SH, SW, ACTIVATION, SAME_WIDTH, FLAT, CHANNELS_LAST,
+        TILE_H, TILE_W, BLOCK_C,
+    )  # fmt: skip
+
+
+@triton.jit
 def _merge_statistics_kernel(
     partials,  # [slices][mean, M2][channels]
     counts,  # [slices]
@@ -310,7 +330,12 @@ def _merge_statistics_kernel(
     count,  # of all slices
     slices, channels, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """mean = sum(count_s mean_s) / count, M2 = sum(M2_s + count_s (mean_s - mean)^2)."""
+    """mean = sum(count_s mean_s) / count, M2 = sum(M2_s + count_s (mean_s - mean)^2). Axis 1: branches."""
+    branch = tl.program_id(1)
+    partials += branch.to(tl.int64) * slices * 2 * channels
+    counts += branch * slices
+    mean += branch * channels
+    var += branch * channels
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     for start in range(0, slices, BLOCK_S):
@@ -405,12 +430,14 @@ def _norm_sums_kernel(
 
 @triton.jit
 def _sum_slices_kernel(
-    partials,  # [slices][rows][channels]
-    first,  # [channels][rows]; [channels] if second is not None
-    second,  # [channels] or None: then there are two rows, one for each
+    partials,  # [branches][slices][rows][channels]
+    first,  # [branches][channels][rows]; [branches][channels] if second is not None
+    second,  # [branches][channels] or None: then there are two rows, one for each
     slices, rows, channels, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1)
+    branch = tl.program_id(2)
+    partials += branch.to(tl.int64) * slices * rows * channels
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     sums = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     for start in range(0, slices, BLOCK_S):
@@ -420,11 +447,11 @@ def _sum_slices_kernel(
         sums += tl.load(partials + line[:, None] * channels + c[None, :], mask=mask, other=0.0)
     total = tl.sum(sums, 0).to(first.dtype.element_ty)
     if second is None:
-        tl.store(first + c * rows + row, total, mask=c < channels)
+        tl.store(first + (branch * channels + c) * rows + row, total, mask=c < channels)
     elif row == 0:
-        tl.store(first + c, total, mask=c < channels)
+        tl.store(first + branch * channels + c, total, mask=c < channels)
     else:
-        tl.store(second + c, total, mask=c < channels)
+        tl.store(second + branch * channels + c, total, mask=c < channels)
 
 
 @triton.jit
@@ -502,27 +529,25 @@ def _grad_input_kernel(
 
 
 @triton.jit
-def _grad_weight_kernel(
-    grad, x, weight,  # as in _grad_input_kernel; channels = in_channels * MULTIPLIER
-    grad_x,  # like x, or None. Not None only for one group of taps and MULTIPLIER 1
-    partials,  # [slices][taps][channels]
-    items, steps, channel_tiles, channel_units, in_channels, height, width, rows, cols, row_tiles, col_tiles, phases_h,
-    phases_w, pad_top, pad_left, rate_h, rate_w,
-    UNIT: tl.constexpr, MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, GROUP: tl.constexpr,
-    SH: tl.constexpr, SW: tl.constexpr, SAME_WIDTH: tl.constexpr, FLAT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Sums over the inputs: grad_weight[u, v] = sum_{h,w} x[h, w] * (gradient of the output that read it through u, v).
+def _load_tile_weight(weight, tap, c, mask, channels, PIXELS: tl.constexpr):
+    """One tap in channels_last, loaded for each pixel, so that every thread loads its own vector."""
+    row = weight + tap * channels + tl.zeros([PIXELS, 1], tl.int32)
+    return tl.load(row + c[None, :], mask=mask, other=0.0).to(tl.float32)
 
-    The gathered gradients are also what grad_x adds up, so one pass over them gives both.
-    """
+
+@triton.jit
+def _grad_weight_tiles(
+    grad, x, weight, grad_x, partials,  # as in _grad_weight_kernel
+    first, end, slice_index, c,  # tiles, where their sums go, channels
+    channels, in_channels, height, width, rows, cols, row_tiles, col_tiles, phases_h, phases_w, pad_top, pad_left,
+    rate_h, rate_w,
+    MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, GROUP: tl.constexpr, SH: tl.constexpr,
+    SW: tl.constexpr, SAME_WIDTH: tl.constexpr, FLAT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Gradients of tiles [first, end) of one tile of channels, for the group of taps that axis 1 names."""
     TAPS: tl.constexpr = KH * KW
     PIXELS: tl.constexpr = TILE_H * TILE_W
-    channels = channel_units * UNIT
-    channel_tile, slice_index, first = _first_item(channel_tiles, steps, WIDE)
-    c = channel_tile * BLOCK_C + tl.arange(0, BLOCK_C)
-    if WIDE:
-        c = c.to(tl.int64)
     c_valid = c < channels
     if MULTIPLIER == 1:
         c_in = c
@@ -539,7 +564,7 @@ def _grad_weight_kernel(
     tap_sums = ()
     for _ in tl.static_range(GROUP):
         tap_sums = tap_sums + (_zeros(PIXELS, BLOCK_C, CHANNELS_LAST),)  # type: ignore[assignment]  # noqa: RUF005
-    for item in range(first, tl.minimum(first + steps, items)):
+    for item in range(first, end):
         n, h, w, pixel, valid = _pixels(
             item, height, width, row_tiles, col_tiles, phases_h, phases_w, TILE_H, TILE_W, FLAT
         )
@@ -558,9 +583,8 @@ def _grad_weight_kernel(
             updated = updated + (tap_sums[k] + g * value,)  # type: ignore[assignment]  # noqa: RUF005
             if grad_x is not None:
                 if CHANNELS_LAST:
-                    # For each pixel, so that every thread loads its own vector; all taps would not fit the registers.
-                    row = weight + k * channels + tl.zeros([PIXELS, 1], tl.int32)
-                    sums += g * tl.load(row + c[None, :], mask=mask, other=0.0).to(tl.float32)
+                    # All taps would not fit the registers.
+                    sums += g * _load_tile_weight(weight, k, c, mask, channels, PIXELS)
                 else:
                     sums += g * weights[k]
         tap_sums = updated
@@ -570,6 +594,33 @@ def _grad_weight_kernel(
         row = partials + (slice_index.to(tl.int64) * TAPS + first_tap + k) * channels
         exists = c < (TAPS - first_tap - k) * channels  # the last group of a large kernel may reach past its end
         tl.store(row + c, _sum_pixels(tap_sums[k], CHANNELS_LAST), mask=c_valid & exists)
+
+
+@triton.jit
+def _grad_weight_kernel(
+    grad, x, weight,  # as in _grad_input_kernel; channels = in_channels * MULTIPLIER
+    grad_x,  # like x, or None. Not None only for one group of taps and MULTIPLIER 1
+    partials,  # [slices][taps][channels]
+    items, steps, channel_tiles, channel_units, in_channels, height, width, rows, cols, row_tiles, col_tiles, phases_h,
+    phases_w, pad_top, pad_left, rate_h, rate_w,
+    UNIT: tl.constexpr, MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, GROUP: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, SAME_WIDTH: tl.constexpr, FLAT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sums over the inputs: grad_weight[u, v] = sum_{h,w} x[h, w] * (gradient of the output that read it through u, v).
+
+    The gathered gradients are also what grad_x adds up, so one pass over them gives both.
+    """
+    channels = channel_units * UNIT
+    channel_tile, slice_index, first = _first_item(channel_tiles, steps, WIDE)
+    c = channel_tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    if WIDE:
+        c = c.to(tl.int64)
+    _grad_weight_tiles(
+        grad, x, weight, grad_x, partials, first, tl.minimum(first + steps, items), slice_index, c, channels,
+        in_channels, height, width, rows, cols, row_tiles, col_tiles, phases_h, phases_w, pad_top, pad_left, rate_h,
+        rate_w, MULTIPLIER, KH, KW, GROUP, SH, SW, SAME_WIDTH, FLAT, CHANNELS_LAST, TILE_H, TILE_W, BLOCK_C,
+    )  # fmt: skip
 
 
 # Host code.
@@ -831,15 +882,20 @@ def _forward(
     _launch(_forward_kernel, (tiling.programs,), arguments, tiling.warps(per_thread), x.device)
     if partials is None or counts is None:
         return None
-    batch_mean, batch_var = _new_vector(x, shape), _new_vector(x, shape)
-    block_s, block_c = _slice_block(tiling.slices)
+    mean, var = _new_vector(x, shape), _new_vector(x, shape)
+    _merge_statistics(partials[None], counts[None], mean, var, shape.batch * shape.rows * shape.cols)
+    return mean, var
+
+
+def _merge_statistics(partials: Tensor, counts: Tensor, mean: Tensor, var: Tensor, count: int) -> None:
+    """``partials`` (branches, slices, 2, channels) of ``count`` values a channel -> mean and biased var."""
+    branches, slices, _, channels = partials.shape
+    block_s, block_c = _slice_block(slices)
     arguments = {
-        "partials": partials, "counts": counts, "mean": batch_mean, "var": batch_var,
-        "count": float(shape.batch * shape.rows * shape.cols), "slices": tiling.slices, "channels": shape.channels,
-        "BLOCK_S": block_s, "BLOCK_C": block_c,
+        "partials": partials, "counts": counts, "mean": mean, "var": var, "count": float(count), "slices": slices,
+        "channels": channels, "BLOCK_S": block_s, "BLOCK_C": block_c,
     }  # fmt: skip
-    _launch(_merge_statistics_kernel, (triton.cdiv(shape.channels, block_c),), arguments, 4, x.device)
-    return batch_mean, batch_var
+    _launch(_merge_statistics_kernel, (triton.cdiv(channels, block_c), branches), arguments, 4, partials.device)
 
 
 def _flat_block(shape: _Shape) -> int:
@@ -848,14 +904,64 @@ def _flat_block(shape: _Shape) -> int:
 
 
 def _sum_slices(partials: Tensor, first: Tensor, second: Tensor | None = None) -> None:
-    """first[c, r] = sum_s partials[s, r, c]; with ``second`` the two rows go to one vector each."""
-    slices, rows, channels = partials.shape
+    """first[b, c, r] = sum_s partials[b, s, r, c]; with ``second`` the two rows go to one vector each."""
+    branches, slices, rows, channels = partials.shape
     block_s, block_c = _slice_block(slices)
     arguments = {
         "partials": partials, "first": first, "second": second, "slices": slices, "rows": rows, "channels": channels,
         "BLOCK_S": block_s, "BLOCK_C": block_c,
     }  # fmt: skip
-    _launch(_sum_slices_kernel, (triton.cdiv(channels, block_c), rows), arguments, 8, partials.device)
+    _launch(_sum_slices_kernel, (triton.cdiv(channels, block_c), rows, branches), arguments, 8, partials.device)
+
+
+def _normalise_into(out: Tensor, y: Tensor, shape: _Shape, norm: dict[str, Any], activation: int) -> None:
+    """out = act(norm(y)); ``norm``: mean, var, gamma, beta, eps."""
+    unit, block = _unit(shape.channels), _flat_block(shape)
+    arguments = {
+        **norm, "y": y, "out": out, **_elements(y),
+        "channel_units": shape.channels // unit, "UNIT": unit, "plane": shape.rows * shape.cols,
+        "ACTIVATION": activation, "CHANNELS_LAST": shape.channels_last, "BLOCK": block,
+    }  # fmt: skip
+    _launch(_normalise_kernel, (triton.cdiv(y.numel(), block),), arguments, 4, y.device)
+
+
+def _norm_sums(grad: Tensor, conv: Tensor, shape: _Shape, norm: dict[str, Any], activation: int) -> Tensor:
+    """Sums of g and of g xhat in slices, (slices, 2, channels); ``grad``: of act(norm(conv))."""
+    unit, pixels = _unit(shape.channels), shape.rows * shape.cols
+    per_thread = _elements_per_thread(shape)
+    tiling = _flat_tiling(shape, shape.channels, pixels, 128 * per_thread)
+    partials = torch.empty((tiling.slices, 2, shape.channels), dtype=torch.float32, device=grad.device)
+    arguments = {
+        **norm, "grad": grad, "y": conv, "partials": partials, "channel_units": shape.channels // unit, "UNIT": unit,
+        "ACTIVATION": activation, "CHANNELS_LAST": shape.channels_last, "items": tiling.items, "steps": tiling.steps,
+        "channel_tiles": tiling.channel_tiles, "pixels": pixels, "tiles": tiling.row_tiles, "WIDE": shape.wide,
+        "PIXELS": tiling.tile_w, "BLOCK_C": tiling.block_c,
+    }  # fmt: skip
+    _launch(_norm_sums_kernel, (tiling.programs,), arguments, tiling.warps(per_thread), grad.device)
+    return partials
+
+
+def _conv_gradient(
+    grad: Tensor,
+    conv: Tensor,
+    shape: _Shape,
+    norm: dict[str, Any],
+    activation: int,
+    batch_statistics: bool,
+    grad_beta: Tensor,
+    grad_gamma: Tensor,
+) -> Tensor:
+    """The gradient of conv, from that of act(norm(conv))."""
+    grad_y = torch.empty_like(grad)
+    unit, block, pixels = _unit(shape.channels), _flat_block(shape), shape.rows * shape.cols
+    arguments = {
+        **norm, "grad": grad, "y": conv, "grad_y": grad_y, "sum_g": grad_beta, "sum_gx": grad_gamma,
+        "channel_units": shape.channels // unit, "UNIT": unit, "ACTIVATION": activation,
+        "CHANNELS_LAST": shape.channels_last, "count": float(shape.batch * pixels), **_elements(grad), "plane": pixels,
+        "BATCH_STATISTICS": batch_statistics, "BLOCK": block,
+    }  # fmt: skip
+    _launch(_norm_grad_kernel, (triton.cdiv(grad.numel(), block),), arguments, 4, grad.device)
+    return grad_y
 
 
 def _backward(
@@ -889,7 +995,7 @@ def _backward(
         }  # fmt: skip
         grid = (tiling.programs, triton.cdiv(shape.taps, group))
         _launch(_grad_weight_kernel, grid, arguments, tiling.warps(per_thread), x.device)
-        _sum_slices(partials, grad_weight)
+        _sum_slices(partials[None], grad_weight)
     return grad_x, grad_weight
 
 
@@ -982,14 +1088,8 @@ def atrous_depthwise_bn_act_training(
     if y is None:
         _forward(x, weight, shape, out, mean=mean, var=var, gamma=gamma, beta=beta, eps=eps, activation=activation)
         return out, x.new_empty(0), mean, var
-    unit, block = _unit(shape.channels), _flat_block(shape)
-    arguments = {
-        "y": y, "out": out, "mean": mean, "var": var, "gamma": gamma, "beta": beta, "eps": eps,
-        **_elements(y),
-        "channel_units": shape.channels // unit, "UNIT": unit, "plane": shape.rows * shape.cols,
-        "ACTIVATION": activation, "CHANNELS_LAST": shape.channels_last, "BLOCK": block,
-    }  # fmt: skip
-    _launch(_normalise_kernel, (triton.cdiv(y.numel(), block),), arguments, 4, x.device)
+    norm = {"mean": mean, "var": var, "gamma": gamma, "beta": beta, "eps": eps}
+    _normalise_into(out, y, shape, norm, activation)
     return out, y, mean, var
 
 
@@ -1027,30 +1127,9 @@ def atrous_depthwise_bn_act_backward(
         _forward(x, weight, shape, conv)
     grad_beta, grad_gamma = _new_vector(x, shape), _new_vector(x, shape)
     norm = {"mean": _vector(mean), "var": _vector(var), "gamma": _vector(gamma), "beta": _vector(beta), "eps": eps}
-    unit, pixels = _unit(shape.channels), shape.rows * shape.cols
-    per_thread = _elements_per_thread(shape)
-    tiling = _flat_tiling(shape, shape.channels, pixels, 128 * per_thread)
-    partials = torch.empty((tiling.slices, 2, shape.channels), dtype=torch.float32, device=x.device)
-    common = {
-        **norm, "grad": grad, "y": conv, "channel_units": shape.channels // unit, "UNIT": unit,
-        "ACTIVATION": activation, "CHANNELS_LAST": shape.channels_last,
-    }  # fmt: skip
-    arguments = {
-        **common, "partials": partials, "items": tiling.items, "steps": tiling.steps,
-        "channel_tiles": tiling.channel_tiles, "pixels": pixels, "tiles": tiling.row_tiles, "WIDE": shape.wide,
-        "PIXELS": tiling.tile_w, "BLOCK_C": tiling.block_c,
-    }  # fmt: skip
-    _launch(_norm_sums_kernel, (tiling.programs,), arguments, tiling.warps(per_thread), x.device)
-    _sum_slices(partials, grad_beta, grad_gamma)
+    _sum_slices(_norm_sums(grad, conv, shape, norm, activation)[None], grad_beta, grad_gamma)
     if not (need_grad_x or need_grad_weight):
         return x.new_empty(0), weight.new_empty(0), grad_gamma, grad_beta
-    grad_y = torch.empty_like(grad, memory_format=memory_format)
-    block = _flat_block(shape)
-    arguments = {
-        **common, "grad_y": grad_y, "sum_g": grad_beta, "sum_gx": grad_gamma,
-        "count": float(shape.batch * pixels), **_elements(grad), "plane": pixels,
-        "BATCH_STATISTICS": batch_statistics, "BLOCK": block,
-    }  # fmt: skip
-    _launch(_norm_grad_kernel, (triton.cdiv(grad.numel(), block),), arguments, 4, x.device)
+    grad_y = _conv_gradient(grad, conv, shape, norm, activation, batch_statistics, grad_beta, grad_gamma)
     grad_x, grad_weight = _backward(grad_y, x, weight, shape, need_grad_x, need_grad_weight)
     return grad_x, grad_weight, grad_gamma, grad_beta
