@@ -1,4 +1,5 @@
-"""Registers, shared memory, spills and widest global access of every Triton kernel, compiled without a GPU.
+"""Registers, shared memory, spills, widest global access and theoretical occupancy of every Triton kernel, compiled
+without a GPU.
 
     python benchmarks/triton_resources.py          # sm_80, 90, 100, 120; writes results/compile/triton_resources.*
     python benchmarks/triton_resources.py --arch 90 --shapes A12 --dtype bf16 --no-write
@@ -10,12 +11,14 @@ GPU, with the tiles chosen for the shape. ptxas reports the resources; the width
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +27,26 @@ from unittest import mock
 import layers
 import torch
 import triton
+from occupancy import occupancy
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deeplab_kernels.triton import atrous_depthwise, atrous_separable
+from deeplab_kernels.triton import (
+    atrous_depthwise,
+    atrous_separable,
+    atrous_spatial_pyramid,
+    gaussian_filter,
+    local_gaussian_filter,
+    permutohedral,
+)
 
 ARCHITECTURES = (80, 90, 100, 120)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FILE = Path(__file__).parent / "results" / "compile" / "triton_resources.json"
 # Where DeepLab v3+ Xception-65 spends its depthwise time: middle flow and ASPP. Other layers differ in tile sizes only.
 SHAPES = ("M8", "A12")
+# Rates of the spatial pyramid on these layers.
+PYRAMIDS = {"A12": (6, 12, 18), "A24": (12, 24, 36)}
 # Results of the whole block around these layers; elsewhere as many as channels.
 SEPARABLE = {"A6": 256, "A12": 256, "A18": 256, "A24": 256, "D304": 256, "X4": 2048}
 
@@ -49,7 +62,7 @@ class Launch:
 
     operator: str
     kernel: Any
-    signature: tuple[tuple[str, str], ...]
+    signature: tuple[tuple[str, Any], ...]  # a type, or the types of a tuple
     constants: tuple[tuple[str, Any], ...]
     divisible: tuple[str, ...]
     num_warps: int
@@ -78,6 +91,7 @@ class Resources:
     spill_bytes: int
     widest_load_bits: int
     widest_store_bits: int
+    occupancy_percent: int
 
 
 def _specialise(operator: str, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps: int) -> Launch:
@@ -91,6 +105,9 @@ def _specialise(operator: str, kernel: Any, grid: tuple[int, ...], arguments: di
         elif isinstance(value, torch.Tensor):
             signature.append((name, _POINTER[value.dtype]))
             divisible.append(name)
+        elif isinstance(value, tuple):
+            signature.append((name, tuple(_POINTER[v.dtype] for v in value)))
+            divisible.append(name)
         elif isinstance(value, int):
             signature.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
             if value % 16 == 0:
@@ -98,6 +115,30 @@ def _specialise(operator: str, kernel: Any, grid: tuple[int, ...], arguments: di
         else:
             signature.append((name, "fp32"))
     return Launch(operator, kernel, tuple(signature), tuple(constants), tuple(divisible), warps, grid)
+
+
+class Caught:
+    """Launches in the order of their first appearance, equal code once."""
+
+    def __init__(self, operator: str = "") -> None:
+        self.operator = operator
+        self.by_code: dict[tuple[Any, ...], Launch] = {}
+
+    def __call__(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps: int, device: Any) -> None:
+        launch = _specialise(self.operator, kernel, grid, arguments, warps)
+        self.by_code.setdefault(launch.code, launch)
+
+    @property
+    def launches(self) -> list[Launch]:
+        return list(self.by_code.values())
+
+
+@contextmanager
+def catching(module: Any, operator: str = "") -> Iterator[Caught]:
+    """Within, kernels of ``module`` are not started but recorded."""
+    caught = Caught(operator)
+    with mock.patch.object(module, "_launch", caught):
+        yield caught
 
 
 def launches(
@@ -113,13 +154,6 @@ def launches(
     channels_last: bool = True,
 ) -> list[Launch]:
     """Every launch of the five operators on (batch, channels, size, size), equal code once."""
-    caught: dict[tuple[Any, ...], Launch] = {}
-    operator = ""
-
-    def catch(launched: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps: int, device: Any) -> None:
-        launch = _specialise(operator, launched, grid, arguments, warps)
-        caught.setdefault(launch.code, launch)
-
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.empty(batch, channels, size, size, dtype=dtype, device="meta", memory_format=memory_format)
     weight = torch.empty(channels * multiplier, 1, kernel, kernel, dtype=dtype, device="meta")
@@ -127,22 +161,69 @@ def launches(
     padding = rate * (kernel - 1) // 2
     geometry = ((stride, stride), (padding,) * 4, (rate, rate))
     norm = (vector, vector, 1e-3, 1)
-    with mock.patch.object(atrous_depthwise, "_launch", catch):
-        operator = "conv2d"
+    with catching(atrous_depthwise) as caught:
+        caught.operator = "conv2d"
         y = atrous_depthwise.atrous_depthwise_conv2d(x, weight, *geometry)
-        operator = "bn_act_inference"
+        caught.operator = "bn_act_inference"
         atrous_depthwise.atrous_depthwise_bn_act_inference(x, weight, vector, vector, *norm, *geometry)
-        operator = "bn_act_training"
+        caught.operator = "bn_act_training"
         for save_conv in (True, False):
             atrous_depthwise.atrous_depthwise_bn_act_training(x, weight, *norm, *geometry, save_conv)
-        operator = "conv2d_backward"
+        caught.operator = "conv2d_backward"
         for needs in ((True, True), (True, False), (False, True)):
             atrous_depthwise.atrous_depthwise_conv2d_backward(y, x, weight, *geometry, *needs)
-        operator = "bn_act_backward"
+        caught.operator = "bn_act_backward"
         atrous_depthwise.atrous_depthwise_bn_act_backward(
             y, x, weight, y, vector, vector, vector, vector, 1e-3, 1, True, *geometry, True, True
         )
-    return list(caught.values())
+    return caught.launches
+
+
+def pyramid_launches(
+    batch: int,
+    channels: int,
+    size: int,
+    rates: tuple[int, ...] = (6, 12, 18),
+    *,
+    kernel: int = 3,
+    dtype: torch.dtype = torch.bfloat16,
+    channels_last: bool = True,
+) -> list[Launch]:
+    """Every launch of the spatial pyramid's three operators."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.empty(batch, channels, size, size, dtype=dtype, device="meta", memory_format=memory_format)
+    weight = torch.empty(len(rates), channels, 1, kernel, kernel, dtype=dtype, device="meta")
+    vectors = [torch.empty(len(rates), channels, device="meta") for _ in range(4)]
+    dilation = [rate for rate in rates for _ in range(2)]
+    images, pooled = [x] * len(rates), torch.empty(batch, channels, 1, 1, dtype=dtype, device="meta")
+    with catching(atrous_depthwise, "pyramid") as caught:
+        atrous_spatial_pyramid.atrous_spatial_pyramid(x, weight, *vectors, 1e-3, 1, dilation, True)
+        caught.operator = "pyramid_training"
+        for save_conv in (True, False):
+            atrous_spatial_pyramid.atrous_spatial_pyramid_training(
+                x, weight, *vectors[:2], 1e-3, 1, dilation, True, save_conv
+            )
+        caught.operator = "pyramid_backward"
+        atrous_spatial_pyramid.atrous_spatial_pyramid_backward(
+            images, pooled, x, weight, images, *vectors, 1e-3, 1, True, dilation, True, True
+        )
+    return caught.launches
+
+
+def filter_launches(values: torch.Tensor, features: torch.Tensor, *radius: tuple[int, int]) -> list[Launch]:
+    """Forward and backward of the exact Gaussian filter, local with a ``radius``, on meta tensors."""
+    name, module = ("local_gaussian_filter", local_gaussian_filter) if radius else ("gaussian_filter", gaussian_filter)
+    with catching(module, name) as caught:
+        grad = torch.empty_like(getattr(module, name)(values, features, *radius))
+        getattr(module, f"{name}_backward")(grad, values, features, *radius, True, True)
+    return caught.launches
+
+
+def permutohedral_launches(dtype: torch.dtype) -> list[Launch]:
+    values, features = torch.randn(1, 21, 9, dtype=dtype), torch.randn(1, 5, 9, dtype=dtype)
+    with catching(permutohedral, "permutohedral_filter") as caught:
+        permutohedral.permutohedral_filter(values, features, None, 3, False)
+    return caught.launches
 
 
 def separable_launches(
@@ -158,11 +239,6 @@ def separable_launches(
     channels_last: bool = True,
 ) -> list[Launch]:
     """The launch of a whole separable block with both norms, all activations and a residual."""
-    caught: list[Launch] = []
-
-    def catch(launched: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps: int, device: Any) -> None:
-        caught.append(_specialise("separable", launched, grid, arguments, warps))
-
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def tensor(*sizes: int) -> torch.Tensor:
@@ -177,19 +253,24 @@ def separable_launches(
     weights = tensor(channels, 1, kernel, kernel), tensor(out_channels, channels, 1, 1)
     vectors = [torch.empty(c, device="meta") for c in (channels, out_channels) for _ in range(4)]
     geometry = ((stride, stride), (padding,) * 4, (rate, rate))
-    with mock.patch.object(atrous_separable, "_launch", catch):
+    with catching(atrous_separable, "separable") as caught:
         atrous_separable.atrous_separable_conv2d(x, *weights, residual, *vectors, 1e-3, 1e-3, 1, 1, 1, *geometry)
-    return caught
+    return caught.launches
 
 
 def compile_launch(launch: Launch, arch: int) -> Any:
     """Triton's compiled kernel for ``sm_<arch>``."""
-    names = [name for name, _ in launch.signature]
+    signature = dict(launch.signature)
+    places = {name: (i,) for i, name in enumerate(signature)}
+    divisible: list[tuple[int, ...]] = []
+    for name in launch.divisible:
+        kind = signature[name]
+        divisible += [(*places[name], k) for k in range(len(kind))] if isinstance(kind, tuple) else [places[name]]
     source = ASTSource(
         fn=launch.kernel,
-        signature=dict(launch.signature),
-        constexprs={(names.index(name),): value for name, value in launch.constants},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible},
+        signature=signature,
+        constexprs={places[name]: value for name, value in launch.constants},
+        attrs={place: [["tt.divisibility", 16]] for place in divisible},
     )
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.num_warps})
 
@@ -242,6 +323,12 @@ def _variant(launch: Launch) -> str:
         parts.append("alone" if "grad_x" in constants else "with grad_x")
     if launch.kernel is atrous_depthwise._sum_slices_kernel:
         parts.append("weight" if "second" in constants else "gamma, beta")
+    if launch.kernel is atrous_spatial_pyramid._pyramid_forward_kernel:
+        parts.append(
+            "inference" if "partials" in constants else "statistics" + ("" if "ys" in constants else ", stored")
+        )
+        if "pool" not in constants:
+            parts.append("mean")
     if launch.kernel is atrous_separable._separable_kernel:
         precision = {"tf32": "TF32", "ieee": "float32"}[constants["PRECISION"]]
         parts.append(precision if dict(launch.signature)["x"] == "*fp32" else "16 bits")
@@ -252,31 +339,50 @@ def _variant(launch: Launch) -> str:
     return "; ".join(parts)
 
 
+def _filters() -> Iterator[tuple[str, str, str, list[Launch]]]:
+    """(shape, dtype, layout, launches) of the filters: 21 labels, colour and position, a picture of 375 x 500."""
+    for dtype in (torch.float32, torch.float16):
+        name = next(key for key, value in DTYPES.items() if value == dtype)
+        values, features = (
+            torch.empty(1, 21, 375, 500, dtype=dtype, device="meta"),
+            torch.empty(1, 5, 375, 500, device="meta"),
+        )
+        yield "21x375x500", name, "-", filter_launches(values.flatten(2), features.flatten(2))
+        yield "21x375x500", name, "nchw", filter_launches(values, features, (5, 5))
+    for dtype in (torch.float32, torch.float64):
+        yield "21 labels", "fp32" if dtype == torch.float32 else "fp64", "-", permutohedral_launches(dtype)
+
+
+def _layers(shapes: list[str], dtypes: list[str]) -> Iterator[tuple[str, str, str, list[Launch]]]:
+    for name, dtype, layout in itertools.product(shapes, dtypes, ("nchw", "nhwc")):
+        layer = layers.NAMED[name]
+        options: dict[str, Any] = {"dtype": DTYPES[dtype], "channels_last": layout == "nhwc"}
+        tapped: dict[str, Any] = {"stride": layer.stride, "rate": layer.rate, **options}
+        found = launches(8, layer.channels, layer.size, **tapped)
+        out_channels = SEPARABLE.get(name, layer.channels)
+        found += separable_launches(8, layer.channels, layer.size, out_channels, **tapped)
+        if name in PYRAMIDS:
+            found += pyramid_launches(8, layer.channels, layer.size, PYRAMIDS[name], **options)
+        yield f"{layer.name}/N8", dtype, layout, found
+
+
 def measure(shapes: list[str], dtypes: list[str], architectures: list[int]) -> Iterator[Resources]:
     """One row per distinct machine code; what several shapes share is listed under the first."""
     seen: set[tuple[Any, ...]] = set()
-    for name in shapes:
-        layer = layers.NAMED[name]
-        for dtype in dtypes:
-            for layout in ("nchw", "nhwc"):
-                options: dict[str, Any] = {
-                    "stride": layer.stride, "rate": layer.rate, "dtype": DTYPES[dtype],
-                    "channels_last": layout == "nhwc",
-                }  # fmt: skip
-                found = launches(8, layer.channels, layer.size, **options)
-                out_channels = SEPARABLE.get(name, layer.channels)
-                found += separable_launches(8, layer.channels, layer.size, out_channels, **options)
-                for launch in found:
-                    if launch.code in seen:
-                        continue
-                    seen.add(launch.code)
-                    for arch in architectures:
-                        yield Resources(
-                            operator=launch.operator, kernel=launch.kernel.__name__.strip("_"),
-                            variant=_variant(launch), shape=f"{layer.name}/N8", dtype=dtype, layout=layout, arch=arch,
-                            warps=launch.num_warps, programs=launch.grid[0],
-                            **inspect(compile_launch(launch, arch)),
-                        )  # fmt: skip
+    for shape, dtype, layout, found in itertools.chain(_layers(shapes, dtypes), _filters()):
+        for launch in found:
+            if launch.code in seen:
+                continue
+            seen.add(launch.code)
+            for arch in architectures:
+                usage = inspect(compile_launch(launch, arch))
+                yield Resources(
+                    operator=launch.operator, kernel=launch.kernel.__name__.strip("_"), variant=_variant(launch),
+                    shape=shape, dtype=dtype, layout=layout, arch=arch, warps=launch.num_warps,
+                    programs=launch.grid[0], **usage, occupancy_percent=occupancy(
+                        arch, launch.num_warps, usage["registers"], usage["shared_bytes"]
+                    ),
+                )  # fmt: skip
 
 
 def table(rows: list[Resources]) -> str:
@@ -290,9 +396,9 @@ def table(rows: list[Resources]) -> str:
         values = [getattr(r, field) for r in group]
         return str(values[0]) if len(set(values)) == 1 else " / ".join(map(str, values))
 
-    fields = ("registers", "shared_bytes", "spill_bytes", "widest_load_bits", "widest_store_bits")
+    fields = ("registers", "shared_bytes", "spill_bytes", "widest_load_bits", "widest_store_bits", "occupancy_percent")
     header = ("shape", "dtype", "layout", "kernel", "variant", "warps", "programs", "registers", "shared memory, B",
-              "spills, B", "widest load, bit", "widest store, bit")  # fmt: skip
+              "spills, B", "widest load, bit", "widest store, bit", "occupancy, %")  # fmt: skip
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for key, group in grouped.items():
         lines.append("| " + " | ".join([*map(str, key), *(figures(group, f) for f in fields)]) + " |")

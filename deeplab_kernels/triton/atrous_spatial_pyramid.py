@@ -53,7 +53,6 @@ from .atrous_depthwise import (
     _load_gradient,
     _load_tile_weight,
     _load_weight,
-    _load_weights,
     _mask,
     _merge_statistics,
     _norm_sums,
@@ -103,7 +102,7 @@ def _pyramid_forward_kernel(
 ):  # fmt: skip
     PIXELS: tl.constexpr = TILE_H * TILE_W
     channels = channel_units * UNIT  # tells the compiler what channels is divisible by
-    channel_tile, slice_index, _, first, end = _run_of_image(channel_tiles, parts, per_image, steps, WIDE)
+    channel_tile, slice_index, _image, first, end = _run_of_image(channel_tiles, parts, per_image, steps, WIDE)
     slices = tl.num_programs(0).to(tl.int64) // channel_tiles
     c = channel_tile * BLOCK_C + tl.arange(0, BLOCK_C)
     if WIDE:
@@ -189,12 +188,6 @@ def _pyramid_backward_kernel(
         if pooled is not None:
             row = pooled + image.to(tl.int64) * channels
             from_mean = tl.load(row + c, mask=c_valid, other=0.0).to(tl.float32) / (height * width)
-        KEEP_WEIGHTS: tl.constexpr = not CHANNELS_LAST and TAPS <= _KEPT_TAPS
-        if KEEP_WEIGHTS:
-            weights = ()
-            for r in tl.static_range(BRANCHES):
-                branch_weight = weight + r * TAPS * channels
-                weights += _load_weights(branch_weight, c, c_valid, channels, TAPS, CHANNELS_LAST)  # type: ignore[assignment]
         for item in range(first, end):
             n, h, w, pixel, valid = _pixels(
                 item, height, width, row_tiles, col_tiles, phases_h, phases_w, TILE_H, TILE_W, FLAT
@@ -217,7 +210,7 @@ def _pyramid_backward_kernel(
                         if CHANNELS_LAST:
                             sums += g * _load_tile_weight(branch_weight, tap, c, mask, channels, PIXELS)
                         else:
-                            sums += g * weights[r * TAPS + tap]
+                            sums += g * _load_weight(branch_weight, tap, c, c_valid, channels, TAPS, CHANNELS_LAST)
                 else:
                     for tap in range(TAPS):
                         g = _load_gradient(
