@@ -3,7 +3,7 @@
 #   make demo      train the small model, segment scenes and photographs, write demo/report.html
 #   make test      the test suite
 #   make lint      formatting, ruff, mypy
-#   make bench     the benchmark suite and its report.html; BENCH_ARGS=--quick: under 3 minutes
+#   make bench     the benchmark suite and its report.html, an hour; BENCH_ARGS=--quick: under 3 minutes
 #   make bench-pytest   depthwise, separable and filters under pytest-benchmark (BENCH_ARGS=--benchmark-json=FILE ...)
 #   make study     the papers' findings in miniature: 30 short trainings, half an hour on 4 cores, resumable
 #   make install   the package in .venv, editable; `make clean` removes .venv and every build product

@@ -57,3 +57,31 @@ def model(
     if appearance is not None:
         d.addPairwiseBilateral(sxy=appearance[1], srgb=appearance[2], rgbim=image, compat=appearance[0])
     return d
+
+
+def monai_crf(
+    appearance: tuple[float, float, float], smoothness: tuple[float, float] | None, iterations: int
+) -> tuple[Any, str]:
+    """(MONAI's CRF block, "") with these parameters, or (None, why there is none).
+
+    It is the one other that runs on PyTorch. Its update rule is its own (messages are averaged over the kernels and not
+    normalised by their mass), so its labels are not compared with ours, only its time.
+    """
+    try:
+        import monai
+    except ImportError:
+        return None, "not installed (its wheels, 1.6.1 for one, lack the compiled extension that its CRF needs)"
+    try:
+        import monai._C
+        from monai.networks.blocks import CRF
+    except ImportError:
+        return None, f"{monai.__version__} lacks the compiled extension that its CRF needs (BUILD_MONAI=1)"
+    weight, sxy, srgb = appearance
+    return CRF(
+        bilateral_weight=weight,
+        gaussian_weight=smoothness[0] if smoothness else 0.0,
+        bilateral_spatial_sigma=sxy,
+        bilateral_color_sigma=srgb,
+        gaussian_spatial_sigma=smoothness[1] if smoothness else 1.0,
+        iterations=iterations,
+    ), ""

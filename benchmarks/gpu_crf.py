@@ -21,6 +21,7 @@ class CrfBenchmark:
         from torch.nn.functional import interpolate
 
         self.torch, self.device, self.labels, self.points = torch, device, labels, height * width
+        self.size = height, width
         g = torch.Generator().manual_seed(0)
         coarse = (max(height // 24, 2), max(width // 24, 2))
         # Smooth regions with a photograph's noise: the number of vertices is what a lattice costs.
@@ -78,6 +79,25 @@ class CrfBenchmark:
                 found["10 iterations, CUDA graph"] = graph
         return found
 
+    def monai(self) -> tuple[dict[str, Callable[[], Any]], str]:
+        """MONAI's CRF on the same picture, where its extension is there; else why not."""
+        import crf_inputs
+
+        block, reason = crf_inputs.monai_crf((10.0, 80.0, 13.0), (3.0, 3.0), 10)
+        if block is None:
+            return {}, reason
+        logits, guide = (t.unflatten(2, self.size) for t in (-self.unary, self.features[0][:, 2:] * 13))
+
+        def call() -> Any:
+            with self.torch.inference_mode():
+                return block(logits, guide)
+
+        try:
+            call()
+        except Exception as error:  # it is compiled for some numbers of labels and features only
+            return {}, f"{type(error).__name__}: {error}"[:300]
+        return {"MONAI, 10 iterations": call}, ""
+
     def graph(self) -> Callable[[], Any] | None:
         """The whole inference as one CUDA graph; None where a backend waits for the device."""
         torch = self.torch
@@ -116,7 +136,9 @@ def benchmark(report: Report, rehearse: bool) -> None:
             case = small if rehearse else CrfBenchmark(height, width, labels, device)
             if not rehearse:
                 torch.cuda.reset_peak_memory_stats()
-            row["times"] = timer.compare(case.candidates())
+            other, reason = case.monai()
+            report.data["monai"] = reason
+            row["times"] = timer.compare({**case.candidates(), **other})
             if not rehearse:
                 row["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
             if name == "375x500x21":

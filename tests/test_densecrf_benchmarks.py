@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,39 @@ def test_measure_a_tiny_case() -> None:
         assert found["check"]["largest_difference"] <= 1e-3
     assert set(found["timings"]) == expected
     assert set(found["memory"]) == memory
-    results = {"machine": {"cpu": "made up"}, "monai": bench.monai_state(), "records": [found]}
+    results = {"machine": {"cpu": "made up"}, "monai": found["monai"], "records": [found]}
     assert "13x17x3 20/13 + 3" in bench.document(results)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_monai_takes_part_where_its_extension_is(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that stands for MONAI: what its CRF is given, and what becomes of one that fails."""
+    import torch
+
+    given: dict[str, Any] = {}
+
+    class CRF:
+        def __init__(self, **parameters: float) -> None:
+            given.update(parameters)
+
+        def __call__(self, logits: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:
+            if not works:
+                raise RuntimeError("not compiled for 3 labels")
+            assert (logits.shape, guide.shape) == ((1, 3, 13, 17), (1, 3, 13, 17))
+            return logits.softmax(1)
+
+    for name in ("monai", "monai._C", "monai.networks", "monai.networks.blocks"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["monai"].__version__ = "0"
+    sys.modules["monai.networks.blocks"].CRF = CRF
+    found = bench.measure(TINY, threads=1, rounds=1, seconds=1, memory=False)
+    assert given == {
+        "bilateral_weight": 10, "gaussian_weight": 3, "bilateral_spatial_sigma": 20, "bilateral_color_sigma": 13,
+        "gaussian_spatial_sigma": 3, "iterations": 3,
+    }  # fmt: skip
+    assert ("MONAI" in found["timings"]) == works
+    assert found["monai"] == ("" if works else "fails on 13x17x3 20/13 + 3: RuntimeError: not compiled for 3 labels")
+    assert ("MONAI" in bench.rows([found])[0]) == works
 
 
 def test_commands_as_scripts(tmp_path: Path) -> None:

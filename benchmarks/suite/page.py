@@ -70,24 +70,24 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _bars(now: Results) -> str:
-    """Every demand and what became of it."""
-    tones = {"met": ' class="faster"', "missed": ' class="slower"'}
-    rows = []
-    for verdict in now.verdicts:
+    """Every demand and what became of it, those that were measured first."""
+    tones = {"met": "faster", "missed": "slower", "not measured": "same"}
+    lines = []
+    for verdict in sorted(now.verdicts, key=lambda v: list(tones)[::-1].index(v.text) if v.measured else 3):
         demand = verdict.demand
         worst = "" if verdict.worst is None else f"{verdict.worst:.2f} at {verdict.where.removesuffix(', ')}"
-        rows.append(
-            [
-                escape(demand.source),
-                demand.device,
-                escape(demand.what),
-                f"{'&ge;' if demand.at_least else '&le;'} {demand.limit:g}",
-                f"{verdict.met} of {verdict.measured}" if verdict.measured else "",
-                escape(worst),
-                f"<b{tones.get(verdict.text, '')}>{verdict.text}</b>",
-            ]
-        )
-    return _plain_table(["asked by", "on", "what", "bar", "cases met", "furthest from it", "verdict"], rows)
+        cells = [
+            f"<td>{escape(demand.what)}</td>",
+            f"<td class=number>{'&ge;' if demand.at_least else '&le;'} {demand.limit:g}</td>",
+            f'<td class=number><b class="{tones[verdict.text]}">{verdict.text}</b></td>',
+            f"<td class=number>{f'{verdict.met} of {verdict.measured}' if verdict.measured else ''}</td>",
+            f"<td>{escape(worst)}</td>",
+            f"<td class=number>{escape(demand.source)}</td>",
+            f"<td>{demand.device}</td>",
+        ]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    heads = ["what", "bar", "verdict", "cases met", "furthest from it", "asked by", "on"]
+    return _filterable("bars", heads, lines, others=False)
 
 
 def _unavailable(now: Results) -> str:
@@ -260,7 +260,7 @@ _FACTS = {
     "last_level_cache_bytes": "last level cache of {:,} bytes",
     "copy_gb_per_s": "copy bandwidth {} GB/s",
     "matrix_gflop_per_s": "matrix product {} GFLOP/s",
-    "matrix_gflop_per_s_of": "by dtype {}",
+    "matrix_gflop_per_s_of": "by dtype, GFLOP/s: {}",
 }
 
 
@@ -289,6 +289,7 @@ main { max-width: 1200px; }
 .tone3 { --tone: #a55bc4; }
 .tone4 { --tone: #c2453b; }
 .tone5 { --tone: #6f7885; }
+.same { color: var(--soft); font-weight: normal; }
 .listing { max-width: none; font-size: .86rem; color: var(--soft); }
 circle.solid { fill: var(--tone); }
 circle.hollow { fill: var(--back); stroke: var(--tone); stroke-width: 1.5; }

@@ -14,6 +14,8 @@ import bars
 
 from deeplab_kernels.errors import UserError
 
+from . import judges
+
 Record = Mapping[str, Any]
 _REDUCED = re.compile(r"float16|\b(bf16|fp16|tf32)\b")
 
@@ -294,56 +296,8 @@ def _gpu(subject: str, document: Record) -> Iterable[Row]:
             yield from (_with_rival(replace(r, bytes=moved), (o for o in rows if not o.ours)) for r in rows)
     for record in document.get("crf", []):
         for name, timing in record.get("times", {}).items():
-            yield Row(subject, f"CRF {record['picture']}", "", name, True, timing["median_us"] / 1e3)
-
-
-# Bars.
-
-
-def _models_bars(record: Record, machine: Record) -> list[bars.Bar]:
-    import bench_models
-
-    return bench_models.judged(record)
-
-
-def _depthwise_bars(record: Record, machine: Record) -> list[bars.Bar]:
-    return bars.bars(record, machine.get("last_level_cache_bytes", 32 << 20))
-
-
-def _separable_bars(record: Record, machine: Record) -> list[bars.Bar]:
-    return bars.separable(record)
-
-
-def _dense_crf_bars(record: Record, machine: Record) -> list[bars.Bar]:
-    import bench_dense_crf
-
-    names = {"faster": "crf", "faster_with_one": "crf, one thread", "memory_share": "crf memory"}
-    found = [
-        bars.bar(names[key], value, key.replace("_", " "), "")
-        for key, value in bench_dense_crf.ratios(record).items()
-        if record["case"][key] is not None
-    ]
-    if "large" in record:
-        found.append(bars.bar("crf large", record["memory"]["ours"]["peak_bytes"] / 1e9, "peak memory, GB", ""))
-    return found
-
-
-def _crf_layer_bars(record: Record, machine: Record) -> list[bars.Bar]:
-    if record["recompute"]:
-        return []  # its backward contains the forward
-    return [bars.bar("crf backward", record["backward"] / record["forward"], "backward / forward", "")]
-
-
-def _gpu_bars(document: Record) -> Iterable[tuple[str, bars.Bar]]:
-    """Of the dense CRF in a file of gpu_suite: (case, bar)."""
-    for record in document.get("crf", []):
-        times = record.get("times", {})
-        for key, demand in (
-            ("10 iterations, lattices built", f"gpu crf {record['picture']}"),
-            ("exact appearance filter", "gpu exact filter"),
-        ):
-            if key in times and demand in bars.DEMANDS:
-                yield f"CRF {record['picture']}", bars.bar(demand, times[key]["median_us"] / 1e3, "ms", "")
+            ours = not name.startswith("MONAI")
+            yield Row(subject, f"CRF {record['picture']}", "", name, ours, timing["median_us"] / 1e3)
 
 
 @dataclass(frozen=True)
@@ -368,11 +322,11 @@ TITLES = {
 }
 KINDS: dict[str, Kind] = {
     "contenders": Kind("Contenders", _contenders, bars.contenders),
-    "models": Kind(TITLES["models"], _models, _models_bars),
-    "atrous_separable": Kind(TITLES["separable"], _separable, _separable_bars),
-    "atrous_depthwise": Kind(TITLES["depthwise"], _depthwise, _depthwise_bars),
-    "dense_crf": Kind("Dense CRF for numpy", _dense_crf, _dense_crf_bars),
-    "dense_crf_layer": Kind("Dense CRF as a layer", _crf_layer, _crf_layer_bars, _layer_case),
+    "models": Kind(TITLES["models"], _models, judges.models),
+    "atrous_separable": Kind(TITLES["separable"], _separable, judges.separable),
+    "atrous_depthwise": Kind(TITLES["depthwise"], _depthwise, judges.depthwise),
+    "dense_crf": Kind("Dense CRF for numpy", _dense_crf, judges.dense_crf),
+    "dense_crf_layer": Kind("Dense CRF as a layer", _crf_layer, judges.crf_layer, _layer_case),
     "gaussian_filter": Kind("Gaussian filters", _filters),
     "sweep": Kind("Depthwise, random shapes", _sweep),
     "overhead": Kind("Cost of a call on a tiny tensor", _overhead),
@@ -425,7 +379,7 @@ def _add(results: Results, name: str, document: Record) -> None:
             results.judged.append((subject, case + mode, bar))
         for contender, reason in record.get("unavailable", {}).items():
             results.unavailable.append(Unavailable(subject, case, record["mode"], contender, reason))
-    results.judged += [(kind.title, case, bar) for case, bar in _gpu_bars(document)]
+    results.judged += [(kind.title, case, bar) for case, bar in judges.gpu(document)]
     for what, reason in document.get("unavailable", {}).items():
         results.unavailable.append(Unavailable("", "all", "", what, reason))
     if monai := document.get("monai"):
