@@ -1,12 +1,14 @@
-"""Registers, shared memory, spills and widest global access of every CUDA kernel, compiled without a GPU.
+"""Registers, shared memory, spills, widest global access and theoretical occupancy of every CUDA kernel, compiled
+without a GPU.
 
     python benchmarks/cuda_resources.py          # sm_80, 90, 100, 120; writes results/compile/cuda_resources.*
     python benchmarks/cuda_resources.py --arch 90 --kernels nhwc --no-write
     python benchmarks/cuda_resources.py --sources 'permutohedral|dense_crf'
 
-nvcc's ptxas reports the resources; the widths come from the machine code, through cuobjdump (nvcc's own or the one
-that ships with Triton). Shared memory is dynamic, chosen at the launch and at most 48 KB: here it shows as 0. Exit code
-1 if a kernel spills.
+nvcc's ptxas reports the resources; the widths and the largest block come from the machine code, through cuobjdump
+(nvcc's own or the one that ships with Triton). Shared memory is dynamic, chosen at the launch and at most 48 KB: here
+it shows as 0, and the occupancy is that of the registers and threads, and beside it with all 48 KB. Exit code 1 if a
+kernel spills.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -25,6 +28,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from occupancy import occupancy
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = Path(__file__).parent / "results" / "compile" / "cuda_resources.json"
@@ -45,6 +50,9 @@ class Resources:
     spill_load_bytes: int
     widest_load_bits: int | None  # None where there is no cuobjdump
     widest_store_bits: int | None
+    threads: int | None  # of the largest block that the kernel is compiled for
+    occupancy_percent: int | None
+    occupancy_percent_with_48_kb: int | None
 
 
 def find_tool(name: str) -> str | None:
@@ -94,6 +102,17 @@ def access_widths(cubin: Path, cuobjdump: str) -> dict[str, tuple[int, int]]:
     return widths
 
 
+def block_sizes(cubin: Path, cuobjdump: str) -> dict[str, int]:
+    """Mangled kernel -> threads of the largest block that __launch_bounds__ allows."""
+    elf = subprocess.run([cuobjdump, "-elf", str(cubin)], capture_output=True, text=True, check=True).stdout
+    sizes: dict[str, int] = {}
+    for section in re.split(r"^\.nv\.info\.", elf, flags=re.MULTILINE)[1:]:
+        bounds = re.search(r"EIATTR_MAX_THREADS\s+Format:\s+\w+\s+Value:\s+(0x\w+) (0x\w+) (0x\w+)", section)
+        if bounds:
+            sizes[section.split("\n", 1)[0].strip()] = math.prod(int(size, 16) for size in bounds.groups())
+    return sizes
+
+
 def compile_source(source: Path, arch: int, nvcc: str, cuobjdump: str | None) -> list[Resources]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
@@ -113,6 +132,7 @@ def compile_source(source: Path, arch: int, nvcc: str, cuobjdump: str | None) ->
         if done.returncode != 0:
             raise SystemExit(f"{source.name} does not compile for sm_{arch}:\n{done.stdout}{done.stderr}")
         widths = access_widths(cubin, cuobjdump) if cuobjdump else {}
+        sizes = block_sizes(cubin, cuobjdump) if cuobjdump else {}
     found: list[Resources] = []
     names = demangle(re.findall(r"Compiling entry function '(\S+)'", done.stderr))
     for entry in done.stderr.split("Compiling entry function '")[1:]:
@@ -125,17 +145,25 @@ def compile_source(source: Path, arch: int, nvcc: str, cuobjdump: str | None) ->
             return int(match.group(1)) if match else 0
 
         load, store = widths.get(mangled, (None, None))
+        registers, shared, threads = number(r"Used (\d+) registers"), number(r"(\d+) bytes smem"), sizes.get(mangled)
+
+        def share(bytes_: int, registers: int = registers, threads: int | None = threads) -> int | None:
+            return None if threads is None else occupancy(arch, -(-threads // 32), registers, bytes_)
+
         found.append(
             Resources(
                 names[mangled],
                 arch,
-                number(r"Used (\d+) registers"),
-                number(r"(\d+) bytes smem"),
+                registers,
+                shared,
                 number(r"(\d+) bytes stack frame"),
                 number(r"(\d+) bytes spill stores"),
                 number(r"(\d+) bytes spill loads"),
                 load,
                 store,
+                threads,
+                share(shared),
+                share(48 << 10),
             )
         )
     return found
@@ -166,6 +194,9 @@ def table(resources: Sequence[Resources]) -> str:
         "static shared B",
         "spill stores / loads B",
         "load / store bits",
+        "threads",
+        "occupancy, %",
+        "with 48 KB, %",
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for kernel, by_arch in rows.items():
@@ -179,6 +210,11 @@ def table(resources: Sequence[Resources]) -> str:
             str(max(r.shared_bytes for r in by_arch.values())),
             f"{stores} / {loads}",
             width,
+            str(some.threads or "-"),
+            *(
+                " / ".join(str(getattr(by_arch[a], field) or "-") for a in architectures if a in by_arch)
+                for field in ("occupancy_percent", "occupancy_percent_with_48_kb")
+            ),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -214,7 +250,9 @@ def main() -> int:
         FILE.write_text(json.dumps({"compiler": compiler, "kernels": [asdict(r) for r in resources]}, indent=1) + "\n")
         note = (
             "Shared memory is dynamic, at most 48 KB a block. Spills: the worst architecture. "
-            "Widths: of global accesses in the machine code for sm_90.\n"
+            "Widths: of global accesses in the machine code for sm_90. Theoretical occupancy of the largest block that "
+            "a kernel is compiled for, by registers and threads, and with all 48 KB of shared memory; for each "
+            "architecture.\n"
         )
         architectures = ", ".join(f"sm_{a}" for a in arguments.arch)
         FILE.with_suffix(".md").write_text(

@@ -5,38 +5,11 @@
 #include <tuple>
 
 #include "../cuda/atrous_depthwise.h"
+#include "cuda_tensors.h"
 #include "launcher.h"
 
 namespace deeplab_kernels {
 namespace {
-
-using Ints = std::vector<int64_t>;
-using OptionalTensor = std::optional<Tensor>;
-
-cuda::Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return cuda::Dtype::kFloat32;
-    case ScalarType::Double:
-      return cuda::Dtype::kFloat64;
-    case ScalarType::Half:
-      return cuda::Dtype::kFloat16;
-    case ScalarType::BFloat16:
-      return cuda::Dtype::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "the CUDA kernels take float32, float64, float16 and bfloat16");
-  }
-}
-
-const void* in(const Tensor& t) { return t.const_data_ptr(); }
-const void* in_or_null(const OptionalTensor& t) { return t ? in(*t) : nullptr; }
-void* out(const Tensor& t) { return t.mutable_data_ptr(); }
-void* out_or_null(const Tensor& t, bool wanted) { return wanted ? out(t) : nullptr; }
-
-Activation activation_of(int64_t code) {
-  STD_TORCH_CHECK(code >= 0 && code <= 2, "activation must be 0 (none), 1 (relu) or 2 (relu6)");
-  return static_cast<Activation>(code);
-}
 
 void check_norm(const OptionalTensor& gamma, const OptionalTensor& beta, const DepthwiseShape& shape, const Tensor& x) {
   if (gamma) check_vector(*gamma, "gamma", shape, x);
