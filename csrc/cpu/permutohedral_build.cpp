@@ -117,6 +117,96 @@ void set_copies(LatticeData<T>& lattice, const std::vector<int32_t>& copy_vertex
   for (int32_t c = 0; c < int32_t(copies); ++c) lattice.shared_copy[at[size_t(copy_vertex[size_t(c)])]++] = c;
 }
 
+// The first slot with each key, by image and part of the hashes, so that threads can fill and read the tables.
+template <typename Key>
+struct SlotTables {
+  int64_t parts;
+  std::vector<KeyTable<Key>> tables;
+  std::vector<KeyFilter> filters;
+
+  SlotTables(int64_t batch, int64_t threads)
+      : parts(std::clamp<int64_t>(threads / std::max<int64_t>(1, batch), 1, 16)),
+        tables(size_t(batch * parts)),
+        filters(size_t(batch * parts)) {}
+  int64_t part_of(uint64_t hash) const { return int64_t((hash & 0xffffffff) * uint64_t(parts) >> 32); }
+  int64_t table_of(int64_t image, uint64_t hash) const { return image * parts + part_of(hash); }
+
+  // Enters the slots of a table's image, [from, to), whose hashes are in its part. first_slot: the first with the key.
+  void fill(int64_t table, const Buffer<Key>& keys, const Buffer<uint64_t>& hashes, int64_t from, int64_t to,
+            const Buffer<int32_t>& first_slot) {
+    const int64_t expected = (to - from) / parts * 3 / 4, part = table % parts;
+    KeyTable<Key> slots(expected);
+    KeyFilter filter(expected);
+    for (int64_t s = from; s < to; ++s) {
+      if (s + 8 < to && part_of(hashes[s + 8]) == part) slots.prefetch(hashes[s + 8]);
+      if (part_of(hashes[s]) != part) continue;
+      first_slot[s] = slots.find_or_insert(keys[s], hashes[s], int32_t(s));
+      filter.insert(hashes[s]);
+    }
+    tables[size_t(table)] = std::move(slots), filters[size_t(table)] = std::move(filter);
+  }
+};
+
+// Sets the neighbours of the vertices [begin, end), which have the keys of their first slots.
+template <int kWords, typename T>
+void find_neighbours(LatticeData<T>& lattice, const LatticeKeySteps<kWords>& steps,
+                     const SlotTables<LatticeKey<kWords>>& slots, const Buffer<LatticeKey<kWords>>& keys,
+                     const std::vector<int64_t>& chunk_begin, const Buffer<int32_t>& vertex_slot,
+                     const Buffer<int32_t>& slot_row, int64_t begin, int64_t end) {
+  // Some vertices at a time and in steps, so that the caches' misses overlap. About half of the neighbours do not
+  // exist.
+  constexpr int64_t kTogether = 32;
+  struct Candidate {
+    LatticeKey<kWords> key;
+    uint64_t hash;
+    int64_t table;
+    int32_t vertex, direction, slot;
+  };
+  Candidate candidates[kTogether * (kMaxLatticeDimension + 1)];
+  // Keeps the candidates for which keep(candidate) is true.
+  const auto filter = [&](int count, const auto& keep) {
+    int kept = 0;
+    for (int i = 0; i < count; ++i) {
+      const bool stays = keep(candidates[i]);
+      candidates[kept] = candidates[i];
+      kept += stays;
+    }
+    return kept;
+  };
+  int64_t image = 0;
+  for (int64_t v0 = begin; v0 < end; v0 += kTogether) {
+    int count = 0;
+    for (int64_t v = v0; v < std::min(v0 + kTogether, end); ++v) {
+      const LatticeKey<kWords> key = keys[vertex_slot[v]];
+      const LatticeKey<kWords>* to_neighbours = steps.to_neighbours(key);
+      while (vertex_slot[v] >= chunk_begin[size_t((image + 1) * lattice.plan.chunks_per_image)]) ++image;
+      for (int j = 0; j <= lattice.d; ++j) {
+        Candidate& c = candidates[count++];
+        c.key = key;
+        c.key += to_neighbours[j];
+        c.hash = c.key.hash();
+        c.table = slots.table_of(image, c.hash);
+        c.vertex = int32_t(v), c.direction = j;
+        slots.filters[size_t(c.table)].prefetch(c.hash);
+      }
+    }
+    count = filter(count, [&](const Candidate& c) { return slots.filters[size_t(c.table)].may_have(c.hash); });
+    for (int i = 0; i < count; ++i) slots.tables[size_t(candidates[i].table)].prefetch(candidates[i].hash);
+    count = filter(count, [&](Candidate& c) {
+      c.slot = slots.tables[size_t(c.table)].find(c.key, c.hash);
+      __builtin_prefetch(slot_row.data() + c.slot);
+      return c.slot >= 0;
+    });
+    for (int i = 0; i < count; ++i) {
+      const int32_t v = candidates[i].vertex, u = slot_row[candidates[i].slot];
+      int32_t* neighbour = lattice.neighbour.data() + candidates[i].direction * lattice.vertices * 2;
+      // Each vertex is the next of at most one other: no two threads write the same place.
+      neighbour[int64_t{2} * v + 1] = u;
+      neighbour[int64_t{2} * u] = v;
+    }
+  }
+}
+
 // The chunks' slots -> vertices, copies, neighbours.
 template <int kWords, typename T>
 void merge_chunks(LatticeData<T>& lattice, const LatticeKeySteps<kWords>& steps,
@@ -131,37 +221,21 @@ void merge_chunks(LatticeData<T>& lattice, const LatticeKeySteps<kWords>& steps,
   if (slots >= std::numeric_limits<int32_t>::max() - 1)
     throw std::length_error("the lattice has 2^31 or more vertices");
   Buffer<Key> keys(slots);
+  Buffer<uint64_t> hashes(slots);
   parallel(chunks, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
-      std::copy(chunk_keys[c].begin(), chunk_keys[c].end(), keys.data() + chunk_begin[c]);
-      chunk_keys[c] = {};
+      int64_t s = chunk_begin[size_t(c)];
+      for (const Key& key : chunk_keys[size_t(c)]) keys[s] = key, hashes[s++] = key.hash();
+      chunk_keys[size_t(c)] = {};
     }
   });
-
-  // Each (image, part of the hashes) has a table of the first slot with each key.
-  const int64_t parts =
-      std::max<int64_t>(1, std::min<int64_t>(16, parallel.threads() / std::max<int64_t>(1, plan.batch)));
-  const auto part_of = [parts](uint64_t hash) { return int64_t((hash & 0xffffffff) * uint64_t(parts) >> 32); };
-  std::vector<KeyTable<Key>> tables;
-  std::vector<KeyFilter> filters;
-  for (int64_t i = 0; i < plan.batch * parts; ++i) {
-    tables.emplace_back(slots / (plan.batch * parts) * 3 / 4);
-    filters.emplace_back(slots / (plan.batch * parts) * 3 / 4);
-  }
+  SlotTables<Key> tables(plan.batch, parallel.threads());
   Buffer<int32_t> first_slot(slots);
-  parallel_or_throw(parallel, plan.batch * parts, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t image = task / parts, part = task % parts;
-      const int64_t from = chunk_begin[image * plan.chunks_per_image];
-      const int64_t to = chunk_begin[(image + 1) * plan.chunks_per_image];
-      KeyTable<Key>& table = tables[task];
-      for (int64_t s = from; s < to; ++s) {
-        if (s + 8 < to) table.prefetch(keys[s + 8].hash());
-        const uint64_t hash = keys[s].hash();
-        if (part_of(hash) != part) continue;
-        first_slot[s] = table.find_or_insert(keys[s], hash, int32_t(s));
-        filters[task].insert(hash);
-      }
+  parallel_or_throw(parallel, int64_t(tables.tables.size()), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t image = t / tables.parts;
+      tables.fill(t, keys, hashes, chunk_begin[size_t(image * plan.chunks_per_image)],
+                  chunk_begin[size_t((image + 1) * plan.chunks_per_image)], first_slot);
     }
   });
 
@@ -202,53 +276,7 @@ void merge_chunks(LatticeData<T>& lattice, const LatticeKeySteps<kWords>& steps,
     std::fill(lattice.neighbour.data() + begin, lattice.neighbour.data() + end, vertices);
   });
   parallel(vertices, [&](int64_t begin, int64_t end) {
-    // Some vertices at a time, so that the table's cache misses overlap. About half of the neighbours do not exist.
-    constexpr int64_t kTogether = 16, kMost = kTogether * (kMaxLatticeDimension + 1) + 1;
-    struct Candidate {
-      uint64_t hash;
-      int64_t task;
-      int32_t vertex, direction;
-    };
-    struct Found {
-      int32_t slot, vertex, direction;
-    };
-    Key next[kMost];
-    Candidate candidates[kMost];
-    Found found[kMost];
-    int64_t image = 0;
-    for (int64_t v0 = begin; v0 < end; v0 += kTogether) {
-      int count = 0;
-      for (int64_t v = v0; v < std::min(v0 + kTogether, end); ++v) {
-        const Key& key = keys[vertex_slot[v]];
-        const Key* to_neighbours = steps.to_neighbours(key);
-        while (vertex_slot[v] >= chunk_begin[(image + 1) * plan.chunks_per_image]) ++image;
-        for (int j = 0; j <= d; ++j) {
-          next[count] = key;
-          next[count] += to_neighbours[j];
-          const uint64_t hash = next[count].hash();
-          const int64_t task = image * parts + part_of(hash);
-          candidates[count] = {hash, task, int32_t(v), j};
-          count += filters[task].may_have(hash);
-        }
-      }
-      for (int i = 0; i < count; ++i) tables[candidates[i].task].prefetch(candidates[i].hash);
-      int found_count = 0;
-      for (int i = 0; i < count; ++i) {
-        const Candidate& c = candidates[i];
-        const int32_t slot = tables[c.task].find(next[i], c.hash);
-        if (slot >= 0) __builtin_prefetch(slot_row.data() + slot);
-        found[found_count] = {slot, c.vertex, c.direction};
-        found_count += slot >= 0;
-      }
-      for (int i = 0; i < found_count; ++i) {
-        const auto [slot, v, direction] = found[i];
-        const int64_t j = direction;
-        // Each vertex is the next of at most one other: no two threads write the same place.
-        const int32_t u = slot_row[slot];
-        lattice.neighbour[(j * vertices + v) * 2 + 1] = u;
-        lattice.neighbour[(j * vertices + u) * 2] = v;
-      }
-    }
+    find_neighbours(lattice, steps, tables, keys, chunk_begin, vertex_slot, slot_row, begin, end);
   });
 }
 

@@ -195,6 +195,8 @@ struct Kernels {
 
   static void store(const T* rows, int64_t pitch, int64_t channels, int64_t count, T* values, int64_t channel_stride,
                     int64_t point_stride) {
+    if (channel_stride == 1 && point_stride == channels && pitch > 1)
+      return store_densely(rows, pitch, channels, count, values);
     for (int64_t c0 = 0; c0 < channels; c0 += kPack) {
       const int64_t width = channels - c0 < kPack ? channels - c0 : kPack;
       int64_t p = 0;
@@ -207,15 +209,9 @@ struct Kernels {
             if (i < width) store_pack(values + (c0 + i) * channel_stride + p, v[i]);
         }
       }
-      for (; p < count; ++p) {
-        T* to = values + c0 * channel_stride + p * point_stride;
-        const T* row = rows + p * pitch + c0;
-        if (channel_stride == 1 && width == kPack) {
-          store_pack(to, load_pack(row));
-          continue;
-        }
-        for (int64_t i = 0; i < width; ++i) to[i * channel_stride] = row[i];
-      }
+      for (; p < count; ++p)
+        for (int64_t i = 0; i < width; ++i)
+          values[(c0 + i) * channel_stride + p * point_stride] = rows[p * pitch + c0 + i];
     }
   }
 
@@ -328,9 +324,11 @@ struct Kernels {
     over_row_at_once(
         pitch,
         [&](auto packs) DK_INLINE_LAMBDA {
+          constexpr int kTogether = packs.value < 4 ? 4 : 2;
           int64_t p = 0;
-          for (; p + 2 <= count; p += 2) short_softmax<packs.value, 2>(energy + p * pitch, q + p * pitch);
-          if (p < count) short_softmax<packs.value, 1>(energy + p * pitch, q + p * pitch);
+          for (; p + kTogether <= count; p += kTogether)
+            short_softmax<packs.value, kTogether>(energy + p * pitch, q + p * pitch);
+          for (; p < count; ++p) short_softmax<packs.value, 1>(energy + p * pitch, q + p * pitch);
         },
         [&] {
           for (int64_t p = 0; p < count; ++p) {
@@ -418,6 +416,16 @@ struct Kernels {
   }
 
  private:
+  // Point after point, without gaps: what the last pack of a row has too many the next rows overwrite.
+  static void store_densely(const T* rows, int64_t pitch, int64_t channels, int64_t count, T* values) {
+    for (int64_t p = 0; p < count; ++p, rows += pitch, values += channels) {
+      int64_t c = 0;
+      for (; c < channels && c + kPack <= channels * (count - p); c += kPack)
+        store_pack(values + c, load_pack(rows + c));
+      for (; c < channels; ++c) values[c] = rows[c];
+    }
+  }
+
   template <int kPacks>
   DK_INLINE static void prefetch_row(const T* row) {
     constexpr int kBytes = (kPacks ? kPacks * kPack : 1) * int(sizeof(T));
@@ -425,7 +433,7 @@ struct Kernels {
     if (kBytes > 4) __builtin_prefetch(reinterpret_cast<const char*>(row) + kBytes - 1);
   }
 
-  // Rows that stay in registers. One row's chain of dependent steps is long: two rows fill each other's gaps.
+  // Rows that stay in registers. One row's chain of dependent steps is long: several rows fill each other's gaps.
   template <int kPacks, int kRows>
   DK_INLINE static void short_softmax(const T* energy, T* q) {
     using R = Row<T, kPacks>;

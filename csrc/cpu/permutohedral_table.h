@@ -12,6 +12,7 @@ namespace deeplab_kernels::cpu {
 template <typename Key>
 class KeyTable {
  public:
+  KeyTable() = default;
   explicit KeyTable(int64_t expected) {
     int bits = 6;
     while ((int64_t{1} << bits) < 2 * expected) ++bits;
@@ -82,6 +83,7 @@ class KeyTable {
 // Says of most keys that are not there that they are not; small enough for the second-level cache where a table is not.
 class KeyFilter {
  public:
+  KeyFilter() = default;
   explicit KeyFilter(int64_t expected) {
     int bits = 9;
     while ((int64_t{1} << bits) < 8 * expected) ++bits;
@@ -90,11 +92,12 @@ class KeyFilter {
     for (int64_t i = 0; i < words_.size(); ++i) words_[i] = 0;
   }
   void insert(uint64_t hash) { words_[int64_t(hash >> shift_ >> 6)] |= uint64_t{1} << (hash >> shift_ & 63); }
+  void prefetch(uint64_t hash) const { __builtin_prefetch(words_.data() + (hash >> shift_ >> 6)); }
   bool may_have(uint64_t hash) const { return words_[int64_t(hash >> shift_ >> 6)] >> (hash >> shift_ & 63) & 1; }
 
  private:
   Buffer<uint64_t> words_;
-  int shift_;
+  int shift_ = 0;
 };
 
 }  // namespace deeplab_kernels::cpu

@@ -14,7 +14,7 @@ namespace {
 
 constexpr std::align_val_t kAlignment{64};
 constexpr size_t kHugePage = size_t{1} << 21;
-constexpr size_t kSmallestKept = size_t{1} << 18, kSmallestHuge = 2 * kHugePage;
+constexpr size_t kSmallestKept = size_t{1} << 18, kSmallestHuge = kHugePage;
 
 struct ThreadMemory {
   void* data = nullptr;

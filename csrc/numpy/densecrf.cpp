@@ -142,14 +142,28 @@ BuiltLattice lattice_of_image(const std::pair<int64_t, int64_t>& size, const std
   }
   py::gil_scoped_release released;
   Features features(2 + channels, height * width);
+  std::vector<float> of_x(static_cast<size_t>(width)), of_byte(sizeof(E) == 1 ? size_t(channels) * 256 : 0);
+  for (size_t x = 0; x < of_x.size(); ++x) of_x[x] = float(x) / sigma_xy.first;
+  for (size_t i = 0; i < of_byte.size(); ++i) of_byte[i] = float(i % 256) / sigma_channel[i / 256];
+  const int64_t pixel_bytes = image ? image->strides(1) : 0;
   parallel()(height, [&](int64_t begin, int64_t end) {
-    for (int64_t y = begin; y < end; ++y)
-      for (int64_t x = 0; x < width; ++x) {
-        const int64_t p = y * width + x;
-        features.at(0, p) = float(x) / sigma_xy.first;
-        features.at(1, p) = float(y) / sigma_xy.second;
-        for (int c = 0; c < channels; ++c) features.at(2 + c, p) = float((*in)(y, x, c)) / sigma_channel[size_t(c)];
+    for (int64_t y = begin; y < end; ++y) {
+      const int64_t first = y * width;
+      std::copy(of_x.begin(), of_x.end(), &features.at(0, first));
+      std::fill_n(&features.at(1, first), width, float(y) / sigma_xy.second);
+      for (int c = 0; c < channels; ++c) {
+        const char* from = reinterpret_cast<const char*>(in->data(y, 0, c));
+        float* to = &features.at(2 + c, first);
+        for (int64_t x = 0; x < width; ++x) {
+          const E value = *reinterpret_cast<const E*>(from + x * pixel_bytes);
+          if constexpr (sizeof(E) == 1) {
+            to[x] = of_byte[size_t(c) * 256 + value];
+          } else {
+            to[x] = float(value) / sigma_channel[size_t(c)];
+          }
+        }
       }
+    }
   });
   return BuiltLattice(features, width);
 }
