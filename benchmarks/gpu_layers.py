@@ -74,6 +74,31 @@ class Timer:
         return 2 * source.nbytes / microseconds / 1e3
 
 
+def with_kernel(function: Callable[..., Any], kernel: str) -> Callable[..., Any]:
+    """``function`` with torch's depthwise convolutions on ``kernel``: "cudnn", "native", or "auto" for its choice."""
+    import torch
+
+    if kernel == "auto":
+        return function
+    backend = torch.backends.cudnn
+
+    def call(*arguments: Any) -> Any:
+        before, backend.depthwise_kernel = backend.depthwise_kernel, kernel
+        try:
+            return function(*arguments)
+        finally:
+            backend.depthwise_kernel = before
+
+    return call
+
+
+def torch_kernels() -> tuple[str, ...]:
+    """Those of torch's kernels for depthwise convolutions on CUDA that can be asked for."""
+    import torch
+
+    return ("cudnn", "native") if hasattr(torch.backends.cudnn, "depthwise_kernel") else ("auto",)
+
+
 class LayerBenchmark:
     """Depthwise + BN + ReLU of one layer, in one dtype and layout."""
 
@@ -184,25 +209,9 @@ class LayerBenchmark:
         theirs = folded_block if mode == "inference" else block
         if self.device != "cuda":
             return {**found, "torch eager": step(theirs)}
-        kernels = ("cudnn", "native") if hasattr(torch.backends.cudnn, "depthwise_kernel") else ("auto",)
-        for kernel in kernels:
-            function = step(self._with_kernel(theirs, kernel))
-            found[f"torch eager {kernel}"] = self._with_kernel(function, kernel)
+        for kernel in torch_kernels():
+            found[f"torch eager {kernel}"] = with_kernel(step(with_kernel(theirs, kernel)), kernel)
         return found
-
-    def _with_kernel(self, function: Callable[..., Any], kernel: str) -> Callable[..., Any]:
-        if kernel == "auto":
-            return function
-        backend = self.torch.backends.cudnn
-
-        def call(*arguments: Any) -> Any:
-            before, backend.depthwise_kernel = backend.depthwise_kernel, kernel
-            try:
-                return function(*arguments)
-            finally:
-                backend.depthwise_kernel = before
-
-        return call
 
 
 def benchmark(report: Report, rehearse: bool) -> None:

@@ -61,13 +61,16 @@ STEPS = (
     Step("measure", "crf", 0.4, "gpu_crf.py"),
     Step("test", "tests/gpu", 0.6, "triton"),
     Step("test", "tests/test_triton_atrous_separable.py", 0.4, "gpu"),
+    Step("test", "tests/test_triton_atrous_spatial_pyramid.py", 0.4, "gpu"),
     Step("test", "tests/test_triton_atrous_depthwise.py", 0.4, "gpu"),
+    Step("measure", "pyramid", 0.4, "gpu_pyramid.py"),
     Step("measure", "layers", 0.9, "gpu_layers.py"),
 )
 REHEARSAL = (
     Step("test", "tests/gpu", 0.4, "one or kernel or opcheck or views or empty or trains"),
     Step("measure", "contenders", 0.6, "bench_contenders.py", ("--device", "rehearsal", "--plan", "gpu-rehearsal")),
     Step("measure", "crf", 0.5, "gpu_crf.py"),
+    Step("measure", "pyramid", 0.5, "gpu_pyramid.py"),
     Step("measure", "layers", 0.9, "gpu_layers.py"),
 )
 
@@ -187,6 +190,7 @@ def default_folder(gpu: str) -> Path:
 def failures(data: dict[str, Any]) -> list[str]:
     failed = [step["step"] for step in data["steps"] if not step.get("ok")]
     failed += [f"{r['layer']} {r['dtype']} {r['layout']}" for r in data.get("layers", []) if "failed" in r]
+    failed += [f"{r['pyramid']} {r['dtype']} {r['layout']}" for r in data.get("pyramids", []) if "failed" in r]
     return failed + [r["picture"] for r in data.get("crf", []) if "failed" in r]
 
 

@@ -57,13 +57,16 @@ def test_rehearsal_of_tests_and_measurements(tmp_path: Path, capsys: pytest.Capt
     steps = gpu_suite.REHEARSAL
     quick = gpu_suite.Step("test", "tests/gpu/test_permutohedral.py", 0.5, "strided")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_suite, "REHEARSAL", (quick, *(step for step in steps if step.where == "crf")))
+        patch.setattr(gpu_suite, "REHEARSAL", (quick, *(step for step in steps if step.where in ("crf", "pyramid"))))
         code = gpu_suite.main(["--rehearse", "--seconds", "300", "--output", str(tmp_path)])
     data = json.loads((tmp_path / gpu_suite.FILE).read_text())
     assert code == 0, data
-    assert [step["step"] for step in data["steps"]] == ["build", quick.name, "measure crf"]
+    assert [step["step"] for step in data["steps"]] == ["build", quick.name, "measure crf", "measure pyramid"]
     assert data["steps"][1]["files"] == {"tests/gpu/test_permutohedral.py": {"passed": 1}}
     assert data["crf"][0]["times"]["10 iterations, lattices built"]["median_us"] > 0
+    assert len(data["pyramids"]) == 8
+    for row in data["pyramids"]:
+        assert row["backward"]["ours"].keys() == row["inference"]["ours, rate by rate"].keys()
     assert data.keys() >= {"commit", "date", "machine", "elapsed_s"}
     assert data["machine"].keys() >= {"torch", "python"}
     assert (tmp_path / "report.html").exists()
