@@ -295,11 +295,12 @@ class Wanted(subjects.Wanted):
 
     script: Path
     contents: tuple[str, ...]
+    fills = False
 
     @property
     def jobs(self) -> list[subjects.Job]:
         plan = subjects.Plan(1.0, 2, self.contents)
-        return [subjects.Job(("models",), str(self.script), "models.json", plan)]
+        return [subjects.Job(("models",), str(self.script), "models.json", plan, fills=self.fills)]
 
 
 def wanted(script: Path, text: str, *contents: str, minutes: float = 0.0) -> Wanted:
@@ -320,6 +321,17 @@ def test_a_job_keeps_what_was_measured(tmp_path: Path, name: str, capsys: pytest
     error = capsys.readouterr().err
     assert "1 files" in error
     assert ("out of paper" in error) != outcome.ok
+
+
+def test_a_file_that_fills_the_time_gets_all_that_the_others_leave(tmp_path: Path) -> None:
+    script = (
+        "import os, pathlib, sys; pathlib.Path(os.environ['DEEPLAB_KERNELS_RESULTS'], 'got').write_text(sys.argv[2])"
+    )
+    one = wanted(tmp_path / "bench_tiny.py", script, minutes=10.0)
+    object.__setattr__(one, "fills", True)
+    [outcome] = runner.run(one, tmp_path / "out")
+    assert outcome.ok
+    assert 9.5 < float((tmp_path / "out" / "got").read_text()) < 10
 
 
 def test_the_time_limit_stops_a_file_and_keeps_its_results(

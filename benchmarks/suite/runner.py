@@ -156,6 +156,7 @@ class Deadline:
 
 
 REPORT_SECONDS = 4.0  # for the report after the last file
+LEAST_SHARE = 0.4  # of the time left, for a file that fills what the later ones leave
 
 
 def run(wanted: Wanted, folder: Path) -> list[Outcome]:
@@ -182,7 +183,8 @@ def run(wanted: Wanted, folder: Path) -> list[Outcome]:
                 tqdm.write(f"{job.script}: left out, {left:.0f} s are left", file=sys.stderr)
                 outcomes.append(Outcome(job.subjects, job.script, True, 0.0, 0, cut=True))
                 continue
-            share = min(planned, left) / 60 if end else 0.0
+            later = sum(estimates[other.script][0] for other in jobs[jobs.index(job) + 1 :])
+            share = max(left - later, LEAST_SHARE * left) / 60 if end else 0.0
             deadline = Deadline(end, share)
             outcome = run_job(job, folder, quick, partial(progress.update, job.script), deadline)
             outcomes.append(outcome)
