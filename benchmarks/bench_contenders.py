@@ -221,7 +221,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     # A machine with a slower matrix product than the one the estimates are from is slower in all, until cases tell.
     clock.expect(120 / machine["matrix_gflop_per_s"] if device.kind == "cpu" else 0.3)
     rates = {dtype: 1e9 * gflop for dtype, gflop in machine["matrix_gflop_per_s_of"].items()}
-    path = measure.results_folder() / FILE
+    path = measure.results_folder(machine.get("gpu", "")) / FILE
     document: dict[str, Any] = {
         "machine": machine,
         "unavailable": cases.unavailable(device.kind, args.dtypes),

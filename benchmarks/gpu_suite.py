@@ -19,7 +19,6 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -183,10 +182,6 @@ def machine() -> dict[str, Any]:
     return info
 
 
-def default_folder(gpu: str) -> Path:
-    return measure.RESULTS / re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-
-
 def failures(data: dict[str, Any]) -> list[str]:
     failed = [step["step"] for step in data["steps"] if not step.get("ok")]
     failed += [f"{r['layer']} {r['dtype']} {r['layout']}" for r in data.get("layers", []) if "failed" in r]
@@ -215,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise SystemExit("no CUDA device: use --rehearse")
     with tempfile.TemporaryDirectory() as temporary:
         info = machine()
-        folder = args.output or (Path(temporary, "results") if args.rehearse else default_folder(info["gpu"]))
+        folder = args.output or (Path(temporary, "results") if args.rehearse else measure.results_folder(info["gpu"]))
         folder.mkdir(parents=True, exist_ok=True)
         report = Report(folder.resolve() / FILE, args.seconds)
         report.data |= {"machine": info, **measure.stamp(), "rehearsal": args.rehearse}

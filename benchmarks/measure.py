@@ -75,12 +75,12 @@ def cache_bytes() -> int:
     return max(sizes, default=32 << 20)
 
 
-def results_folder() -> Path:
-    """results/<machine>/, or the folder named by DEEPLAB_KERNELS_RESULTS."""
+def results_folder(gpu: str = "") -> Path:
+    """results/<machine>/ (of a GPU by its name), or the folder named by DEEPLAB_KERNELS_RESULTS."""
     if folder := os.environ.get("DEEPLAB_KERNELS_RESULTS"):
         return Path(folder)
-    slug = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
-    return RESULTS / f"{slug}-{os.cpu_count()}-cores"
+    slug = re.sub(r"[^a-z0-9]+", "-", (gpu or cpu_name()).lower()).strip("-")
+    return RESULTS / (slug if gpu else f"{slug}-{os.cpu_count()}-cores")
 
 
 def _commit() -> str:

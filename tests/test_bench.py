@@ -210,12 +210,19 @@ def test_report_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_user_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit):
         run("--only", "weather")
     assert "weather" in capsys.readouterr().err
     assert run("--report-only", "-o", tmp_path) == 2
     assert "no results" in capsys.readouterr().err
-    for options in (["--minutes", "-1"], ["--batch", "0"], ["--threads", "-2"], ["--layers", "weather"]):
+    for options in (
+        ["--minutes", "-1"],
+        ["--batch", "0"],
+        ["--device", "cuda"],
+        ["--threads", "-2"],
+        ["--layers", "weather"],
+    ):
         assert run(*options, "-o", tmp_path) == 2
         error = capsys.readouterr().err
         assert options[0] in error

@@ -15,6 +15,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import bars  # noqa: E402
 import gpu_suite  # noqa: E402
+import measure  # noqa: E402
 import report as tables  # noqa: E402
 import status  # noqa: E402
 from suite import cases, rows  # noqa: E402
@@ -58,8 +59,9 @@ def test_rehearsal_of_tests_and_measurements(tmp_path: Path, capsys: pytest.Capt
     quick = gpu_suite.Step("test", "tests/gpu/test_permutohedral.py", 0.5, "strided")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_suite, "REHEARSAL", (quick, *(step for step in steps if step.where in ("crf", "pyramid"))))
-        code = gpu_suite.main(["--rehearse", "--seconds", "300", "--output", str(tmp_path)])
-    data = json.loads((tmp_path / gpu_suite.FILE).read_text())
+        folder = tmp_path / "rehearsed"
+        code = gpu_suite.main(["--rehearse", "--seconds", "300", "--output", str(folder)])
+    data = json.loads((folder / gpu_suite.FILE).read_text())
     assert code == 0, data
     assert [step["step"] for step in data["steps"]] == ["build", quick.name, "measure crf", "measure pyramid"]
     assert data["steps"][1]["files"] == {"tests/gpu/test_permutohedral.py": {"passed": 1}}
@@ -69,10 +71,10 @@ def test_rehearsal_of_tests_and_measurements(tmp_path: Path, capsys: pytest.Capt
         assert row["backward"]["ours"].keys() == row["inference"]["ours, rate by rate"].keys()
     assert data.keys() >= {"commit", "date", "machine", "elapsed_s"}
     assert data["machine"].keys() >= {"torch", "python"}
-    assert (tmp_path / "report.html").exists()
-    assert not list(tmp_path.glob("*.part.json"))
+    assert (folder / "report.html").exists()
+    assert not list(folder.glob("*.part.json"))
     assert "failed: nothing" in capsys.readouterr().out
-    assert status.runs(tmp_path.parent) == []  # a rehearsal shows nothing of GPUs
+    assert status.runs(tmp_path) == []  # a rehearsal shows nothing of GPUs
 
 
 def test_a_step_that_fails_or_takes_too_long_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +102,7 @@ def test_no_gpu_and_no_rehearsal() -> None:
         pytest.skip("there is a GPU")
     with pytest.raises(SystemExit, match="--rehearse"):
         gpu_suite.main([])
-    assert gpu_suite.default_folder("NVIDIA H100 80GB HBM3").name == "nvidia-h100-80gb-hbm3"
+    assert measure.results_folder("NVIDIA H100 80GB HBM3").name == "nvidia-h100-80gb-hbm3"
 
 
 def test_every_bar_of_gpus_has_a_case() -> None:

@@ -76,6 +76,7 @@ class Wanted:
     minutes: float = FULL_MINUTES  # 0: no limit
     selection: cases.Selection = field(default_factory=cases.Selection)
     threads: int = 0
+    device: str = "cpu"  # of the product: "cpu" or "cuda"
 
     @property
     def jobs(self) -> list[Job]:
@@ -88,7 +89,7 @@ class Wanted:
 
     def _product(self, subjects: Sequence[str], others: Sequence[Job]) -> Job:
         chosen = self.selection
-        options = ["--device", "cpu", "--subjects", *subjects, *(["--quick"] if self.quick else [])]
+        options = ["--device", self.device, "--subjects", *subjects, *(["--quick"] if self.quick else [])]
         for name, values, every in (
             ("layers", chosen.what, None),
             ("modes", chosen.modes, cases.MODES),
@@ -112,7 +113,7 @@ class Wanted:
     def estimates(self, subjects: Sequence[str]) -> list[float]:
         """Seconds of each case of the product."""
         chosen = replace(self.selection, subjects=tuple(subjects))
-        tasks = cases.quick(chosen) if self.quick else cases.product(chosen, "cpu")
+        tasks = cases.quick(chosen) if self.quick else cases.product(chosen, self.device)
         rounds, limit = (5, 0.3) if self.quick else (9, 1.0)
         return [task.seconds(rounds, limit) for task in tasks]
 

@@ -35,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for axis, values in AXES.items():
         parser.add_argument(f"--{axis}", nargs="+", choices=values, metavar=axis[:-1].upper(), help=", ".join(values))
     parser.add_argument("--batch", nargs="+", type=int, metavar="N", help="batch sizes (default: 1 8 16)")
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="of layers and networks (default: a GPU where there is one)",
+    )
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="of PyTorch (default: all cores)")
     parser.add_argument(
         "--compare", type=Path, metavar="RESULTS", help="a stored run: its folder, or one of its JSON files"
@@ -70,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     compare, rows, runner = (importlib.import_module(f"suite.{name}") for name in ("compare", "rows", "runner"))
     wanted = _wanted(args)
     before = rows.read(args.compare) if args.compare else None
-    folder = args.output or _default_folder(root, args.quick)
+    folder = args.output or _default_folder(root, args.quick, wanted.device)
     outcomes: list[Any] = []
     try:
         if not args.report_only:
@@ -105,17 +111,36 @@ def run(args: argparse.Namespace) -> int:
     return int(bool(slower) or not all(outcome.ok for outcome in outcomes))
 
 
-def _default_folder(root: Path, quick: bool) -> Path:
+def _default_folder(root: Path, quick: bool, device: str) -> Path:
     if quick:
         return root / ".benchmarks" / "quick"
-    return Path(importlib.import_module("measure").results_folder())
+    gpu = ""
+    if device == "cuda":
+        import torch
+
+        gpu = torch.cuda.get_device_name()
+    return Path(importlib.import_module("measure").results_folder(gpu))
+
+
+def _device(name: str) -> str:
+    """ "cpu" or "cuda".
+
+    Raises:
+        UserError: "cuda" where there is no such device.
+    """
+    import torch
+
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise UserError("--device cuda: torch sees no CUDA device")
+    return "cpu" if name == "cpu" or not there else "cuda"
 
 
 def _wanted(args: argparse.Namespace) -> Any:
     """What suite.subjects is to run.
 
     Raises:
-        UserError: a number below its least, or nothing is left of the product.
+        UserError: a number below its least, no such device, or nothing is left of the product.
     """
     cases, subjects = (importlib.import_module(f"suite.{name}") for name in ("cases", "subjects"))
     for name, value, least in (("--minutes", args.minutes, 0), ("--threads", args.threads, 0)):
@@ -129,7 +154,7 @@ def _wanted(args: argparse.Namespace) -> Any:
     minutes = args.minutes
     if minutes is None:
         minutes = subjects.QUICK_MINUTES if args.quick else subjects.FULL_MINUTES
-    wanted = subjects.Wanted(args.only or SUBJECTS, args.quick, minutes, chosen, args.threads)
+    wanted = subjects.Wanted(args.only or SUBJECTS, args.quick, minutes, chosen, args.threads, _device(args.device))
     product = [subject for subject in wanted.subjects if subject in cases.SUBJECTS]
     if product and not args.report_only and not wanted.estimates(product):
         raise UserError("no case is left: the options exclude each other, or --layers names none that there is")
