@@ -101,6 +101,7 @@ def _torch_libraries() -> tuple[list[Report], Report]:
         backends = importlib.import_module("deeplab_kernels.ops._backends")
         library = importlib.import_module("deeplab_kernels._library")
         separable = importlib.import_module("deeplab_kernels.ops.atrous_separable")
+        pyramid = importlib.import_module("deeplab_kernels.ops.atrous_spatial_pyramid")
     except Exception as error:
         reason = one_line(error)
         cuda_reason = reason if cuda else _artefacts.build_info().get("cuda_missing_because") or reason
@@ -111,6 +112,7 @@ def _torch_libraries() -> tuple[list[Report], Report]:
         "serving": {name: backends.serving(name) for name in backends.OPERATORS},
         "missing": missing,
         "separable_execution": separable.describe_execution(),
+        "pyramid_execution": pyramid.describe_execution(),
     }
     return [_library("_C", cpu, None), _library("_C_cuda", cuda, missing.get("cuda"))], operators
 
@@ -130,8 +132,8 @@ def collect() -> Report:
 
     In ``libraries`` and ``devices``, ``missing_because`` is None or absent for what works. ``operators`` has
     ``serving`` (operator -> device -> backend), ``missing`` (backend -> reason), ``separable_execution`` (device ->
-    "whole" or "two_kernels") and ``cpu_instruction_set``, or only ``missing_because`` where the operators cannot be
-    loaded at all.
+    "whole" or "two_kernels"), ``pyramid_execution`` likewise and ``cpu_instruction_set``, or only ``missing_because``
+    where the operators cannot be loaded at all.
     """
     libraries, operators = _torch_libraries()
     return {
@@ -186,8 +188,12 @@ def _operator_lines(operators: Report, has_cuda: bool) -> list[str]:
     cuda = "cuda" if has_cuda else "cuda (no device here)"
     rows = [["", "cpu", cuda, "other devices"]]
     rows += [[name, s["cpu"], s["cuda"], s["other"]] for name, s in operators["serving"].items()]
-    execution = ", ".join(f"{device}: {how}" for device, how in operators["separable_execution"].items())
-    lines = [*table(rows), f"  separable convolution, float32 inference: {execution}"]
+    lines = table(rows)
+    for what, key in (
+        ("separable convolution, float32 inference", "separable_execution"),
+        ("spatial pyramid of separable convolutions", "pyramid_execution"),
+    ):
+        lines.append(f"  {what}: " + ", ".join(f"{device}: {how}" for device, how in operators[key].items()))
     return lines + [f"  {name} cannot serve: {reason}" for name, reason in operators["missing"].items()]
 
 

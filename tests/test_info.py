@@ -29,6 +29,7 @@ def test_report_is_complete_and_json():
     for serving in report["operators"]["serving"].values():
         assert set(serving) == {"cpu", "cuda", "other"}
         assert serving["cuda"] in {"cuda", "triton", "reference"}
+    assert report["operators"]["pyramid_execution"]["cpu"].startswith("one pass")
     assert report["threads"]["torch"] == torch.get_num_threads()
 
 

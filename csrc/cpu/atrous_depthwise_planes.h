@@ -77,7 +77,9 @@ class Planes {
     return {planes, tasks(planes), resident ? 1 : bands_of(s, s.stride_h * x_row + 2 * row, 4 * s.rate_h), resident};
   }
 
-  Planes(const DepthwiseShape& shape, Pass pass, const Cut& cut) : s_(shape), g_(shape), cut_(cut) {
+  // further: values of memory for a class derived from this one.
+  Planes(const DepthwiseShape& shape, Pass pass, const Cut& cut, int64_t further = 0)
+      : s_(shape), g_(shape), cut_(cut), further_size_(further) {
     // Rows held at once: a band's, and those that its results or their gradients touch beyond.
     const int64_t band = (s_.out_h + cut.bands - 1) / cut.bands, x_band = (s_.in_h + cut.bands - 1) / cut.bands;
     rows_ = smaller(s_.out_h, band + 3 + 2 * s_.rate_h);
@@ -122,19 +124,10 @@ class Planes {
           statistics(packed + p * x_plane_, rows, at_row_0(y_planes_ + p * plane_, n, rows), moments_[p]);
         }
       }
-    const double count = double(s_.batch) * double(s_.out_h) * double(s_.out_w);
-    for (int64_t p = 0; p < active_; ++p) {
-      for (int64_t l = 0; l < kChannels && p * kChannels + l < count_; ++l) {
-        mean[first_ + p * L + l] = A(moments_[p].mean[l]);
-        var[first_ + p * L + l] = A(moments_[p].m2[l] / count);
-      }
-      prepare_norm(norm, p, mean, var);
-    }
+    finish_moments(norm, mean, var);
     for (int64_t n = 0; n < s_.batch; ++n)
       if (cut_.resident)
-        for (int64_t i = 0; i < s_.out_h; ++i)
-          write_activated(at_row_0(y_planes_, n, {0, 0}) + i * g_.pitch, norm.activation,
-                          out + offset(n, i, s_.out_h, s_.out_w));
+        write_resident(n, norm.activation, out);
       else
         for (int64_t b = 0; b < cut_.bands; ++b) results(n, band(b, s_.out_h), x, weight, &norm, out);
   }
@@ -142,13 +135,7 @@ class Planes {
   // norm null: gradients of the convolution alone.
   void backward(int64_t task, const BackwardTensors<T>& z, const BatchNorm<A>* norm, bool batch_statistics) {
     select(task);
-    for (int64_t p = 0; p < active_; ++p) {
-      sums_[p] = Sums<2>(), weight_sums_[p] = Sums<9>();
-      if (norm)
-        prepare_norm(*norm, p, norm->mean, norm->var);
-      else
-        norm_[p].scale = V{} + 1;
-    }
+    begin_gradients(norm);
     if (cut_.resident)
       backward_resident(z, norm, batch_statistics);
     else
@@ -157,7 +144,7 @@ class Planes {
       for (int64_t p = 0; p < active_; ++p) write_grad_weight(p, z.grad_weight);
   }
 
- private:
+ protected:
   struct Range {
     int64_t begin, end;
   };
@@ -241,6 +228,7 @@ class Planes {
     weight_sums_ = arena.take<Sums<9>>(cut_.planes);
     zeros_ = arena.take<A>(s_.stride_w == 2 ? g_.pitch + g_.slack : 0);
     both_ = arena.take<A>(s_.stride_w == 2 ? 2 * cut_.planes * both_size() : 0);
+    further_ = arena.take<A>(further_size_);
     if (zeros_ && s_.stride_w == 2) __builtin_memset(zeros_, 0, size_t(g_.pitch + g_.slack) * sizeof(A));
   }
 
@@ -542,7 +530,7 @@ class Planes {
       convolve<R, 2>(sources<R, 2>(plane, g_.x_pitch, 2 * row - s_.pad_top, s_.in_h), g_.taps, vectors, last, emit);
   }
 
-  // Sums of floats stay short: they move into doubles after some hundred terms.
+  // Sums of floats stay short: they move into doubles after about a hundred terms.
   template <int N>
   struct Sums {
     V now[N];
@@ -556,7 +544,7 @@ class Planes {
     }
     DK_INLINE void added(int64_t count) {
       terms += count;
-      if (terms >= 512) flush();
+      if (terms >= 128) flush();
     }
     __attribute__((noinline)) void flush() {
       for (int i = 0; i < N; ++i) {
@@ -635,6 +623,22 @@ class Planes {
     moments.seen += count;
   }
 
+  void finish_moments(const BatchNorm<A>& norm, A* mean, A* var) {
+    const double count = double(s_.batch) * double(s_.out_h) * double(s_.out_w);
+    for (int64_t p = 0; p < active_; ++p) {
+      for (int64_t l = 0; l < kChannels && p * kChannels + l < count_; ++l) {
+        mean[first_ + p * L + l] = A(moments_[p].mean[l]);
+        var[first_ + p * L + l] = A(moments_[p].m2[l] / count);
+      }
+      prepare_norm(norm, p, mean, var);
+    }
+  }
+
+  void write_resident(int64_t n, Activation activation, T* out) const {
+    for (int64_t i = 0; i < s_.out_h; ++i)
+      write_activated(y_planes_ + n * size_ + i * g_.pitch, activation, out + offset(n, i, s_.out_h, s_.out_w));
+  }
+
   // y: a row of the first plane; out: that row in memory.
   void write_activated(const A* y, Activation activation, T* out) const {
     if constexpr (kNhwc) {
@@ -701,12 +705,28 @@ class Planes {
 
   // ---- backward
 
-  void backward_resident(const BackwardTensors<T>& z, const BatchNorm<A>* norm, bool batch_statistics) {
-    const Range in{0, s_.in_h}, out{0, s_.out_h};
-    for (int64_t n = 0; n < s_.batch; ++n) {
-      pack_x(z.x, n, in);
-      pack_gradient(z.grad_out, n, out, grad_planes_ + n * size_ + g_.grad_begin);
+  void begin_gradients(const BatchNorm<A>* norm) {
+    for (int64_t p = 0; p < active_; ++p) {
+      sums_[p] = Sums<2>(), weight_sums_[p] = Sums<9>();
+      if (norm)
+        prepare_norm(*norm, p, norm->mean, norm->var);
+      else
+        norm_[p].scale = V{} + 1;
     }
+  }
+
+  void backward_resident(const BackwardTensors<T>& z, const BatchNorm<A>* norm, bool batch_statistics) {
+    const Range in{0, s_.in_h};
+    for (int64_t n = 0; n < s_.batch; ++n) pack_x(z.x, n, in);
+    resident_gradients(z, norm, batch_statistics);
+    if (z.grad_x)
+      for (int64_t n = 0; n < s_.batch; ++n) gradient_of_x(z, n, in, grad_planes_ + n * size_);
+  }
+
+  // The gradients of conv(x), into their planes, and the sums that they make with x, which has been packed.
+  void resident_gradients(const BackwardTensors<T>& z, const BatchNorm<A>* norm, bool batch_statistics) {
+    const Range out{0, s_.out_h};
+    for (int64_t n = 0; n < s_.batch; ++n) pack_gradient(z.grad_out, n, out, grad_planes_ + n * size_ + g_.grad_begin);
     for (int64_t p = 0; p < active_; ++p) {
       const A* x = x_planes_ + p * x_plane_;
       A* grad = grad_planes_ + p * plane_ + g_.grad_begin;
@@ -720,8 +740,6 @@ class Planes {
         gradient_of_convolution(norm && batch_statistics, x + n * x_size_, out, y_planes_ + n * size_, grad + n * size_,
                                 p);
     }
-    if (z.grad_x)
-      for (int64_t n = 0; n < s_.batch; ++n) gradient_of_x(z, n, in, grad_planes_ + n * size_);
   }
 
   void backward_by_bands(const BackwardTensors<T>& z, const BatchNorm<A>* norm, bool batch_statistics) {
@@ -953,15 +971,16 @@ class Planes {
     }
   }
 
-  const DepthwiseShape& s_;
-  const Geometry g_;
+  DepthwiseShape s_;
+  Geometry g_;
   const Cut cut_;
   int64_t images_;                     // held at once
   int64_t rows_, size_, plane_;        // rows held of an image, values of its plane and of the planes of all images
   int64_t x_rows_, x_size_, x_plane_;  // the same of x
   int64_t first_ = 0, count_ = 0, active_ = 0;
   A *x_planes_ = nullptr, *y_planes_ = nullptr, *grad_planes_ = nullptr;
-  A *tile_ = nullptr, *zeros_ = nullptr, *both_ = nullptr;
+  A *tile_ = nullptr, *zeros_ = nullptr, *both_ = nullptr, *further_ = nullptr;
+  int64_t further_size_;
   Norm* norm_ = nullptr;
   Moments* moments_ = nullptr;
   Sums<2>* sums_ = nullptr;

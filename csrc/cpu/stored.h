@@ -25,5 +25,13 @@ template <typename T>
 typename Stored<T>::type* stored(T* p) {
   return reinterpret_cast<typename Stored<T>::type*>(p);
 }
+template <typename T>
+const typename Stored<T>::type* const* stored_all(const T* const* p) {
+  return reinterpret_cast<const typename Stored<T>::type* const*>(p);
+}
+template <typename T>
+typename Stored<T>::type* const* stored_all(T* const* p) {
+  return reinterpret_cast<typename Stored<T>::type* const*>(p);
+}
 
 }  // namespace deeplab_kernels::cpu

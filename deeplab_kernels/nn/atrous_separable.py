@@ -292,12 +292,12 @@ class AtrousSeparableConv2d(nn.Module):
         """(N, in_channels, H, W) -> (N, out_channels, H', W'); ``residual``, of the output's shape, is added before the
         pointwise activation."""
         observed = _has_any_global_hook()
-        if not observed and self._is_one_operator(x, residual):
+        if not observed and self.is_one_operator(x, residual):
             return self._whole(x, residual)
         x = activate(x, self.pre_activation)
         return self._pointwise_half(self._depthwise_half(x, observed), observed, residual)
 
-    def _is_one_operator(self, x: Tensor, residual: Tensor | None) -> bool:
+    def is_one_operator(self, x: Tensor, residual: Tensor | None = None) -> bool:
         """Whether one kernel computes the same as the submodules, and is the choice."""
         if torch.jit.is_tracing():  # the trace would be another with gradients than without
             return False
@@ -347,6 +347,10 @@ class AtrousSeparableConv2d(nn.Module):
                 conv.check_input(x)
                 return conv_norm_act(conv, norm, activation, x, conv.padding, self.save_conv)
         return activate(norm(conv(x)), activation)
+
+    def after_depthwise(self, y: Tensor) -> Tensor:
+        """The block's result from that of its depthwise half (convolution, norm and activation)."""
+        return self._pointwise_half(y, _has_any_global_hook(), None)
 
     def _pointwise_half(self, y: Tensor, observed: bool, residual: Tensor | None) -> Tensor:
         conv, norm = self.pointwise, self.pointwise_norm

@@ -25,6 +25,7 @@ from .atrous_depthwise import (
     _below_autograd,
     _call,
     _conv_flops,
+    _transforms_active,
     save_conv_default,
     update_running_statistics,
 )
@@ -33,6 +34,9 @@ from .atrous_separable import BatchNorm
 _ops = torch.ops.deeplab_kernels
 
 _Vectors = list[Tensor | None]
+
+# Elsewhere plain torch serves, branch by branch.
+_KERNELS_ON = frozenset(d for d, by in _backends.serving("atrous_spatial_pyramid").items() if by != "reference")
 
 
 def atrous_spatial_pyramid(
@@ -95,6 +99,17 @@ def atrous_spatial_pyramid(
         norm = norms[r]
         update_running_statistics(norm.mean, norm.var, mean[r], var[r], count, norm.momentum)
     return y, pooled if pool else None
+
+
+def serves_in_one_pass(x: Tensor) -> bool:
+    """Whether the operator is more than a composition of other operators, on x's device and under what is active."""
+    return x.device.type in _KERNELS_ON and not _transforms_active()
+
+
+def describe_execution() -> dict[str, str]:
+    """How :class:`nn.AtrousSpatialPyramid` runs its separable branches on each device."""
+    one_pass = "one pass over x; in inference branch by branch where the blocks run whole"
+    return {device: one_pass if device in _KERNELS_ON else "branch by branch" for device in ("cpu", "cuda")}
 
 
 def _branches(weights: Any, dilations: Any, norms: Any) -> int:

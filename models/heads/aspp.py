@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deeplab_kernels.nn import AtrousSeparableConv2d
+from deeplab_kernels.nn import AtrousSeparableConv2d, AtrousSpatialPyramid
 
 from ..layers import BN_MOMENTUM, HEAD_BN_EPS, ConvNormAct, check_batch_statistics, positive_ints
 
@@ -43,7 +43,7 @@ class ASPP(nn.Module):
         norm: dict[str, Any] = {"eps": eps, "momentum": momentum}
         self.pooling = ConvNormAct(in_channels, channels, **norm)
         self.pointwise = ConvNormAct(in_channels, channels, **norm)
-        self.atrous = nn.ModuleList(
+        self.atrous = AtrousSpatialPyramid(
             head_convolution(
                 in_channels, channels, separable=separable, normalize_depthwise=normalize_depthwise, **norm
             )
@@ -63,14 +63,12 @@ class ASPP(nn.Module):
                 assert isinstance(branch, AtrousSeparableConv2d)
                 branch.dilation = (rate, rate)
 
-    def _image_feature(self, x: Tensor) -> Tensor:
-        check_batch_statistics(self.pooling.norm, x, "the image pooling of the ASPP")
-        # Resizing one pixel to H x W with aligned corners repeats it.
-        return self.pooling(x.mean((2, 3), keepdim=True)).expand(-1, -1, x.shape[2], x.shape[3])
-
     def forward(self, x: Tensor) -> Tensor:
-        branches = [self._image_feature(x), self.pointwise(x), *(branch(x) for branch in self.atrous)]
-        return self.dropout(self.project(torch.cat(branches, 1)))
+        check_batch_statistics(self.pooling.norm, x, "the image pooling of the ASPP")
+        branches, mean = self.atrous(x)
+        # Resizing one pixel to H x W with aligned corners repeats it.
+        image = self.pooling(mean).expand(-1, -1, *x.shape[2:])
+        return self.dropout(self.project(torch.cat([image, self.pointwise(x), *branches], 1)))
 
 
 def head_convolution(

@@ -1,0 +1,2 @@
+#define DK_ISA portable
+#include "atrous_spatial_pyramid_kernels.h"
