@@ -111,6 +111,7 @@ BRANCH_BY_BRANCH = {
     "another eps": change(lambda m: setattr(m[1].depthwise_norm, "eps", 0.5)),
     "another stride": change(lambda m: [setattr(b, "stride", 2) for b in m]),
     "explicit padding": change(lambda m: [setattr(b, "padding", 1) for b in m]),
+    "another memory": change(lambda m: setattr(m[1], "save_conv", True)),
     "another norm": change(lambda m: setattr(m[0], "depthwise_norm", nn.GroupNorm(2, CHANNELS))),
     "plain convolution": change(lambda m: m.append(nn.Conv2d(CHANNELS, 7, 3, padding=1))),
     "bias": lambda: pyramid(depthwise_bias=True),

@@ -531,6 +531,7 @@ def good_call() -> dict[str, Any]:
         ),
         ({"norms": None, "training": True}, ValueError, "training=True needs norms, got None"),
         ({"norms": [BatchNorm(None, None)] * 2}, ValueError, "running_mean must be given when training=False"),
+        ({"save_conv": 1}, TypeError, "save_conv must be True, False or None, got 1"),
         ({"activation": "gelu"}, ValueError, 'activation must be "relu"'),
     ],
 )  # fmt: skip

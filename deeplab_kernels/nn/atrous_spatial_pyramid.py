@@ -59,6 +59,7 @@ class AtrousSpatialPyramid(nn.ModuleList):
             given or None,
             activation=blocks[0].depthwise_activation,
             training=bool(norms) and _batch_statistics(norms[0]),
+            save_conv=blocks[0].save_conv,
         )
         for norm, (_, _, _, counted) in zip(norms, states, strict=True):
             if counted:
@@ -97,6 +98,7 @@ class AtrousSpatialPyramid(nn.ModuleList):
                 or block.padding != "same"
                 or block.kernel_size != first.kernel_size
                 or block.depthwise_activation != first.depthwise_activation
+                or block.save_conv != first.save_conv
             ):
                 return False
             if isinstance(norm, nn.Identity):

@@ -48,6 +48,7 @@ def atrous_spatial_pyramid(
     activation: str | None = None,
     training: bool = False,
     pool: bool = True,
+    save_conv: bool | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
     """``act(norm_r(atrous_depthwise_conv2d(x, weights[r], padding="same", dilation=dilations[r])))`` for every branch r
     and ``x.mean((2, 3), keepdim=True)``, together.
@@ -63,11 +64,13 @@ def atrous_spatial_pyramid(
         training: the batch's own statistics normalise, and the running ones given are updated in place, as in
             :func:`atrous_depthwise_bn_act`.
         pool: whether to return the mean.
+        save_conv: what training keeps for backward, as in :func:`atrous_depthwise_bn_act`. On the CPU True runs branch
+            by branch.
 
     Returns:
         (y, pooled): R tensors (N, C, H, W) in x's dtype and memory format, and the mean (N, C, 1, 1) in x's dtype (None
         without ``pool``). Sums are formed in float32 (float64 for float64). Differentiable w.r.t. x, weights, gamma and
-        beta; for backward x is kept and, in training on GPUs, the convolutions' outputs.
+        beta; x is kept for backward.
 
     Raises:
         ValueError, TypeError: an argument is not as above, or training on one value per channel.
@@ -84,6 +87,7 @@ def atrous_spatial_pyramid(
                 f"size, got {tuple(weight.shape)}"
             )
     code = _validation.activation_code(activation)
+    _validation.optional_bool(save_conv, "save_conv")
     vectors, eps = _norm_vectors(x, weights, norms, training, code)
     weight = weights if isinstance(weights, Tensor) else torch.stack(tuple(weights))
     if not training or norms is None:
@@ -92,8 +96,9 @@ def atrous_spatial_pyramid(
     count = x.shape[0] * x.shape[2] * x.shape[3]
     if count == 1:
         raise ValueError(f"training needs more than 1 value per channel, got x of shape {tuple(x.shape)}")
+    save_conv = save_conv_default(x) if save_conv is None else save_conv
     y, _, mean, var, pooled = _call(
-        "atrous_spatial_pyramid_training", (x, weight, *vectors[:2]), eps, code, rates, pool, save_conv_default(x)
+        "atrous_spatial_pyramid_training", (x, weight, *vectors[:2]), eps, code, rates, pool, save_conv
     )
     for r in range(branches):
         norm = norms[r]
