@@ -6,6 +6,7 @@
 // (store; scale, shift, activate; statistics; gradients). NCHW vectors run over columns, NHWC vectors over channels.
 // Training passes recompute the convolution instead of storing it (nine multiply-adds cost less than eight bytes of
 // memory traffic), unless it fits the caches between the two passes of backward.
+#include "atrous_depthwise_pixels.h"
 #include "atrous_depthwise_planes.h"
 #include "microkernels.h"
 #include "scratch.h"
@@ -93,11 +94,8 @@ class Worker {
     activation_ = norm.activation;
     for (int64_t l = 0; l < count_; ++l) {
       const int64_t c = first_ + l;
-      const A inv = A(1) / __builtin_sqrt(norm.var[c] + A(norm.eps));
-      const A scale = norm.gamma ? norm.gamma[c] * inv : inv;
-      scale_[l] = scale;
-      shift_[l] = (norm.beta ? norm.beta[c] : A(0)) - norm.mean[c] * scale;
-      mean_[l] = norm.mean[c], inv_std_[l] = inv;
+      mean_[l] = norm.mean[c];
+      inv_std_[l] = fold_norm(norm, c, norm.mean[c], norm.var[c], scale_ + l, shift_ + l);
     }
     for (int64_t l = count_; l < row_lanes_; ++l) scale_[l] = shift_[l] = mean_[l] = inv_std_[l] = 0;
   }
@@ -1012,12 +1010,18 @@ struct Passes {
 
   static void forward(const Plan& plan, const T* x, const T* weight, const BatchNorm<A>* norm, T* out,
                       const Parallel& parallel) {
-    // One pass gains from planes only where rows are short or cannot be read in place.
-    const bool gains = kNhwc ? !plan.direct : plan.shape.out_w <= 6 * kLanes<A>;
-    if (gains && plan.shape.stride_w == 1 &&
-        by_planes(plan, P::Pass::kInference, parallel,
-                  [&](auto& planes, int64_t task) { planes.inference(task, x, weight, norm, out); }))
-      return;
+    if constexpr (kNhwc) {
+      if (Pixels<T>::serve(plan.shape)) {
+        const auto cut = Pixels<T>::cut(plan.shape);
+        return parallel(cut.pieces, [&](int64_t begin, int64_t end) {
+          Pixels<T>(plan.shape, weight, norm).run(cut, begin, end, x, out);
+        });
+      }
+    } else if (plan.shape.stride_w == 1 && plan.shape.out_w <= 6 * kLanes<A>) {  // one pass gains where rows are short
+      if (by_planes(plan, P::Pass::kInference, parallel,
+                    [&](auto& planes, int64_t task) { planes.inference(task, x, weight, norm, out); }))
+        return;
+    }
     const int64_t images = plan.shape.batch, bands = plan.out_rows.bands;
     parallel(plan.groups * images * bands, [&](int64_t begin, int64_t end) {
       W worker(plan, x, weight, W::Needs::kForward);

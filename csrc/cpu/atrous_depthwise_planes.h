@@ -397,10 +397,9 @@ class Planes {
         n.scale[l] = n.shift[l] = n.mean[l] = n.inv_std[l] = 0;
         continue;
       }
-      const A inv = A(1) / __builtin_sqrt(var[c] + A(norm.eps));
-      n.inv_std[l] = inv, n.mean[l] = mean[c];
-      n.scale[l] = norm.gamma ? norm.gamma[c] * inv : inv;
-      n.shift[l] = (norm.beta ? norm.beta[c] : A(0)) - mean[c] * n.scale[l];
+      A scale, shift;
+      n.inv_std[l] = fold_norm(norm, c, mean[c], var[c], &scale, &shift);
+      n.mean[l] = mean[c], n.scale[l] = scale, n.shift[l] = shift;
     }
     if constexpr (!kNhwc) {
       n.scale = broadcast(n.scale[0]), n.shift = broadcast(n.shift[0]);

@@ -212,14 +212,6 @@ void run_group(const FilterJob<A>& job, const SortedImage<A>& image, int64_t fir
   }
 }
 
-int64_t greatest_common_divisor(int64_t a, int64_t b) {
-  while (b != 0) {
-    const int64_t rest = a % b;
-    a = b, b = rest;
-  }
-  return a;
-}
-
 }  // namespace
 
 namespace DK_ISA {

@@ -155,6 +155,15 @@ DK_INLINE X masked(X grad, X z, Activation activation) {
   return grad;
 }
 
+// Normalisation and affine map of channel c as one multiply-add. Returns 1 / the standard deviation.
+template <typename A>
+DK_INLINE A fold_norm(const BatchNorm<A>& norm, int64_t c, A mean, A var, A* scale, A* shift) {
+  const A inv = A(1) / __builtin_sqrt(var + A(norm.eps));
+  *scale = norm.gamma ? norm.gamma[c] * inv : inv;
+  *shift = (norm.beta ? norm.beta[c] : A(0)) - mean * *scale;
+  return inv;
+}
+
 // Chan, Golub and LeVeque's update: (n values with this mean and m2, the sum of squared deviations) joins (seen values
 // with mean and m2). X, deduced from the last two: double or a vector of them.
 template <typename X>

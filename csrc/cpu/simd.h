@@ -36,9 +36,16 @@ using Vec = typename VectorOf<A, kLanes<A>>::type;
 
 #define DK_INLINE inline __attribute__((always_inline))
 
-DK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-DK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+DK_INLINE constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+DK_INLINE constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 DK_INLINE int64_t rounded_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+DK_INLINE int64_t greatest_common_divisor(int64_t a, int64_t b) {
+  while (b != 0) {
+    const int64_t rest = a % b;
+    a = b, b = rest;
+  }
+  return a;
+}
 
 template <typename A>
 DK_INLINE Vec<A> load(const A* p) {

@@ -1,0 +1,269 @@
+// Inference of the 3x3 atrous depthwise convolution on NHWC images, pixel by pixel: a few results a rate apart take all
+// their channels in turn, so that memory is read and written in runs as long as a pixel. For the per-instruction-set
+// files only: everything here has internal linkage.
+//
+// With pixels of some KB, going along the columns with a vector or two of channels would touch another page at every
+// step; a run of channels needs but the pages of the 18 pixels that four results read. The nine weights of a vector
+// are loaded once for these four. Taps in the padding are left out, never multiplied.
+#pragma once
+
+#include "microkernels.h"
+#include "scratch.h"
+#include "workspace.h"
+
+namespace deeplab_kernels::cpu {
+namespace {
+
+template <typename T>
+class Pixels {
+ public:
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  static constexpr int64_t L = kLanes<A>;
+
+  static bool serve(const DepthwiseShape& s) {
+    return s.channels_last && s.kernel_h == 3 && s.kernel_w == 3 && s.multiplier == 1 && s.channels >= L;
+  }
+
+  // How the results are cut: into runs of rows and, where rows are few, tiles of columns.
+  struct Cut {
+    int64_t tiles, pieces;
+  };
+  static Cut cut(const DepthwiseShape& s) {
+    const int64_t rows = larger(1, s.batch * s.out_h);
+    const int64_t tiles = larger(1, smaller(s.out_w / 4, kFewestPieces / rows));
+    return {tiles, tiles * s.batch * s.out_h};
+  }
+
+  // norm null: the convolution alone.
+  Pixels(const DepthwiseShape& shape, const T* weight, const BatchNorm<A>* norm) : s_(shape) {
+    vectors_ = (s_.channels + L - 1) / L;
+    row_step_ = s_.rate_h / greatest_common_divisor(s_.rate_h, s_.stride_h);
+    Arena measure(nullptr);
+    allocate(measure, norm);
+    Arena arena(thread_scratch(measure.used()));
+    allocate(arena, norm);
+    activation_ = norm ? norm->activation : Activation::kNone;
+    for (int64_t k = 0; k < vectors_; ++k)
+      for (int64_t l = 0; l < L; ++l) {
+        const int64_t c = channel(k) + l;
+        for (int64_t t = 0; t < 9; ++t) weights_[(k * 9 + t) * L + l] = widen(weight[c * 9 + t]);
+        if (norm) fold_norm(*norm, c, norm->mean[c], norm->var[c], scale_ + k * L + l, shift_ + k * L + l);
+      }
+    count_segments();
+  }
+
+  // The pieces [begin, end), which are the rows of one tile of one image after another.
+  void run(const Cut& cut, int64_t begin, int64_t end, const T* x, T* out) const {
+    while (begin < end) {
+      const int64_t strip = begin / s_.out_h, first = begin % s_.out_h;
+      const int64_t last = smaller(s_.out_h, first + end - begin);
+      const int64_t image = strip / cut.tiles, tile = strip % cut.tiles;
+      const IndexRange columns{s_.out_w * tile / cut.tiles, s_.out_w * (tile + 1) / cut.tiles};
+      const T* x_image = x + image * s_.in_h * s_.in_w * s_.channels;
+      T* out_image = out + image * s_.out_h * s_.out_w * s_.channels;
+      for (int64_t phase = first; phase < smaller(last, first + row_step_); ++phase)
+        for (int64_t i = phase; i < last; i += row_step_)
+          row(i, columns, x_image, out_image + i * s_.out_w * s_.channels);
+      begin += last - first;
+    }
+  }
+
+ private:
+  static constexpr int64_t kFewestPieces = 32;
+  static constexpr int64_t kVectorsOfLine = larger(1, 64 / int64_t(L * sizeof(T)));
+
+  template <int kNumber>
+  struct Number {
+    static constexpr int kValue = kNumber;
+  };
+
+  // Columns of results whose taps [first, first + taps) of each kernel row lie inside the image.
+  struct ColumnSegment {
+    IndexRange columns;
+    int first, taps;
+  };
+
+  // What a block of results reads and writes; distances in values.
+  struct Block {
+    const T* x;        // first tap of the first result
+    int64_t row, tap;  // from one tap to the next, down and to the right
+    int64_t result;    // from one result's taps to the next one's
+    T* out;
+    int64_t next;      // from one result to the next
+    const A* weights;  // of the first tap
+    const T* ahead;    // pixels, `result` apart, that the next row of results reads first; null: none
+  };
+
+  void allocate(Arena& arena, bool with_norm) {
+    weights_ = arena.take<A>(vectors_ * 9 * L);
+    scale_ = with_norm ? arena.take<A>(vectors_ * L) : nullptr;
+    shift_ = with_norm ? arena.take<A>(vectors_ * L) : nullptr;
+  }
+
+  // The last vector overlaps the one before it where the channels are no multiple: it writes the same values again.
+  int64_t channel(int64_t vector) const { return smaller(vector * L, s_.channels - L); }
+
+  void count_segments() {
+    int64_t cuts[8] = {0, s_.out_w};
+    IndexRange inside[3];
+    for (int v = 0; v < 3; ++v) {
+      inside[v] = tap_outputs(v, s_.stride_w, s_.rate_w, s_.pad_left, s_.in_w, s_.out_w);
+      cuts[2 + 2 * v] = inside[v].begin, cuts[3 + 2 * v] = larger(inside[v].begin, inside[v].end);
+    }
+    for (int a = 1; a < 8; ++a)
+      for (int b = a; b > 0 && cuts[b - 1] > cuts[b]; --b) {
+        const int64_t greater = cuts[b - 1];
+        cuts[b - 1] = cuts[b], cuts[b] = greater;
+      }
+    for (int k = 0; k < 7; ++k) {
+      if (cuts[k] == cuts[k + 1]) continue;
+      ColumnSegment segment{{cuts[k], cuts[k + 1]}, 0, 0};
+      for (int v = 2; v >= 0; --v)
+        if (inside[v].begin <= cuts[k] && cuts[k] < inside[v].end) segment.first = v, ++segment.taps;
+      segments_[segment_count_++] = segment;
+    }
+  }
+
+  void row(int64_t i, const IndexRange& columns, const T* x, T* out) const {
+    int first = 3, taps = 0;
+    for (int u = 2; u >= 0; --u) {
+      const int64_t h = tap_input(i, u, s_.stride_h, s_.rate_h, s_.pad_top);
+      if (h >= 0 && h < s_.in_h) first = u, ++taps;
+    }
+    for (int k = 0; k < segment_count_; ++k) {
+      ColumnSegment segment = segments_[k];
+      segment.columns.begin = larger(segment.columns.begin, columns.begin);
+      segment.columns.end = smaller(segment.columns.end, columns.end);
+      if (segment.columns.begin >= segment.columns.end) continue;
+      if (taps == 0 || segment.taps == 0) {
+        results<0, 0>(i, 0, segment, x, out);
+        continue;
+      }
+      switch (3 * (taps - 1) + segment.taps - 1) {
+        case 0:
+          results<1, 1>(i, first, segment, x, out);
+          break;
+        case 1:
+          results<1, 2>(i, first, segment, x, out);
+          break;
+        case 2:
+          results<1, 3>(i, first, segment, x, out);
+          break;
+        case 3:
+          results<2, 1>(i, first, segment, x, out);
+          break;
+        case 4:
+          results<2, 2>(i, first, segment, x, out);
+          break;
+        case 5:
+          results<2, 3>(i, first, segment, x, out);
+          break;
+        case 6:
+          results<3, 1>(i, first, segment, x, out);
+          break;
+        case 7:
+          results<3, 2>(i, first, segment, x, out);
+          break;
+        default:
+          results<3, 3>(i, first, segment, x, out);
+      }
+    }
+  }
+
+  // The results of a segment of row i, whose taps first ... first + kTapsV - 1 down the image lie inside it.
+  template <int kTapsV, int kTapsH>
+  void results(int64_t i, int first, const ColumnSegment& segment, const T* x, T* out) const {
+    const int64_t c = s_.channels, end = segment.columns.end;
+    const int64_t h = kTapsV > 0 ? tap_input(i, first, s_.stride_h, s_.rate_h, s_.pad_top) : 0;
+    const int64_t new_h = h + (kTapsV - 1) * s_.rate_h + row_step_ * s_.stride_h;
+    const bool more = kTapsV > 0 && kTapsH > 0 && new_h < s_.in_h;
+    auto block = [&](int64_t j, int64_t apart) -> Block {
+      const int64_t w = kTapsH > 0 ? tap_input(j, segment.first, s_.stride_w, s_.rate_w, s_.pad_left) : 0;
+      return {x + (h * s_.in_w + w) * c,
+              s_.rate_h * s_.in_w * c,
+              s_.rate_w * c,
+              apart * s_.stride_w * c,
+              out + j * c,
+              apart * c,
+              weights_ + (3 * first + segment.first) * L,
+              more ? x + (new_h * s_.in_w + w) * c : nullptr};
+    };
+    int64_t j = segment.columns.begin;
+    // Results whose taps fall on each other's share what they read: a rate apart at stride 1, any at stride 2, rate 1.
+    auto slide = [&](auto kResults, auto shared, int64_t apart) __attribute__((always_inline)) {
+      constexpr int B = decltype(kResults)::kValue;
+      for (; j + B * apart <= end; j += B * apart)
+        for (int64_t q = 0; q < apart; ++q) compute<kTapsV, kTapsH, B, decltype(shared)::kValue>(block(j + q, apart));
+    };
+    if (s_.stride_w == 1) {
+      slide(Number<4>(), Number<1>(), s_.rate_w);
+      slide(Number<3>(), Number<1>(), s_.rate_w);
+      slide(Number<2>(), Number<1>(), s_.rate_w);
+    } else if (s_.stride_w == 2 && s_.rate_w == 1) {
+      slide(Number<4>(), Number<2>(), 1);
+    }
+    slide(Number<4>(), Number<0>(), 1);
+    slide(Number<1>(), Number<0>(), 1);
+  }
+
+  // B results whose taps lie kShared taps apart (0: anywhere).
+  template <int kTapsV, int kTapsH, int B, int kShared>
+  void compute(const Block& given) const {
+    // Copies, which the compiler knows that no store changes.
+    const Block block = given;
+    const A *scale = scale_, *shift = shift_;
+    const Activation activation = activation_;
+    const int64_t vectors = vectors_, last_channel = s_.channels - L;
+    for (int64_t k = 0; k < vectors; ++k) {
+      const int64_t c = smaller(k * L, last_channel);
+      if (block.ahead && k % kVectorsOfLine == 0) {
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) __builtin_prefetch(block.ahead + b * block.result + c, 0, 2);
+      }
+      const A* weights = block.weights + k * 9 * L;
+      V acc[B] = {};
+#pragma GCC unroll 3
+      for (int u = 0; u < kTapsV; ++u) {
+        const T* p = block.x + u * block.row + c;
+        V weight[kTapsH > 0 ? kTapsH : 1];
+#pragma GCC unroll 3
+        for (int v = 0; v < kTapsH; ++v) weight[v] = load(weights + (3 * u + v) * L);
+        if constexpr (kShared > 0) {
+#pragma GCC unroll 16
+          for (int column = 0; column < (B - 1) * kShared + kTapsH; ++column) {
+            const V input = load(p + column * block.tap);
+#pragma GCC unroll 4
+            for (int b = 0; b < B; ++b)
+              if (column >= b * kShared && column < b * kShared + kTapsH)
+                acc[b] += weight[column - b * kShared] * input;
+          }
+        } else {
+#pragma GCC unroll 4
+          for (int b = 0; b < B; ++b)
+#pragma GCC unroll 3
+            for (int v = 0; v < kTapsH; ++v) acc[b] += weight[v] * load(p + b * block.result + v * block.tap);
+        }
+      }
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) {
+        T* out = block.out + b * block.next + c;
+        if (scale)
+          store(out, activated(acc[b] * load(scale + k * L) + load(shift + k * L), activation));
+        else
+          store(out, acc[b]);
+      }
+    }
+  }
+
+  DepthwiseShape s_;
+  int64_t vectors_;
+  int64_t row_step_;  // rows of results that read the same rows of x lie this far apart
+  Activation activation_;
+  A *weights_, *scale_, *shift_;  // scale_ null: no normalisation
+  ColumnSegment segments_[7];
+  int segment_count_ = 0;
+};
+
+}  // namespace
+}  // namespace deeplab_kernels::cpu
