@@ -3,6 +3,7 @@ without a GPU.
 
     python benchmarks/triton_resources.py          # sm_80, 90, 100, 120; writes results/compile/triton_resources.*
     python benchmarks/triton_resources.py --arch 90 --shapes A12 --dtype bf16 --no-write
+    python benchmarks/triton_resources.py --kernels 'pyramid|sum_slices'     # others' figures are kept
 
 The operators run on meta tensors of a layer's real shape; every launch is caught and compiled as Triton would on that
 GPU, with the tiles chosen for the shape. ptxas reports the resources; the widths come from the machine code.
@@ -366,12 +367,13 @@ def _layers(shapes: list[str], dtypes: list[str]) -> Iterator[tuple[str, str, st
         yield f"{layer.name}/N8", dtype, layout, found
 
 
-def measure(shapes: list[str], dtypes: list[str], architectures: list[int]) -> Iterator[Resources]:
-    """One row per distinct machine code; what several shapes share is listed under the first."""
+def measure(shapes: list[str], dtypes: list[str], architectures: list[int], kernels: str = "") -> Iterator[Resources]:
+    """One row per distinct machine code; what several shapes share is listed under the first. ``kernels``: a regular
+    expression for their names."""
     seen: set[tuple[Any, ...]] = set()
     for shape, dtype, layout, found in itertools.chain(_layers(shapes, dtypes), _filters()):
         for launch in found:
-            if launch.code in seen:
+            if launch.code in seen or not re.search(kernels, launch.kernel.__name__):
                 continue
             seen.add(launch.code)
             for arch in architectures:
@@ -383,6 +385,12 @@ def measure(shapes: list[str], dtypes: list[str], architectures: list[int]) -> I
                         arch, launch.num_warps, usage["registers"], usage["shared_bytes"]
                     ),
                 )  # fmt: skip
+
+
+def _kept(kernels: str) -> list[Resources]:
+    """Rows of the file whose kernels do not match."""
+    stored = json.loads(FILE.read_text())["kernels"] if FILE.exists() else []
+    return [Resources(**row) for row in stored if not re.search(kernels, f"_{row['kernel']}")]
 
 
 def table(rows: list[Resources]) -> str:
@@ -410,10 +418,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="compute capabilities")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=sorted(layers.NAMED))
     parser.add_argument("--dtype", nargs="+", default=["bf16", "fp32"], choices=sorted(DTYPES))
+    parser.add_argument("--kernels", default="", help="compile only kernels that match; others' figures are kept")
     parser.add_argument("--no-write", action="store_true", help=f"print only; do not write {FILE.name} and its table")
     options = parser.parse_args(arguments)
-    rows = []
-    for row in measure(options.shapes, options.dtype, options.arch):
+    rows = _kept(options.kernels) if options.kernels else []
+    for row in measure(options.shapes, options.dtype, options.arch, options.kernels):
         rows.append(row)
         if row.spill_bytes:
             print(f"SPILL: {row}", file=sys.stderr)

@@ -242,9 +242,12 @@ def test_agrees_with_reference(forward_run: Run) -> None:
 def test_every_schedule_gives_the_same_bits(
     order: str, seed: int, driver: Path, forward_run: Run, tmp_path: Path
 ) -> None:
-    run = Run(driver, CASES, tmp_path, order, seed)
+    some = [case for case in CASES if case.n][seed::2]
+    run = Run(driver, some, tmp_path, order, seed)
     assert not run.error, run.error
-    assert run.data == forward_run.data
+    for case in some:
+        for result, wanted in zip(run.results[case], forward_run.results[case], strict=True):
+            assert result is wanted is None or torch.equal(result, wanted), case.name
 
 
 def test_every_barrier_is_needed(driver: Path, forward_run: Run, tmp_path: Path) -> None:
@@ -253,7 +256,8 @@ def test_every_barrier_is_needed(driver: Path, forward_run: Run, tmp_path: Path)
     own = [barrier for barrier in forward_run.barriers if barrier.startswith("atrous_spatial_pyramid")]
     assert len(own) >= 8
     few = [c for c in CASES if c.n and c.dtype == torch.float32 and not c.misalign and c.kernel == (3, 3)]
-    few = [c for c in few if c.size in ((9, 7), (33, 33)) and len(c.rates) == 3 and c.norm and c.need[0]]
+    few = [c for c in few if c.size == (9, 7) and len(c.rates) == 3 and c.norm and c.affine and c.batch_statistics]
+    few = [c for c in few if c.need == (True, True) or (c.op == "backward" and c.need[0])]
     baseline = Run(driver, few, tmp_path, "forward")
     for barrier in own:
         unnoticed = all(

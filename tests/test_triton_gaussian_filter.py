@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -31,24 +30,6 @@ def test_on_the_gpu() -> None:
     run_cases("triton_gaussian_cases.py", interpreted=False)
 
 
-def launches(values: torch.Tensor, features: torch.Tensor, *radius: tuple[int, int]) -> list:
-    """Every launch of forward and backward on meta tensors."""
-    import triton_resources
-
-    name = "local_gaussian_filter" if radius else "gaussian_filter"
-    module = importlib.import_module(f"deeplab_kernels.triton.{name}")
-    caught = {}
-
-    def catch(kernel, grid, arguments, warps, device):
-        launch = triton_resources._specialise(name, kernel, grid, arguments, warps)
-        caught.setdefault(launch.code, launch)
-
-    with mock.patch.object(module, "_launch", catch):
-        grad = torch.empty_like(getattr(module, name)(values, features, *radius))
-        getattr(module, f"{name}_backward")(grad, values, features, *radius, True, True)
-    return list(caught.values())
-
-
 @compiled_here
 @pytest.mark.parametrize("precision", ["highest", "high"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -60,7 +41,7 @@ def test_exact_compiles_without_spills(dtype: torch.dtype, precision: str) -> No
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        found = launches(values, features)
+        found = triton_resources.filter_launches(values, features)
     finally:
         torch.set_float32_matmul_precision(before)
     assert {launch.kernel.__name__ for launch in found} == {"_morton_kernel", "_filter_kernel", "_grad_features_kernel"}
@@ -81,7 +62,7 @@ def test_exact_compiles_without_spills(dtype: torch.dtype, precision: str) -> No
 def test_exact_compiles_for_other_gpus(arch: int) -> None:
     import triton_resources
 
-    for launch in launches(torch.empty(2, 1, 1, device="meta"), torch.empty(2, 1, 1, device="meta")):
+    for launch in triton_resources.filter_launches(*(torch.empty(2, 1, 1, device="meta") for _ in range(2))):
         usage = triton_resources.inspect(triton_resources.compile_launch(launch, arch))
         assert usage["spill_bytes"] == 0
         assert usage["shared_bytes"] <= SHARED_BYTES
@@ -93,7 +74,7 @@ def test_local_compiles_without_spills(arch: int) -> None:
     import triton_resources
 
     values, features = torch.empty(1, 21, 99, 101, device="meta"), torch.empty(1, 5, 99, 101, device="meta")
-    for launch in launches(values, features, (5, 5)):
+    for launch in triton_resources.filter_launches(values, features, (5, 5)):
         assert triton_resources.inspect(triton_resources.compile_launch(launch, arch))["spill_bytes"] == 0
 
 
