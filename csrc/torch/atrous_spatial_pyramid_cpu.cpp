@@ -11,8 +11,6 @@
 namespace deeplab_kernels {
 namespace {
 
-using Tensors = std::vector<Tensor>;
-
 struct Branches {
   const std::vector<DepthwiseShape> shapes;
   Branches(const Tensor& x, const Tensor& weight, const Ints& dilation)
@@ -51,22 +49,6 @@ bool check_statistics(const NormTensors& norm, const OptionalTensor& mean, const
                     "gamma, beta and an activation need mean and var");
   }
   return mean.has_value();
-}
-
-Tensor empty_pooled(const Tensor& x, bool wanted) {
-  const std::vector<int64_t> size = wanted ? std::vector<int64_t>{x.size(0), x.size(1), 1, 1} : std::vector<int64_t>{0};
-  return torch::stable::empty(size, x.scalar_type(), std::nullopt, x.device());
-}
-
-Tensors empty_images(const Tensor& x, int64_t count, bool channels_last) {
-  Tensors images;
-  for (int64_t r = 0; r < count; ++r)
-    images.push_back(empty_nchw({x.size(0), x.size(1), x.size(2), x.size(3)}, x, channels_last));
-  return images;
-}
-
-Tensor empty_branch_vectors(const Tensor& x, int64_t branches) {
-  return torch::stable::empty({branches, x.size(1)}, accumulation_type(x.scalar_type()), std::nullopt, x.device());
 }
 
 Tensors all_as_dtype(Tensors tensors, ScalarType dtype) {

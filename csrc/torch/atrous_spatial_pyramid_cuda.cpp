@@ -11,8 +11,6 @@
 namespace deeplab_kernels {
 namespace {
 
-using Tensors = std::vector<Tensor>;
-
 cuda::PyramidShape pyramid_shape(const Tensor& x, const Tensor& weight, const Ints& dilation) {
   const bool channels_last = pyramid_branches(x, weight, dilation)[0].channels_last;
   return {x.size(0), x.size(1), x.size(2), x.size(3), weight.size(3), weight.size(4), channels_last, dilation};
@@ -27,22 +25,6 @@ cuda::NormParameters norm_of(const OptionalTensor& gamma, const OptionalTensor& 
   if (var) check_branch_vectors(*var, "var", shape.branches(), x);
   STD_TORCH_CHECK(mean.has_value() == var.has_value(), "mean and var must both be given or both be None");
   return {in_or_null(gamma), in_or_null(beta), in_or_null(mean), in_or_null(var), eps, activation_of(activation)};
-}
-
-Tensors images_like(const Tensor& x, const cuda::PyramidShape& shape, bool wanted = true) {
-  Tensors images;
-  for (int64_t r = 0; wanted && r < shape.branches(); ++r)
-    images.push_back(empty_nchw({shape.batch, shape.channels, shape.height, shape.width}, x, shape.channels_last));
-  return images;
-}
-
-Tensor pooled_like(const Tensor& x, const cuda::PyramidShape& shape, bool pool) {
-  return pool ? empty_nchw({shape.batch, shape.channels, 1, 1}, x, false) : empty_vector(0, x, x.scalar_type());
-}
-
-Tensor vectors_like(const Tensor& x, const cuda::PyramidShape& shape) {
-  return torch::stable::empty({shape.branches(), shape.channels}, accumulation_type(x.scalar_type()), std::nullopt,
-                              x.device());
 }
 
 std::vector<void*> pointers(const Tensors& tensors) {
@@ -75,8 +57,8 @@ std::tuple<Tensors, Tensor> pyramid(const Tensor& x_any, const Tensor& weight_an
   Launcher launcher(x_any);
   const Tensor x = with_layout(x_any, shape.channels_last), weight = torch::stable::contiguous(weight_any);
   const cuda::NormParameters norm = norm_of(gamma, beta, mean, var, eps, activation, shape, x);
-  const Tensors result = images_like(x, shape);
-  const Tensor pooled = pooled_like(x, shape, pool);
+  const Tensors result = empty_images(x, shape.branches(), shape.channels_last);
+  const Tensor pooled = empty_pooled(x, pool);
   cuda::atrous_spatial_pyramid(launcher.context(), dtype_of(x), shape, in(x), in(weight), norm, pointers(result).data(),
                                out_or_null(pooled, pool));
   return {result, pooled};
@@ -90,8 +72,10 @@ std::tuple<Tensors, Tensors, Tensor, Tensor, Tensor> training(const Tensor& x_an
   Launcher launcher(x_any);
   const Tensor x = with_layout(x_any, shape.channels_last), weight = torch::stable::contiguous(weight_any);
   const cuda::NormParameters norm = norm_of(gamma, beta, std::nullopt, std::nullopt, eps, activation, shape, x);
-  const Tensors result = images_like(x, shape), conv = images_like(x, shape, save_conv);
-  const Tensor pooled = pooled_like(x, shape, pool), mean = vectors_like(x, shape), var = vectors_like(x, shape);
+  const Tensors result = empty_images(x, shape.branches(), shape.channels_last),
+                conv = empty_images(x, save_conv ? shape.branches() : 0, shape.channels_last);
+  const Tensor pooled = empty_pooled(x, pool), mean = empty_branch_vectors(x, shape.branches()),
+               var = empty_branch_vectors(x, shape.branches());
   cuda::atrous_spatial_pyramid_training(launcher.context(), dtype_of(x), shape, in(x), in(weight), norm,
                                         pointers(result).data(), save_conv ? pointers(conv).data() : nullptr, out(mean),
                                         out(var), out_or_null(pooled, pool));
@@ -120,14 +104,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensors& grad_any, con
                     "grad_pooled must have shape (N, C, 1, 1) and the dtype and device of x");
     grad_pooled = torch::stable::contiguous(*grad_pooled_any);
   }
-  const Tensor grad_x = need_grad_x ? images_like(x, shape)[0] : empty_vector(0, x, x.scalar_type());
+  const Tensor grad_x = need_grad_x ? empty_images(x, 1, shape.channels_last)[0] : empty_vector(0, x, x.scalar_type());
   const Tensor grad_weight =
       need_grad_weight ? torch::stable::empty({weight.size(0), weight.size(1), 1, weight.size(3), weight.size(4)},
                                               weight.scalar_type(), std::nullopt, weight.device())
                        : empty_vector(0, x, x.scalar_type());
   const ScalarType acc = accumulation_type(x.scalar_type());
-  const Tensor grad_gamma = mean ? vectors_like(x, shape) : empty_vector(0, x, acc);
-  const Tensor grad_beta = mean ? vectors_like(x, shape) : empty_vector(0, x, acc);
+  const Tensor grad_gamma = mean ? empty_branch_vectors(x, shape.branches()) : empty_vector(0, x, acc);
+  const Tensor grad_beta = mean ? empty_branch_vectors(x, shape.branches()) : empty_vector(0, x, acc);
   cuda::atrous_spatial_pyramid_backward(
       launcher.context(), dtype_of(x), shape, const_pointers(grad).data(), in_or_null(grad_pooled), in(x), in(weight),
       conv.empty() ? nullptr : const_pointers(conv).data(), norm, batch_statistics, out_or_null(grad_x, need_grad_x),

@@ -5,6 +5,8 @@
 
 namespace deeplab_kernels {
 
+using Tensors = std::vector<Tensor>;
+
 // Geometry of each branch; weight (R, C, 1, kh, kw), dilation R pairs.
 inline std::vector<DepthwiseShape> pyramid_branches(const Tensor& x, const Tensor& weight,
                                                     const std::vector<int64_t>& dilation) {
@@ -36,8 +38,25 @@ inline void check_branch_vectors(const Tensor& v, const char* name, int64_t bran
   STD_TORCH_CHECK(v.device() == x.device(), name, " must be on the device of x");
 }
 
-inline void check_branch_count(const std::vector<Tensor>& tensors, const char* name, int64_t branches) {
+inline void check_branch_count(const Tensors& tensors, const char* name, int64_t branches) {
   STD_TORCH_CHECK(int64_t(tensors.size()) == branches, name, " must hold one tensor for each branch");
+}
+
+// What a call returns: the mean (shape (0,) where it is not wanted), one image for each branch, (R, C) vectors.
+inline Tensor empty_pooled(const Tensor& x, bool wanted) {
+  const std::vector<int64_t> size = wanted ? std::vector<int64_t>{x.size(0), x.size(1), 1, 1} : std::vector<int64_t>{0};
+  return torch::stable::empty(size, x.scalar_type(), std::nullopt, x.device());
+}
+
+inline Tensors empty_images(const Tensor& x, int64_t count, bool channels_last) {
+  Tensors images;
+  for (int64_t r = 0; r < count; ++r)
+    images.push_back(empty_nchw({x.size(0), x.size(1), x.size(2), x.size(3)}, x, channels_last));
+  return images;
+}
+
+inline Tensor empty_branch_vectors(const Tensor& x, int64_t branches) {
+  return torch::stable::empty({branches, x.size(1)}, accumulation_type(x.scalar_type()), std::nullopt, x.device());
 }
 
 }  // namespace deeplab_kernels
