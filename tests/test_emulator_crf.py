@@ -240,7 +240,7 @@ BAD_POINT = [
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stems = ("permutohedral", "permutohedral_build", "dense_crf", "sort")
     kernels = [_emulator.CSRC / "cuda" / f"{stem}.cu" for stem in stems]
-    return _emulator.build(tmp_path_factory.mktemp("emulator_crf"), "crf_driver.cpp", kernels)
+    return _emulator.build(tmp_path_factory, "crf_driver.cpp", kernels)
 
 
 @pytest.fixture(scope="session")
