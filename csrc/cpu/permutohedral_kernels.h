@@ -428,9 +428,10 @@ struct Kernels {
 
   template <int kPacks>
   DK_INLINE static void prefetch_row(const T* row) {
+    // Rows begin at multiples of 32 bytes, or hold one element.
     constexpr int kBytes = (kPacks ? kPacks * kPack : 1) * int(sizeof(T));
-    for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + i);
-    if (kBytes > 4) __builtin_prefetch(reinterpret_cast<const char*>(row) + kBytes - 1);
+    for (int i = 0; i + 64 <= kBytes; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + i);
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + kBytes - 1);
   }
 
   // Rows that stay in registers. One row's chain of dependent steps is long: several rows fill each other's gaps.

@@ -233,6 +233,26 @@ void threads() {
   thread_count = 1;
 }
 
+// Results point after point, without gaps: nothing may be written behind them.
+void point_by_point() {
+  const int64_t points = 300;
+  const Values features = random_values(2 * points, 3, 5);
+  const Lattice<double> lattice(1, 2, points, in(features, 2, points), pool);
+  for (int64_t channels : {1, 2, 7, 8, 9, 21}) {
+    const Values values = random_values(size_t(channels * points), 1, 6);
+    Values by_channel(values.size()), by_point(values.size());
+    const auto filter = [&](Strided<double> out) {
+      permutohedral_filter(lattice, channels, in(values, channels, points), out, Normalization::kSymmetric,
+                           LatticeScale::kExactSum, false, pool);
+    };
+    filter(strided(by_channel, channels, points));
+    filter({by_point.data(), channels * points, 1, channels});
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t p = 0; p < points; ++p)
+        expect(by_channel[size_t(c * points + p)] == by_point[size_t(p * channels + c)], "point by point", channels, p);
+  }
+}
+
 void bad_features() {
   const float nan = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
   for (float bad : {nan, infinity, -infinity, 1e30f, -1e9f})
@@ -291,6 +311,7 @@ int main() {
   for (int64_t n : {1, 3}) {
     thread_count = n;
     filters();
+    point_by_point();
     bad_features();
     empty();
   }
