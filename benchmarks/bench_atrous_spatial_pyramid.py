@@ -252,6 +252,15 @@ def _pair(values: Sequence[float]) -> str:
     return " / ".join(f"{v:.2f}" for v in values) or "-"
 
 
+def chosen(args: argparse.Namespace) -> list[Shape]:
+    if args.quick or not args.shapes:
+        return SHAPES[:1] if args.quick else SHAPES
+    known = {shape.name: shape for shape in SHAPES}
+    if unknown := set(args.shapes.split(",")) - known.keys():
+        raise SystemExit(f"--shapes: {', '.join(sorted(unknown))}: none of {', '.join(known)}")
+    return [known[name] for name in args.shapes.split(",")]
+
+
 @pytest.mark.parametrize("contender", ["one pass nhwc", "rate by rate nhwc", "eager nchw"])
 def test_operator(benchmark, contender: str) -> None:
     benchmark.pedantic(operator(SHAPES[0], "inference")[contender], rounds=5, warmup_rounds=1)
@@ -260,6 +269,7 @@ def test_operator(benchmark, contender: str) -> None:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"only {SHAPES[0].name}")
+    parser.add_argument("--shapes", help="names of shapes, with commas between")
     parser.add_argument("--compile", action="store_true", help="torch.compile too, of the stage in inference")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each contender at most")
@@ -282,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
     statistic = "min_ms" if args.cpu_time else "median_ms"
     file = measure.results_folder() / FILE
     content = {"machine": measure.machine(), **measure.stamp(), "madds_per_second": rate, "records": records}
-    for shape in SHAPES[:1] if args.quick else SHAPES:
+    for shape in chosen(args):
         check(shape)
         for what in ("operator", "stage"):
             for mode in MODES:

@@ -21,6 +21,7 @@ from _cases import (
     leaves,
     weight_gradient_magnitude,
 )
+from _instruction_sets import run_tests_with
 from _threads import assert_same_bits
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -62,7 +63,7 @@ PYRAMIDS = [
     Pyramid((2, 3, 9, 7), (1, 2, 4, 3)),  # few channels and narrow rows: branch by branch
     Pyramid((1, 9, 9, 21), (1, 2), kernel=(3, 5)),
     Pyramid((2, 8, 7, 9), (2, 1), kernel=(2, 4)),
-    Pyramid((1, 70, 2, 1), (1, 6)),
+    Pyramid((2, 70, 2, 3), (1, 6)),
     Pyramid((0, 8, 9, 9), (1, 2)),
 ]
 SMALL = [Pyramid((2, 1, 3, 4), (1, (2, 1))), Pyramid((1, 2, 2, 3), (2, 5, 1), kernel=(1, 3))]
@@ -220,6 +221,12 @@ def test_values_and_gradients(pyramid, mode, layout, dtype, device):
     for name in ("means", "variances"):
         for tensors in zip(*(getattr(i, name) for i in (inputs, plain, exact)), strict=True):
             assert_as_exact_as_torch(*tensors, f"running {name}")
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_other_instruction_sets(isa, tmp_path):
+    selection = "(test_values_and_gradients and fp32 and cpu and training) or (test_same_bits and bf16)"
+    run_tests_with(isa, ["test_atrous_spatial_pyramid.py"], selection, tmp_path)
 
 
 @pytest.mark.parametrize("normalise", [False, True])

@@ -19,6 +19,7 @@ sys.path.append(str(BENCHMARKS))
 import bars  # noqa: E402
 import bench_atrous_depthwise as bench  # noqa: E402
 import bench_atrous_separable as separable  # noqa: E402
+import bench_atrous_spatial_pyramid as pyramid  # noqa: E402
 import bench_dense_crf_layer  # noqa: E402
 import bench_models  # noqa: E402
 import builds  # noqa: E402
@@ -68,6 +69,22 @@ def test_names_of_blocks_are_distinct() -> None:
     assert [b.name for b in chosen] == ["256x129->256", "256x129->relu->256", "A12:2048x33r12->relu->256"]
     with pytest.raises(SystemExit, match="weather"):
         separable.chosen(separable.parse(["--blocks", "weather"]))
+
+
+def test_spatial_pyramid() -> None:
+    """Its check passes, and every contender of the operator and the stage runs."""
+    shape = pyramid.Shape(16, 9, (1, 2), 2)
+    pyramid.check(shape)
+    assert shape.madds == 2 * (81 * (16 * (18 + 3 * 256) + 4 * 256 * 256) + 16 * 256)
+    args = pyramid.parse(["--threads", "1", "--cpu-time", "--rounds", "1"])
+    records = [
+        pyramid.measure_case(shape, what, mode, args) for what in ("operator", "stage") for mode in pyramid.MODES
+    ]
+    lines = pyramid.table(records, "min_ms", 1e9).splitlines()
+    assert len(lines) == 2 + len(records)
+    assert [line.count("|") for line in lines] == [len(pyramid.HEAD) + 1] * len(lines)
+    with pytest.raises(SystemExit, match="weather"):
+        pyramid.chosen(pyramid.parse(["--shapes", "weather"]))
 
 
 def test_select() -> None:
