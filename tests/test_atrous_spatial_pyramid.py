@@ -67,7 +67,12 @@ PYRAMIDS = [
     Pyramid((0, 8, 9, 9), (1, 2)),
 ]
 SMALL = [Pyramid((2, 1, 3, 4), (1, (2, 1))), Pyramid((1, 2, 2, 3), (2, 5, 1), kernel=(1, 3))]
-by_pyramid = pytest.mark.parametrize("pyramid", PYRAMIDS, ids=str)
+# float64 and float16 take other kernels' ways: one pyramid by planes and one by branches will do.
+by_pyramid_and_dtype = pytest.mark.parametrize(
+    ("pyramid", "dtype"),
+    [(p, d) for p in PYRAMIDS for d in DTYPES if d in ("fp32", "bf16") or p in (PYRAMIDS[1], PYRAMIDS[3])],
+    ids=str,
+)
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
@@ -173,10 +178,9 @@ def backpropagate(result: Result, grads: Sequence[Tensor], grad_pooled: Tensor) 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES)
 @by_layout
 @pytest.mark.parametrize("mode", ["convolution", "inference", "training"])
-@by_pyramid
+@by_pyramid_and_dtype
 def test_values_and_gradients(pyramid, mode, layout, dtype, device):
     inputs = random_inputs(pyramid, DTYPES[dtype], layout, device)
     plain, exact = inputs.copy(), inputs.copy(torch.float64)
