@@ -200,18 +200,15 @@ def _pyramid_backward_kernel(
                 rate_h = RATES_H[r]
                 rate_w = RATES_W[r]
                 branch_weight = weight + r * TAPS * channels
-                if TAPS <= _KEPT_TAPS:
+                if CHANNELS_LAST and TAPS <= _KEPT_TAPS:
                     for tap in tl.static_range(TAPS):
                         g = _load_gradient(
                             grads[r] + start, h, w, pixel, valid, c, c_valid, tap, channels, height, width,
                             rate_h * (KH - 1) // 2, rate_w * (KW - 1) // 2, rate_h, rate_w, KW, 1, 1, True,
                             CHANNELS_LAST,
                         )  # fmt: skip
-                        if CHANNELS_LAST:
-                            sums += g * _load_tile_weight(branch_weight, tap, c, mask, channels, PIXELS)
-                        else:
-                            sums += g * _load_weight(branch_weight, tap, c, c_valid, channels, TAPS, CHANNELS_LAST)
-                else:
+                        sums += g * _load_tile_weight(branch_weight, tap, c, mask, channels, PIXELS)
+                else:  # unrolled, the taps of all branches would not fit the registers
                     for tap in range(TAPS):
                         g = _load_gradient(
                             grads[r] + start, h, w, pixel, valid, c, c_valid, tap, channels, height, width,
