@@ -87,10 +87,19 @@ def test_depthwise_bytes_and_multiply_adds(tmp_path: Path) -> None:
 def test_gpu_results_are_read_in_microseconds(tmp_path: Path) -> None:
     times = {"ours cuda": {"median_us": 10.0}, "torch eager cudnn": {"median_us": 40.0}, "floor_us": 5.0}
     layer = {"layer": "A12", "batch": 8, "dtype": "bfloat16", "layout": "nhwc", "inference": times}
-    document = {"machine": {"gpu": "G"}, "copy_gb_per_s": 2000.0, "layers": [layer, {**layer, "inference": {}}]}
-    found = rows.read(write(tmp_path, gpu_suite=document)).rows
-    assert [(row.median_ms, row.ratio) for row in found] == [(0.01, 4.0), (0.04, 1.0)]
-    assert found[0].bandwidth_share == pytest.approx(0.5)
+    pyramid = {"pyramid": "P", "batch": 8, "dtype": "float32", "layout": "nhwc", "backward": times}
+    broken = {**layer, "inference": {}, "failed": "RuntimeError: lost"}
+    document = {
+        "machine": {"gpu": "G"}, "copy_gb_per_s": 2000.0, "layers": [layer, broken], "pyramids": [pyramid],
+        "crf": [{"picture": "1x2x3", "times": {"MONAI, 10 iterations": {"median_us": 7.0}}}],
+    }  # fmt: skip
+    results = rows.read(write(tmp_path, gpu_suite=document))
+    found = [(row.case, row.median_ms, row.ratio, row.ours) for row in results.rows]
+    assert found[:2] == [("A12/N8 bfloat16 nhwc", 0.01, 4.0, True), ("A12/N8 bfloat16 nhwc", 0.04, 1.0, False)]
+    assert found[2][:2] == ("P/N8 float32 nhwc", 0.01)
+    assert found[4] == ("CRF 1x2x3", 0.007, None, False)
+    assert results.rows[0].bandwidth_share == pytest.approx(0.5)
+    assert [(u.case, u.reason) for u in results.unavailable] == [("A12/N8 bfloat16 nhwc", "RuntimeError: lost")]
 
 
 @pytest.mark.parametrize(

@@ -280,9 +280,9 @@ def _overhead(subject: str, document: Record) -> Iterable[Row]:
 
 
 def _gpu(subject: str, document: Record) -> Iterable[Row]:
-    """Layers on a GPU, as benchmarks/gpu_suite.py writes them (microseconds)."""
-    for record in document.get("layers", []):
-        case = f"{record['layer']}/N{record['batch']} {record['dtype']} {record['layout']}"
+    """Layers, pyramids and CRFs on a GPU, as benchmarks/gpu_suite.py writes them (microseconds)."""
+    for record in [*document.get("layers", []), *document.get("pyramids", [])]:
+        case = _gpu_case(record)
         for mode in ("inference", "forward", "backward"):
             times = record.get(mode, {})
             rows = [
@@ -297,7 +297,13 @@ def _gpu(subject: str, document: Record) -> Iterable[Row]:
     for record in document.get("crf", []):
         for name, timing in record.get("times", {}).items():
             ours = not name.startswith("MONAI")
-            yield Row(subject, f"CRF {record['picture']}", "", name, ours, timing["median_us"] / 1e3)
+            yield Row(subject, _gpu_case(record), "", name, ours, timing["median_us"] / 1e3)
+
+
+def _gpu_case(record: Record) -> str:
+    if "picture" in record:
+        return f"CRF {record['picture']}"
+    return f"{record.get('layer') or record['pyramid']}/N{record['batch']} {record['dtype']} {record['layout']}"
 
 
 @dataclass(frozen=True)
@@ -380,6 +386,10 @@ def _add(results: Results, name: str, document: Record) -> None:
         for contender, reason in record.get("unavailable", {}).items():
             results.unavailable.append(Unavailable(subject, case, record["mode"], contender, reason))
     results.judged += [(kind.title, case, bar) for case, bar in judges.gpu(document)]
+    for part in ("layers", "pyramids", "crf"):
+        for record in document.get(part, []):
+            if "failed" in record:
+                results.unavailable.append(Unavailable(kind.title, _gpu_case(record), "", "all", record["failed"]))
     for what, reason in document.get("unavailable", {}).items():
         results.unavailable.append(Unavailable("", "all", "", what, reason))
     if monai := document.get("monai"):
