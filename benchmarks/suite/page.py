@@ -277,7 +277,7 @@ def _percent(value: float | None) -> str:
 
 
 _STYLE = """
-main { max-width: 1200px; }
+main { max-width: 1340px; }
 .plot { margin: 0 0 14px; max-width: 760px; }
 .plot figcaption { font-weight: 600; margin-bottom: 4px; }
 .plot svg { min-width: 520px; }
@@ -305,7 +305,8 @@ polyline.hollow { stroke-dasharray: 3 3; }
 .filterable table { margin: 0; width: 100%; }
 .filterable th, .filterable td { padding: 5px 10px; }
 .filterable thead th { position: sticky; top: 0; background: var(--card); z-index: 1; vertical-align: bottom; }
-.filterable td:first-child { font-weight: 600; min-width: 9em; position: sticky; left: 0; background: var(--back); }
+.filterable td:first-child { font-weight: 600; min-width: 9em; overflow-wrap: anywhere; position: sticky; left: 0;
+  background: var(--back); }
 td.number { text-align: right; white-space: nowrap; }
 th button { font: inherit; color: inherit; background: none; border: 0; padding: 0; text-align: left; cursor: pointer; }
 th[aria-sort=ascending] button::after { content: " \\25B2"; }
