@@ -305,13 +305,13 @@ polyline.hollow { stroke-dasharray: 3 3; }
 .filterable table { margin: 0; width: 100%; }
 .filterable th, .filterable td { padding: 5px 10px; }
 .filterable thead th { position: sticky; top: 0; background: var(--card); z-index: 1; vertical-align: bottom; }
-.filterable td:first-child { font-weight: 600; min-width: 9em; overflow-wrap: anywhere; position: sticky; left: 0;
+.filterable td:first-child { font-weight: 600; min-width: 9em; overflow-wrap: break-word; position: sticky; left: 0;
   background: var(--back); }
 td.number { text-align: right; white-space: nowrap; }
 th button { font: inherit; color: inherit; background: none; border: 0; padding: 0; text-align: left; cursor: pointer; }
 th[aria-sort=ascending] button::after { content: " \\25B2"; }
 th[aria-sort=descending] button::after { content: " \\25BC"; }
-@media (max-width: 600px) { .filterable td:first-child { min-width: 7em; max-width: 9em; } }
+@media (max-width: 600px) { .filterable td:first-child { min-width: 9em; max-width: 10em; } }
 tr[data-other] { color: var(--soft); }
 """
 
