@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from layers import Shape
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deeplab_kernels import ops
 from deeplab_kernels.timing import Timing, interleaved
@@ -43,6 +44,15 @@ TUNED_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOL
 
 class CheckFailed(AssertionError):
     """A contender's result is not what float64 says; it must not be timed."""
+
+
+class RefusesOurs(TorchDispatchMode):
+    """Raises CheckFailed where an operator of ours is called: what ours is compared with must be PyTorch alone."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "deeplab_kernels":
+            raise CheckFailed(f"what stands for plain PyTorch calls {func}")
+        return func(*args, **(kwargs or {}))
 
 
 # The machine.

@@ -376,6 +376,13 @@ def test_the_plain_network_is_the_same_network(case: bench_models.Case, monkeypa
         bench_models.check(case)
 
 
+def test_the_plain_network_must_not_call_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = next(case for case in bench_models.QUICK if case.mode == "training")
+    monkeypatch.setattr(bench_models, "PlainConvNormAct", bench_models.ConvNormAct)
+    with pytest.raises(measure.CheckFailed, match=r"calls deeplab_kernels\.batch_norm_act"):
+        bench_models.check(training)
+
+
 def test_table_5_is_measured_in_all_its_rows() -> None:
     cases = [case for case in (*bench_models.CASES, *bench_models.TABLE_5) if case.mode == "inference"]
     rows = {

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from deeplab_kernels.models.heads.aspp import ASPP
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from deeplab_kernels import models
 from deeplab_kernels.nn._halves import conv_norm_act
@@ -181,13 +180,6 @@ def madds(case: Case) -> int:
 # Checks.
 
 
-class _RefusesOurs(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "deeplab_kernels":
-            raise measure.CheckFailed(f"the network in plain PyTorch calls {func}")
-        return func(*args, **(kwargs or {}))
-
-
 def check(case: Case, device: str) -> float:
     """Relative error of ours on one image (a step: two), gradients too; plain PyTorch's modules are the definition.
 
@@ -209,7 +201,7 @@ def check(case: Case, device: str) -> float:
         found = call(case, made, given)()
         return found if isinstance(found, list) else [found]
 
-    with _RefusesOurs():
+    with measure.RefusesOurs():
         exact = results(False, exact_dtype)
     same = TORCH_DTYPES[case.dtype] == exact_dtype
     plain = exact if same else results(False, TORCH_DTYPES[case.dtype])
