@@ -236,8 +236,9 @@ def readme_models_table(results: Mapping[str, Any]) -> str:
             kind = "ours" if name.startswith("ours") else "PyTorch"
             times[kind] = min(times.get(kind, timing["median_ms"]), timing["median_ms"])
         ours, theirs, case = times["ours"], times["PyTorch"], record["case"]
+        allocator = ", malloc's own settings" if record.get("allocator") == "default" else ""
         row = {
-            "case": f"{record['mode']}, output stride {case['output_stride']}, N = {case['batch']}",
+            "case": f"{record['mode']}, output stride {case['output_stride']}, N = {case['batch']}{allocator}",
             "ours / PyTorch's best": f"{ours:.0f} / {theirs:.0f} ms, **{theirs / ours:.2f}x**",
             "as one matrix product": f"{record['floor_ms']:.0f} ms",
         }
