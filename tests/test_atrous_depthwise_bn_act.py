@@ -630,6 +630,64 @@ def test_what_training_keeps_is_a_choice(layout):
         ours(inputs, (None, None), case, training=True, save_conv=1)
 
 
+# Shapes that run by planes, at both strides, with channels that fill no vector and maps that fill no cache.
+PRE_ACTIVATED = [*TRAINABLE, Case((2, 37, 34, 41), padding="same"), Case((2, 70, 33, 35), stride=2, padding="same"),
+                 Case((1, 40, 193, 190), padding="same", dilation=3),
+                 Case((1, 40, 193, 190), stride=2, padding=1)]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", **by_case(PRE_ACTIVATED))
+def test_pre_activation(case, layout, dtype):
+    """The same bits as from an activation in front, and x kept instead of what it gives."""
+    before = ("relu", "relu6")[PRE_ACTIVATED.index(case) % 2]
+    inputs, statistics = random_block(case, DTYPES[dtype], layout)
+    with torch.no_grad():
+        inputs[0] *= 4
+    copies, other = leaves(*inputs), [t.clone() for t in statistics]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        out = ours(inputs, statistics, case, training=True, pre_activation=before)
+    assert case.size[0] * case.size[1] == 0 or inputs[0].data_ptr() in saved
+    expected = ours([activate(copies[0], before), *copies[1:]], other, case, training=True)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    expected.backward(grad)
+    for mine, theirs in zip((out, *statistics), (expected, *other), strict=True):
+        assert torch.equal(mine, theirs)
+    for name, mine, theirs in zip(NAMES, inputs, copies, strict=True):
+        assert torch.equal(mine.grad, theirs.grad), name
+
+
+def test_pre_activation_elsewhere():
+    """Inference, frozen statistics, the definition, and gradients of gradients."""
+    case = Case((2, 3, 7, 9), padding=1)
+    inputs, statistics = random_block(case, torch.float64)
+    x = inputs[0]
+    for training in (False, True):
+        out = ours(inputs, [s.clone() for s in statistics], case, training=training, pre_activation="relu")
+        expected = ours([x.relu(), *inputs[1:]], [s.clone() for s in statistics], case, training=training)
+        assert torch.equal(out, expected)
+
+    def function(*tensors):
+        return ours(tensors, (None, None), case, training=True, activation=None, pre_activation="relu6")
+
+    assert torch.autograd.gradgradcheck(function, inputs)
+    plain = [t.detach() for t in inputs]
+    torch.library.opcheck(TRAINING, (*plain, 1e-5, 1, *case.normalised, False, 1))
+    for before in (1, 2):
+        out, y, mean, var = TRAINING(*plain, 1e-5, 1, *case.normalised, False, before)
+        arguments = (out, *plain[:2], y, *plain[2:], mean, var, 1e-5, 1, True, *case.normalised, True, True, before)
+        torch.testing.assert_close(
+            reference.atrous_depthwise_bn_act_training(*plain, 1e-5, 1, *case.normalised, False, before)[0], out
+        )
+        for mine, exact in zip(
+            BACKWARD(*arguments), reference.atrous_depthwise_bn_act_backward(*arguments), strict=True
+        ):
+            torch.testing.assert_close(mine, exact)
+
+
 def test_meta_device():
     for case in TRAINABLE:
         for training in (False, True):

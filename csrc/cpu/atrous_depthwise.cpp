@@ -73,12 +73,12 @@ void atrous_depthwise_bn_act_inference(const DepthwiseShape& shape, const T* x, 
 template <typename T>
 void atrous_depthwise_bn_act_training(const DepthwiseShape& shape, const T* x, const T* weight,
                                       const NormParameters<acc_t<T>>& norm, T* out, T* y, acc_t<T>* mean, acc_t<T>* var,
-                                      const Parallel& parallel) {
+                                      Activation pre_activation, const Parallel& parallel) {
   const BatchNorm<acc_t<T>> batch_norm{norm.gamma, norm.beta, mean, var, norm.eps, norm.activation};
   const PlanBuilder builder = make_plan<T>(shape, Purpose::kTraining, !weights_finite(shape, weight));
   with_depthwise<T>([&](auto kernels) {
     kernels.training(builder.plan(), stored(x), stored(weight), batch_norm, stored(out), stored(y), mean, var,
-                     parallel);
+                     pre_activation, parallel);
   });
 }
 
@@ -86,11 +86,12 @@ template <typename T>
 void atrous_depthwise_bn_act_backward(const DepthwiseShape& shape, const T* grad_out, const T* x, const T* weight,
                                       const T* y, const NormParameters<acc_t<T>>& norm, const acc_t<T>* mean,
                                       const acc_t<T>* var, bool batch_statistics, T* grad_x, T* grad_weight,
-                                      acc_t<T>* grad_gamma, acc_t<T>* grad_beta, const Parallel& parallel) {
+                                      acc_t<T>* grad_gamma, acc_t<T>* grad_beta, Activation pre_activation,
+                                      const Parallel& parallel) {
   const BatchNorm<acc_t<T>> batch_norm{norm.gamma, norm.beta, mean, var, norm.eps, norm.activation};
   backward<T>(shape,
               {stored(grad_out), stored(x), stored(weight), stored(y), stored(grad_x), stored(grad_weight), grad_gamma,
-               grad_beta},
+               grad_beta, pre_activation},
               weight, &batch_norm, batch_statistics, grad_weight, parallel);
 }
 
@@ -103,10 +104,10 @@ void atrous_depthwise_bn_act_backward(const DepthwiseShape& shape, const T* grad
                                                      const acc_t<T>*, T*, const Parallel&);                            \
   template void atrous_depthwise_bn_act_training<T>(const DepthwiseShape&, const T*, const T*,                         \
                                                     const NormParameters<acc_t<T>>&, T*, T*, acc_t<T>*, acc_t<T>*,     \
-                                                    const Parallel&);                                                  \
+                                                    Activation, const Parallel&);                                      \
   template void atrous_depthwise_bn_act_backward<T>(const DepthwiseShape&, const T*, const T*, const T*, const T*,     \
                                                     const NormParameters<acc_t<T>>&, const acc_t<T>*, const acc_t<T>*, \
-                                                    bool, T*, T*, acc_t<T>*, acc_t<T>*, const Parallel&);
+                                                    bool, T*, T*, acc_t<T>*, acc_t<T>*, Activation, const Parallel&);
 DK_INSTANTIATE(float)
 DK_INSTANTIATE(double)
 DK_INSTANTIATE(torch::headeronly::BFloat16)

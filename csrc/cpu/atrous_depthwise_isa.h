@@ -34,6 +34,7 @@ struct BackwardTensors {
   T* grad_weight;
   A* grad_gamma;
   A* grad_beta;
+  Activation pre_activation = Activation::kNone;  // of x; grad_x is the gradient before it
 };
 
 // norm of forward() and backward() may be null: the convolution alone.
@@ -45,7 +46,7 @@ struct BackwardTensors {
     static void forward(const Plan& plan, const T* x, const T* weight, const BatchNorm<A>* norm, T* out,        \
                         const Parallel& parallel);                                                              \
     static void training(const Plan& plan, const T* x, const T* weight, const BatchNorm<A>& norm, T* out, T* y, \
-                         A* mean, A* var, const Parallel& parallel);                                            \
+                         A* mean, A* var, Activation pre_activation, const Parallel& parallel);                 \
     static void backward(const Plan& plan, const BackwardTensors<T>& tensors, const BatchNorm<A>* norm,         \
                          bool batch_statistics, const Parallel& parallel);                                      \
   };                                                                                                            \

@@ -1058,12 +1058,41 @@ struct Passes {
     return kNhwc ? rounded_up(most, kLanes<A>) : most;
   }
 
-  static void training(const Plan& plan, const T* x, const T* weight, const BatchNorm<A>& norm, T* out, T* y, A* mean,
-                       A* var, const Parallel& parallel) {
+  // Values of x, or of its gradient.
+  static int64_t size_of_x(const Plan& plan) {
     const DepthwiseShape& s = plan.shape;
-    if (!y && by_planes(plan, P::Pass::kTraining, parallel,
-                        [&](auto& planes, int64_t task) { planes.training(task, x, weight, norm, out, mean, var); }))
+    return s.batch * s.channels * s.in_h * s.in_w;
+  }
+  // Calls f(first value, number of values) for the vectors of x.
+  template <typename F>
+  static void vectors_of_x(const Plan& plan, const Parallel& parallel, const F& f) {
+    constexpr int64_t kBlock = 1 << 14, L = kLanes<A>;
+    const int64_t size = size_of_x(plan);
+    parallel((size + kBlock - 1) / kBlock, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin * kBlock; k < smaller(size, end * kBlock); k += L) f(k, smaller(L, size - k));
+    });
+  }
+  static Vec<A> part_or_whole(const T* p, int64_t n) { return n == kLanes<A> ? load(p) : load_part(p, n); }
+  // Where the pre-activation cannot be part of the passes: activated(x) is written to memory and used there.
+  static void activate_x(const Plan& plan, const T* x, Activation activation, T* result, const Parallel& parallel) {
+    vectors_of_x(plan, parallel, [&](int64_t k, int64_t n) {
+      const Vec<A> v = activated(part_or_whole(x + k, n), activation);
+      n == kLanes<A> ? store(result + k, v) : store_part(result + k, v, n);
+    });
+  }
+
+  static void training(const Plan& plan, const T* x, const T* weight, const BatchNorm<A>& norm, T* out, T* y, A* mean,
+                       A* var, Activation pre_activation, const Parallel& parallel) {
+    const DepthwiseShape& s = plan.shape;
+    if (!y && by_planes(plan, P::Pass::kTraining, parallel, [&](auto& planes, int64_t task) {
+          planes.training(task, x, weight, norm, out, mean, var, pre_activation);
+        }))
       return;
+    if (pre_activation != Activation::kNone) {
+      const Workspace activated_x(size_t(size_of_x(plan)) * sizeof(T));
+      activate_x(plan, x, pre_activation, activated_x.as<T>(), parallel);
+      return training(plan, activated_x.as<T>(), weight, norm, out, y, mean, var, Activation::kNone, parallel);
+    }
     const int64_t images = s.batch, bands = plan.out_rows.bands, tasks = plan.out_tasks_per_group();
     const int64_t lanes = lanes_of(plan);
     const Workspace partials(size_t(plan.groups * tasks * lanes * 2) * sizeof(double) + 64);
@@ -1105,6 +1134,18 @@ struct Passes {
     if (!z.y && by_planes(plan, P::Pass::kBackward, parallel,
                           [&](auto& planes, int64_t task) { planes.backward(task, z, norm, batch_statistics); }))
       return;
+    if (z.pre_activation != Activation::kNone) {
+      const Workspace activated_x(size_t(size_of_x(plan)) * sizeof(T));
+      activate_x(plan, z.x, z.pre_activation, activated_x.as<T>(), parallel);
+      BackwardTensors<T> tensors = z;
+      tensors.x = activated_x.as<T>(), tensors.pre_activation = Activation::kNone;
+      backward(plan, tensors, norm, batch_statistics, parallel);
+      if (!z.grad_x) return;
+      return vectors_of_x(plan, parallel, [&](int64_t k, int64_t n) {
+        const Vec<A> v = masked(part_or_whole(z.grad_x + k, n), part_or_whole(z.x + k, n), z.pre_activation);
+        n == kLanes<A> ? store(z.grad_x + k, v) : store_part(z.grad_x + k, v, n);
+      });
+    }
     const int64_t images = s.batch, lanes = lanes_of(plan), taps = s.taps();
     const int64_t sum_tasks = norm ? plan.out_tasks_per_group() : 0;
     const RowOrder& rows = z.grad_x ? plan.in_rows : plan.out_rows;
@@ -1187,11 +1228,11 @@ void Kernels<T>::forward(const Plan& plan, const T* x, const T* weight, const Ba
 
 template <typename T>
 void Kernels<T>::training(const Plan& plan, const T* x, const T* weight, const BatchNorm<A>& norm, T* out, T* y,
-                          A* mean, A* var, const Parallel& parallel) {
+                          A* mean, A* var, Activation pre_activation, const Parallel& parallel) {
   if (plan.shape.channels_last)
-    Passes<T, true>::training(plan, x, weight, norm, out, y, mean, var, parallel);
+    Passes<T, true>::training(plan, x, weight, norm, out, y, mean, var, pre_activation, parallel);
   else
-    Passes<T, false>::training(plan, x, weight, norm, out, y, mean, var, parallel);
+    Passes<T, false>::training(plan, x, weight, norm, out, y, mean, var, pre_activation, parallel);
 }
 
 template <typename T>

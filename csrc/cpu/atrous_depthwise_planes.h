@@ -111,9 +111,11 @@ class Planes {
     results(n, rows, x, weight, norm, out);
   }
 
-  // out = act(bn(conv(x))) with the batch's statistics, which it returns too.
-  void training(int64_t task, const T* x, const T* weight, const BatchNorm<A>& norm, T* out, A* mean, A* var) {
+  // out = act(bn(conv(pre(x)))) with the batch's statistics, which it returns too.
+  void training(int64_t task, const T* x, const T* weight, const BatchNorm<A>& norm, T* out, A* mean, A* var,
+                Activation pre_activation = Activation::kNone) {
     select(task);
+    pre_ = pre_activation;
     for (int64_t p = 0; p < active_; ++p) moments_[p] = Moments();
     for (int64_t n = 0; n < s_.batch; ++n)
       for (int64_t b = 0; b < cut_.bands; ++b) {
@@ -135,6 +137,7 @@ class Planes {
   // norm null: gradients of the convolution alone.
   void backward(int64_t task, const BackwardTensors<T>& z, const BatchNorm<A>* norm, bool batch_statistics) {
     select(task);
+    pre_ = z.pre_activation;
     begin_gradients(norm);
     if (cut_.resident)
       backward_resident(z, norm, batch_statistics);
@@ -280,33 +283,42 @@ class Planes {
     }
   }
 
-  // Returns where row 0 of the image lies or would lie.
+  // pre(x). Returns where row 0 of the image lies or would lie.
   const A* pack_x(const T* x, int64_t n, Range range) const {
+    if (pre_ == Activation::kNone) return pack_x(x, n, range, [](V v) { return v; });
+    return pack_x(x, n, range, [pre = pre_](V v) { return activated(v, pre); });
+  }
+  template <typename F>
+  const A* pack_x(const T* x, int64_t n, Range range, const F& f) const {
     A* row_0 = x_at_row_0(n, range);
     for (int64_t h = range.begin; h < range.end; ++h) {
       const T* row = x + offset(n, h, s_.in_h, s_.in_w);
       A* to = row_0 + h * g_.x_pitch;
       if (s_.stride_w == 1) {
-        pack_row(row, 1, s_.in_w, to + g_.x_begin, x_plane_);
+        pack_row(row, 1, s_.in_w, to + g_.x_begin, x_plane_, f);
       } else if constexpr (kNhwc) {
         const int64_t even = s_.pad_left % 2, q = s_.pad_left;  // the first even column of the padded row
-        pack_row(row + even * s_.channels, 2, (s_.in_w - even + 1) / 2, to + (q + even) / 2 * L, x_plane_);
+        pack_row(row + even * s_.channels, 2, (s_.in_w - even + 1) / 2, to + (q + even) / 2 * L, x_plane_, f);
         pack_row(row + (1 - even) * s_.channels, 2, (s_.in_w + even) / 2, to + g_.x_odd + (q + 1 - even) / 2 * L,
-                 x_plane_);
+                 x_plane_, f);
       } else {
         deinterleave(row, to);
       }
+      if constexpr (!kNhwc)
+        if (pre_ != Activation::kNone)
+          for (int64_t k = 0; k < g_.x_pitch; k += L) store(to + k, f(load(to + k)));  // the padding stays zero
     }
     return row_0;
   }
   // to: the first column of row 0 of the first plane.
   void pack_gradient(const T* grad, int64_t n, Range range, A* to) const {
     for (int64_t i = range.begin; i < range.end; ++i)
-      pack_row(grad + offset(n, i, s_.out_h, s_.out_w), 1, s_.out_w, to + i * g_.pitch, plane_);
+      pack_row(grad + offset(n, i, s_.out_h, s_.out_w), 1, s_.out_w, to + i * g_.pitch, plane_, [](V v) { return v; });
   }
 
-  // Every step-th pixel (NHWC), or all.
-  void pack_row(const T* row, int64_t step, int64_t columns, A* to, int64_t distance) const {
+  // Every step-th pixel (NHWC), through f, or all as they are (NCHW).
+  template <typename F>
+  void pack_row(const T* row, int64_t step, int64_t columns, A* to, int64_t distance, const F& f) const {
     if constexpr (kNhwc) {
       const int64_t pixel = step * s_.channels;
       whole_planes([&](auto planes_at_once, int64_t first) {
@@ -315,12 +327,12 @@ class Planes {
         A* column = to + first * distance;
         for (int64_t w = 0; w < columns; ++w, from += pixel, column += L)
 #pragma GCC unroll 4
-          for (int p = 0; p < P; ++p) store(column + p * distance, load(from + p * L));
+          for (int p = 0; p < P; ++p) store(column + p * distance, f(load(from + p * L)));
       });
       if (const int64_t rest = count_ % L) {
         const int64_t p = count_ / L;
         for (int64_t w = 0; w < columns; ++w)
-          store(to + p * distance + w * L, load_part(row + p * L + w * pixel, rest));
+          store(to + p * distance + w * L, f(load_part(row + p * L + w * pixel, rest)));
       }
     } else {
       copy_widened(row, to, columns);
@@ -342,7 +354,7 @@ class Planes {
     for (; w < s_.in_w; ++w) (w % 2 == 0 ? first : second)[w / 2] = widen(row[w]);
   }
 
-  // A row of the planes, `distance` apart, to memory; each vector through f(v, plane).
+  // A row of the planes, `distance` apart, to memory; each vector through f(v, plane, offset in the row, channels).
   template <typename F>
   DK_INLINE void unpack(const A* planes, int64_t distance, int64_t columns, T* row, const F& f) const {
     const int64_t pixel = s_.channels;
@@ -352,13 +364,17 @@ class Planes {
       T* to = row + first * L;
       for (int64_t w = 0; w < columns; ++w, from += L, to += pixel)
 #pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) store(to + p * L, f(load(from + p * distance), first + p));
+        for (int p = 0; p < P; ++p) store(to + p * L, f(load(from + p * distance), first + p, to + p * L - row, L));
     });
     if (const int64_t rest = count_ % L) {
       const int64_t p = count_ / L;
       for (int64_t w = 0; w < columns; ++w)
-        store_part(row + p * L + w * pixel, f(load(planes + p * distance + w * L), p), rest);
+        store_part(row + p * L + w * pixel, f(load(planes + p * distance + w * L), p, p * L + w * pixel, rest), rest);
     }
+  }
+  // Gradients v of `channels` channels or columns of pre(x), as those of x.
+  DK_INLINE V before_pre_activation(V v, const T* x, int64_t channels) const {
+    return masked(v, channels == L ? load(x) : load_part(x, channels), pre_);
   }
 
   // ---- weights and normalisation of one plane
@@ -642,7 +658,7 @@ class Planes {
   void write_activated(const A* y, Activation activation, T* out) const {
     if constexpr (kNhwc) {
       unpack(y, plane_, s_.out_w, out,
-             [&](V v, int64_t p) { return activated(V(v * norm_[p].scale + norm_[p].shift), activation); });
+             [&](V v, int64_t p, auto...) { return activated(V(v * norm_[p].scale + norm_[p].shift), activation); });
     } else {
       const V scale = norm_[0].scale, shift = norm_[0].shift;
       for (int64_t n = 0; n < g_.out_vectors; ++n) {
@@ -660,10 +676,12 @@ class Planes {
       to_memory<false, false>(planes, n, rows, weight, Activation::kNone, out);
   }
 
-  // The convolution of x planes, or, transposed, of gradient planes; planes: row 0 of the first. NHWC: the rows of a
+  // The convolution of x planes, or, transposed, of gradient planes, masked by x where that is given; planes: row 0 of
+  // the first. NHWC: the rows of a
   // tile go through memory of their own, so that cache lines of the result are written whole.
   template <bool kNorm, bool kTransposed>
-  void to_memory(const A* planes, int64_t n, Range rows, const T* weight, Activation activation, T* out) {
+  void to_memory(const A* planes, int64_t n, Range rows, const T* weight, Activation activation, T* out,
+                 const T* x = nullptr) {
     const int64_t vectors = kTransposed ? g_.in_vectors : g_.out_vectors;
     const int64_t width = kTransposed ? s_.in_w : s_.out_w, height = kTransposed ? s_.in_h : s_.out_h;
     const int64_t distance = kTransposed ? plane_ : x_plane_;
@@ -682,10 +700,12 @@ class Planes {
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r) {
             if constexpr (kNorm) acc[r] = activated(V(acc[r] * scale + shift), activation);
-            if constexpr (kNhwc)
+            if constexpr (kNhwc) {
               store(tile + r * kTileColumns * L + k, acc[r]);
-            else
+            } else {
+              if (kTransposed && x) acc[r] = before_pre_activation(acc[r], x + (to - out) + r * step + k, L);
               store(to + r * step + k, acc[r]);
+            }
           }
         };
         const A* plane = planes + p * distance;
@@ -696,9 +716,19 @@ class Planes {
           convolve_x<R>(plane, row, columns, last, emit);
       }
       if constexpr (kNhwc)
-        for (int r = 0; r < R; ++r)
-          unpack(tile_ + r * kTileColumns * L, kTile, columns.end - columns.begin,
-                 to + (r * step + columns.begin) * s_.channels, [](V v, int64_t) { return v; });
+        for (int r = 0; r < R; ++r) {
+          const A* tile = tile_ + r * kTileColumns * L;
+          T* first = to + (r * step + columns.begin) * s_.channels;
+          const int64_t count = columns.end - columns.begin;
+          if (kTransposed && x) {
+            const T* row_x = x + (first - out);
+            unpack(tile, kTile, count, first, [&](V v, int64_t, int64_t k, int64_t channels) {
+              return before_pre_activation(v, row_x + k, channels);
+            });
+          } else {
+            unpack(tile, kTile, count, first, [](V v, auto...) { return v; });
+          }
+        }
     });
   }
 
@@ -896,7 +926,8 @@ class Planes {
   void gradient_of_x(const BackwardTensors<T>& z, int64_t n, Range rows, const A* grad) {
     grad += g_.grad_begin - g_.grad_left;
     if (s_.stride_h == 1)
-      to_memory<false, true>(grad, n, rows, z.weight, Activation::kNone, z.grad_x);
+      to_memory<false, true>(grad, n, rows, z.weight, Activation::kNone, z.grad_x,
+                             pre_ == Activation::kNone ? nullptr : z.x);
     else
       gradient_of_strided_x(z, n, rows, grad);
   }
@@ -917,7 +948,7 @@ class Planes {
         else
           strided_row<false>(row((a - s_.rate_h) / 2), zeros_, vectors, even, even + size);
       }
-      write_both(to);
+      write_both(to, z.x + (to - z.grad_x));
     }
   }
   // Values of the even or the odd columns of a padded row of x.
@@ -938,44 +969,52 @@ class Planes {
     }
   }
 
-  // Even and odd columns of the planes' padded row into the image's.
-  void write_both(T* to) const {
+  // Even and odd columns of the planes' padded row into the image's, masked by the row of x.
+  void write_both(T* to, const T* x) const {
     const int64_t size = both_size(), q = s_.pad_left;
     if constexpr (kNhwc) {
       const int64_t pixel = s_.channels;
       whole_planes([&](auto planes_at_once, int64_t first) {
         constexpr int P = decltype(planes_at_once)::value;
-        T* column = to + first * L;
-        for (int64_t w = 0; w < s_.in_w; ++w, column += pixel) {
+        int64_t k = first * L;
+        for (int64_t w = 0; w < s_.in_w; ++w, k += pixel) {
           const A* from = both_ + (2 * first + (w + q) % 2) * size + (w + q) / 2 * L;
 #pragma GCC unroll 4
-          for (int p = 0; p < P; ++p) store(column + p * L, load(from + 2 * p * size));
+          for (int p = 0; p < P; ++p) store(to + k + p * L, masked_row(load(from + 2 * p * size), x, k + p * L, L));
         }
       });
       if (const int64_t rest = count_ % L) {
         const int64_t p = count_ / L;
-        for (int64_t w = 0; w < s_.in_w; ++w)
-          store_part(to + p * L + w * pixel, load(both_ + (2 * p + (w + q) % 2) * size + (w + q) / 2 * L), rest);
+        for (int64_t w = 0, k = p * L; w < s_.in_w; ++w, k += pixel)
+          store_part(to + k, masked_row(load(both_ + (2 * p + (w + q) % 2) * size + (w + q) / 2 * L), x, k, rest),
+                     rest);
       }
     } else {
       const A *even = both_, *odd = both_ + size;
+      auto one = [&](A value, int64_t w) {
+        narrow(pre_ == Activation::kNone ? value : masked(value, A(widen(x[w])), pre_), to + w);
+      };
       int64_t w = 0;
-      if (q % 2 == 1) narrow(odd[q / 2], to + w++);
+      if (q % 2 == 1) one(odd[q / 2], w), ++w;
       for (; w + 2 * L <= s_.in_w; w += 2 * L) {
         const V e = load(even + (w + q) / 2), o = load(odd + (w + q) / 2);
-        store(to + w, interleaved<0>(e, o));
-        store(to + w + L, interleaved<1>(e, o));
+        store(to + w, masked_row(interleaved<0>(e, o), x, w, L));
+        store(to + w + L, masked_row(interleaved<1>(e, o), x, w + L, L));
       }
-      for (; w < s_.in_w; ++w) narrow(((w + q) % 2 == 0 ? even : odd)[(w + q) / 2], to + w);
+      for (; w < s_.in_w; ++w) one(((w + q) % 2 == 0 ? even : odd)[(w + q) / 2], w);
     }
+  }
+  DK_INLINE V masked_row(V v, const T* x, int64_t k, int64_t channels) const {
+    return pre_ == Activation::kNone ? v : before_pre_activation(v, x + k, channels);
   }
 
   DepthwiseShape s_;
   Geometry g_;
   const Cut cut_;
-  int64_t images_;                     // held at once
-  int64_t rows_, size_, plane_;        // rows held of an image, values of its plane and of the planes of all images
-  int64_t x_rows_, x_size_, x_plane_;  // the same of x
+  Activation pre_ = Activation::kNone;  // of x
+  int64_t images_;                      // held at once
+  int64_t rows_, size_, plane_;         // rows held of an image, values of its plane and of the planes of all images
+  int64_t x_rows_, x_size_, x_plane_;   // the same of x
   int64_t first_ = 0, count_ = 0, active_ = 0;
   A *x_planes_ = nullptr, *y_planes_ = nullptr, *grad_planes_ = nullptr;
   A *tile_ = nullptr, *zeros_ = nullptr, *both_ = nullptr, *further_ = nullptr;

@@ -137,7 +137,7 @@ void backward_by_branches(const PyramidShape& shape, const PyramidGradients<T>& 
       atrous_depthwise_bn_act_backward<A>(shape.branches[r], grad.get(), x.get(), own_weight,
                                           z.conv ? conv.get() : nullptr, branch_norm(norm, first), mean + first,
                                           var + first, batch_statistics, grad_x, grad_weight, z.grad_gamma + first,
-                                          z.grad_beta + first, parallel);
+                                          z.grad_beta + first, Activation::kNone, parallel);
     } else {
       atrous_depthwise_conv2d_backward<A>(shape.branches[r], grad.get(), x.get(), own_weight, grad_x, grad_weight,
                                           parallel);
@@ -193,7 +193,7 @@ void atrous_spatial_pyramid_training(const PyramidShape& shape, const T* x, cons
     const int64_t first = r * shape.channels();
     atrous_depthwise_bn_act_training<T>(shape.branches[r], x, weight + first * shape.image().taps(),
                                         branch_norm(norm, first), out[r], conv ? conv[r] : nullptr, mean + first,
-                                        var + first, parallel);
+                                        var + first, Activation::kNone, parallel);
   }
   image_mean(shape.image(), x, pooled, parallel);
 }

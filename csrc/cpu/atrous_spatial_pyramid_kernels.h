@@ -243,7 +243,7 @@ class Pyramid : private Planes<T, kNhwc> {
       if constexpr (kLast && kNhwc)
         for (int i = 0; i < R; ++i)
           this->unpack(tile_ + i * kTileColumns * L, kTile, columns.end - columns.begin,
-                       to + (i * s_.rate_h * s_.in_w + columns.begin) * s_.channels, [](V v, int64_t) { return v; });
+                       to + (i * s_.rate_h * s_.in_w + columns.begin) * s_.channels, [](V v, auto...) { return v; });
     });
   }
 

@@ -76,7 +76,8 @@ Tensor bn_act_inference(const Tensor& x_any, const Tensor& weight_any, const Opt
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_training(const Tensor& x_any, const Tensor& weight_any,
                                                            const OptionalTensor& gamma, const OptionalTensor& beta,
                                                            double eps, int64_t activation, const Ints& stride,
-                                                           const Ints& padding, const Ints& dilation, bool save_conv) {
+                                                           const Ints& padding, const Ints& dilation, bool save_conv,
+                                                           int64_t pre_activation) {
   const DepthwiseShape shape = depthwise_shape(x_any, weight_any, stride, padding, dilation);
   const Tensor x = with_layout(widened(x_any), shape.channels_last);
   const Tensor weight = torch::stable::contiguous(widened(weight_any));
@@ -89,9 +90,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_training(const Tensor& x_any, 
   dispatch(x.scalar_type(), [&](auto value) {
     using T = decltype(value);
     using A = cpu::acc_t<T>;
-    cpu::atrous_depthwise_bn_act_training<T>(shape, in<T>(x), in<T>(weight),
-                                             norm_parameters<A>(gamma, beta, eps, activation), out<T>(result),
-                                             out_or_null<T>(y, save_conv), out<A>(mean), out<A>(var), torch_threads());
+    cpu::atrous_depthwise_bn_act_training<T>(
+        shape, in<T>(x), in<T>(weight), norm_parameters<A>(gamma, beta, eps, activation), out<T>(result),
+        out_or_null<T>(y, save_conv), out<A>(mean), out<A>(var), activation_of(pre_activation), torch_threads());
   });
   return {as_dtype(result, x_any.scalar_type()), as_dtype(y, x_any.scalar_type()), mean, var};
 }
@@ -100,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(
     const Tensor& grad_any, const Tensor& x_any, const Tensor& weight_any, const Tensor& y_any,
     const OptionalTensor& gamma, const OptionalTensor& beta, const Tensor& mean, const Tensor& var, double eps,
     int64_t activation, bool batch_statistics, const Ints& stride, const Ints& padding, const Ints& dilation,
-    bool need_grad_x, bool need_grad_weight) {
+    bool need_grad_x, bool need_grad_weight, int64_t pre_activation) {
   const DepthwiseShape shape = depthwise_shape(x_any, weight_any, stride, padding, dilation);
   const Tensor x = with_layout(widened(x_any), shape.channels_last);
   const Tensor weight = torch::stable::contiguous(widened(weight_any));
@@ -123,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(
                                              norm_parameters<A>(gamma, beta, eps, activation), in<A>(mean), in<A>(var),
                                              batch_statistics, out_or_null<T>(grad_x, need_grad_x),
                                              out_or_null<T>(grad_weight, need_grad_weight), out<A>(grad_gamma),
-                                             out<A>(grad_beta), torch_threads());
+                                             out<A>(grad_beta), activation_of(pre_activation), torch_threads());
   });
   return {as_dtype(grad_x, x_any.scalar_type()), as_dtype(grad_weight, x_any.scalar_type()), grad_gamma, grad_beta};
 }

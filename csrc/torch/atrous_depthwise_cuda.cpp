@@ -66,10 +66,17 @@ Tensor bn_act_inference(const Tensor& x_any, const Tensor& weight_any, const Opt
   return result;
 }
 
+// The Python functions apply it before they come here.
+void check_no_pre_activation(int64_t pre_activation) {
+  STD_TORCH_CHECK(pre_activation == 0, "pre_activation is not part of the CUDA kernels: apply it to x");
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_training(const Tensor& x_any, const Tensor& weight_any,
                                                            const OptionalTensor& gamma, const OptionalTensor& beta,
                                                            double eps, int64_t activation, const Ints& stride,
-                                                           const Ints& padding, const Ints& dilation, bool save_conv) {
+                                                           const Ints& padding, const Ints& dilation, bool save_conv,
+                                                           int64_t pre_activation) {
+  check_no_pre_activation(pre_activation);
   const DepthwiseShape shape = depthwise_shape(x_any, weight_any, stride, padding, dilation);
   Launcher launcher(x_any);
   const Tensor x = with_layout(x_any, shape.channels_last), weight = torch::stable::contiguous(weight_any);
@@ -90,7 +97,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(
     const Tensor& grad_any, const Tensor& x_any, const Tensor& weight_any, const Tensor& y_any,
     const OptionalTensor& gamma, const OptionalTensor& beta, const Tensor& mean, const Tensor& var, double eps,
     int64_t activation, bool batch_statistics, const Ints& stride, const Ints& padding, const Ints& dilation,
-    bool need_grad_x, bool need_grad_weight) {
+    bool need_grad_x, bool need_grad_weight, int64_t pre_activation) {
+  check_no_pre_activation(pre_activation);
   const DepthwiseShape shape = depthwise_shape(x_any, weight_any, stride, padding, dilation);
   Launcher launcher(x_any);
   const Tensor x = with_layout(x_any, shape.channels_last), weight = torch::stable::contiguous(weight_any);

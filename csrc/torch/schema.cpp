@@ -23,11 +23,13 @@ STABLE_TORCH_LIBRARY(deeplab_kernels, m) {
       "var, "
       "float eps, int activation, int[2] stride, int[4] padding, int[2] dilation) -> Tensor");
   // The same with the batch's own statistics. Returns (out, y, mean, var): y = conv(x) if save_conv, otherwise an empty
-  // tensor of shape (0,); mean and biased var over (N, H, W), in the accumulation dtype.
+  // tensor of shape (0,); mean and biased var over (N, H, W), in the accumulation dtype. pre_activation: applied to x
+  // first; CPU and plain torch only.
   m.def(
       "atrous_depthwise_bn_act_training(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, float eps, int "
       "activation, "
-      "int[2] stride, int[4] padding, int[2] dilation, bool save_conv) -> (Tensor, Tensor, Tensor, Tensor)");
+      "int[2] stride, int[4] padding, int[2] dilation, bool save_conv, int pre_activation=0) -> (Tensor, Tensor, "
+      "Tensor, Tensor)");
   // Backward of both. y is conv(x) or an empty tensor, in which case it is recomputed from x. batch_statistics tells
   // whether mean and var are functions of x. Returns (grad_x, grad_weight, grad_gamma, grad_beta), the last two in the
   // accumulation dtype, always computed; the first two as in atrous_depthwise_conv2d_backward.
@@ -35,7 +37,8 @@ STABLE_TORCH_LIBRARY(deeplab_kernels, m) {
       "atrous_depthwise_bn_act_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor y, Tensor? gamma, Tensor? "
       "beta, "
       "Tensor mean, Tensor var, float eps, int activation, bool batch_statistics, int[2] stride, int[4] padding, "
-      "int[2] dilation, bool need_grad_x, bool need_grad_weight) -> (Tensor, Tensor, Tensor, Tensor)");
+      "int[2] dilation, bool need_grad_x, bool need_grad_weight, int pre_activation=0) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
   // The whole separable convolution, for inference:
   //   y   = depthwise_act(depthwise_norm(conv(pre_act(x), depthwise_weight)))
   //   out = pointwise_act(pointwise_norm(sum_c pointwise_weight[., c] y_c) + residual)

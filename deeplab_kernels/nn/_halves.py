@@ -85,8 +85,9 @@ def conv_norm_act(
     x: Tensor,
     padding: Padding,
     save_conv: bool | None = None,
+    pre_activation: str | None = None,
 ) -> Tensor:
-    """``act(norm(conv(x)))`` in one operator; updates the running statistics as the norm would."""
+    """``act(norm(conv(pre_activation(x))))`` in one operator; updates the running statistics as the norm would."""
     mean, var, momentum, counted = running(norm)
     if conv.bias is not None and mean is not None:
         mean = mean - conv.bias
@@ -105,6 +106,7 @@ def conv_norm_act(
         padding=padding,
         dilation=conv.dilation,
         save_conv=save_conv,
+        pre_activation=pre_activation,
     )
     if counted:
         norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]

@@ -294,7 +294,6 @@ class AtrousSeparableConv2d(nn.Module):
         observed = _has_any_global_hook()
         if not observed and self.is_one_operator(x, residual):
             return self._whole(x, residual)
-        x = activate(x, self.pre_activation)
         return self._pointwise_half(self._depthwise_half(x, observed), observed, residual)
 
     def is_one_operator(self, x: Tensor, residual: Tensor | None = None) -> bool:
@@ -342,10 +341,11 @@ class AtrousSeparableConv2d(nn.Module):
         if not observed and untouched(conv, AtrousDepthwiseConv2d):
             if untouched(norm, nn.Identity) and (activation is not None or conv.bias is not None):
                 conv.check_input(x)
-                return conv_act(conv, activation, x, conv.padding)
+                return conv_act(conv, activation, activate(x, self.pre_activation), conv.padding)
             if untouched(norm, nn.BatchNorm2d, nn.SyncBatchNorm) and fusable(norm, conv, x):
                 conv.check_input(x)
-                return conv_norm_act(conv, norm, activation, x, conv.padding, self.save_conv)
+                return conv_norm_act(conv, norm, activation, x, conv.padding, self.save_conv, self.pre_activation)
+        x = activate(x, self.pre_activation)
         return activate(norm(conv(x)), activation)
 
     def after_depthwise(self, y: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import reference
 from .._layout import output_memory_format
+from ..reference.atrous_depthwise import _activate
 from . import _backends, _validation
 from ._flops import register_flop_formula
 
@@ -110,6 +111,7 @@ def atrous_depthwise_bn_act(
     padding: int | str | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     save_conv: bool | None = None,
+    pre_activation: str | None = None,
 ) -> Tensor:
     """``act(batch_norm(atrous_depthwise_conv2d(x, weight)))`` in one operator.
 
@@ -127,6 +129,7 @@ def atrous_depthwise_bn_act(
             computed again; True for x and the convolution's result, a tensor of the output's size. None takes what is
             expected to be faster on x's device: False on the CPU, True elsewhere. Costs measured:
             docs/atrous_separable.md.
+        pre_activation: of x, as ``activation``; in training, on the CPU, it is neither written nor kept.
 
     Returns:
         (N, C*m, H', W') in x's dtype and memory format. Differentiable w.r.t. x, weight, gamma and beta in both modes;
@@ -137,12 +140,14 @@ def atrous_depthwise_bn_act(
     """
     g = _validation.depthwise(x, weight, stride, padding, dilation)
     _validation.same_dtype(x, weight)
-    code = _validation.activation_code(activation)
+    code, pre = _validation.activation_code(activation), _validation.activation_code(pre_activation)
     _validation.channel_vector(gamma, "gamma", weight)
     _validation.channel_vector(beta, "beta", weight)
     _validation.running_statistics(running_mean, running_var, weight, training)
     _validation.normalisation_constants(training, momentum, eps)
     _validation.optional_bool(save_conv, "save_conv")
+    if not training or x.device.type != "cpu":
+        x, pre = _activate(x, pre), 0
     acc = _accumulation_dtype(x.dtype)
     gamma_acc, beta_acc = _vector(gamma, acc), _vector(beta, acc)
     if not training:
@@ -159,6 +164,7 @@ def atrous_depthwise_bn_act(
         "atrous_depthwise_bn_act_training",
         (x, weight, gamma_acc, beta_acc),
         eps, code, g.stride, g.padding, g.dilation, save_conv_default(x) if save_conv is None else save_conv,
+        pre,
     )  # fmt: skip
     update_running_statistics(running_mean, running_var, mean, var, count, momentum)
     return out
@@ -221,7 +227,7 @@ def _fake_vector(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("deeplab_kernels::atrous_depthwise_bn_act_training")
-def _(x, weight, gamma, beta, eps, activation, stride, padding, dilation, save_conv):  # type: ignore[no-untyped-def]
+def _(x, weight, gamma, beta, eps, activation, stride, padding, dilation, save_conv, *_):  # type: ignore[no-untyped-def]
     out = _fake_output(x, weight, stride, padding, dilation)
     y = torch.empty_like(out) if save_conv else x.new_empty(0)
     return out, y, _fake_vector(x, weight), _fake_vector(x, weight)
@@ -229,7 +235,7 @@ def _(x, weight, gamma, beta, eps, activation, stride, padding, dilation, save_c
 
 @torch.library.register_fake("deeplab_kernels::atrous_depthwise_bn_act_backward")
 def _(grad_out, x, weight, *args):  # type: ignore[no-untyped-def]
-    need_grad_x, need_grad_weight = args[-2:]
+    need_grad_x, need_grad_weight = args[11:13]
     return (*_fake_grads(x, weight, need_grad_x, need_grad_weight), _fake_vector(x, weight), _fake_vector(x, weight))
 
 
@@ -288,10 +294,11 @@ def _bn_act_backward(
     needs = ctx.needs_input_grad
     if torch.is_grad_enabled():  # create_graph=True: differentiate the definition, which torch can differentiate again
         return _bn_act_differentiable_backward(ctx, inputs, grad, mean, var, batch_statistics)
+    pre = ctx.pre_activation if batch_statistics else 0
     grad_x, grad_weight, grad_gamma, grad_beta = _below_autograd(
         _ops.atrous_depthwise_bn_act_backward.default,
         grad, x, weight, x.new_empty(0) if y is None else y, gamma, beta, mean, var, ctx.eps, ctx.activation,
-        batch_statistics, *ctx.geometry, needs[0], needs[1],
+        batch_statistics, *ctx.geometry, needs[0], needs[1], pre,
     )  # fmt: skip
     return (
         grad_x if needs[0] else None,
@@ -307,7 +314,7 @@ def _bn_act_differentiable_backward(
     definition: Any
     if batch_statistics:
         definition = reference.atrous_depthwise_bn_act_training
-        out = definition(*inputs, ctx.eps, ctx.activation, *ctx.geometry, False)[0]
+        out = definition(*inputs, ctx.eps, ctx.activation, *ctx.geometry, False, ctx.pre_activation)[0]
     else:
         definition = reference.atrous_depthwise_bn_act_inference
         out = definition(*inputs, mean, var, ctx.eps, ctx.activation, *ctx.geometry)
@@ -332,7 +339,7 @@ def _inference_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _training_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, gamma, beta, ctx.eps, ctx.activation, *ctx.geometry, _ = inputs
+    x, weight, gamma, beta, ctx.eps, ctx.activation, *ctx.geometry, _, ctx.pre_activation = inputs
     _, y, mean, var = output
     ctx.save_for_backward(x, weight, gamma, beta, y, mean, var)
     ctx.mark_non_differentiable(y, mean, var)
@@ -340,7 +347,7 @@ def _training_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _training_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     *inputs, y, mean, var = ctx.saved_tensors
-    return (*_bn_act_backward(ctx, inputs, grad, y, mean, var, batch_statistics=True), *(None,) * 6)
+    return (*_bn_act_backward(ctx, inputs, grad, y, mean, var, batch_statistics=True), *(None,) * 7)
 
 
 _EAGER: dict[str, type[torch.autograd.Function]] = {}
@@ -400,7 +407,7 @@ def _(grad_shape, x_shape, w_shape, stride, padding, dilation, need_x, need_weig
 
 @register_flop_formula(_ops.atrous_depthwise_bn_act_backward)
 def _(grad_shape, x_shape, w_shape, *args, **kwargs):  # type: ignore[no-untyped-def]
-    return (int(args[-2]) + int(args[-1])) * _conv_flops(x_shape, w_shape, grad_shape)
+    return (int(args[11]) + int(args[12])) * _conv_flops(x_shape, w_shape, grad_shape)
 
 
 _backends.register_kernels()

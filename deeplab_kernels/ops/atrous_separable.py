@@ -275,16 +275,16 @@ def _two_kernels(
 ) -> Tensor:
     pre, between, after = activations
     geometry: dict[str, Any] = {"stride": g.stride, "padding": g.padding, "dilation": g.dilation}
-    x = _activate(x, pre)
     norm, bias = depthwise
     if norm is not None and bias is None:
         name = _validation.ACTIVATION_NAMES[between]
         y = atrous_depthwise_bn_act(
             x, depthwise_weight, norm.gamma, norm.beta, norm.mean, norm.var, training=training,
-            momentum=norm.momentum, eps=norm.eps, activation=name, save_conv=save_conv, **geometry,
+            momentum=norm.momentum, eps=norm.eps, activation=name, save_conv=save_conv,
+            pre_activation=_validation.ACTIVATION_NAMES[pre], **geometry,
         )  # fmt: skip
     else:
-        y = atrous_depthwise_conv2d(x, depthwise_weight, **geometry)
+        y = atrous_depthwise_conv2d(_activate(x, pre), depthwise_weight, **geometry)
         y = _activate(_batch_norm(y, depthwise, training), between)
     z = pointwise_conv2d(y, pointwise_weight)
     norm, bias = pointwise

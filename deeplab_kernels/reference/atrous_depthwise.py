@@ -158,9 +158,10 @@ def atrous_depthwise_bn_act_training(
     padding: Sequence[int],
     dilation: Sequence[int],
     save_conv: bool,
+    pre_activation: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     memory_format = output_memory_format(x)
-    y = _conv_accumulated(x, weight, stride, padding, dilation)
+    y = _conv_accumulated(_activate(x, pre_activation), weight, stride, padding, dilation)
     var, mean = torch.var_mean(y, dim=(0, 2, 3), correction=0)
     out = _activate(_affine(_normalise(y, mean, var, eps), gamma, beta), activation)
     kept = y.to(x.dtype).contiguous(memory_format=memory_format) if save_conv else x.new_empty(0)
@@ -184,8 +185,10 @@ def atrous_depthwise_bn_act_backward(
     dilation: Sequence[int],
     need_grad_x: bool,
     need_grad_weight: bool,
+    pre_activation: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    acc = accumulation_dtype(x.dtype)
+    acc, before = accumulation_dtype(x.dtype), x
+    x = _activate(x, pre_activation)
     conv = y.to(acc) if y.dim() == 4 else _conv_accumulated(x, weight, stride, padding, dilation)
     xhat = _normalise(conv, mean, var, eps)
     grad = _masked(grad_out.to(acc), _affine(xhat, gamma, beta), activation)
@@ -194,5 +197,5 @@ def atrous_depthwise_bn_act_backward(
         grad_y, x.to(acc), weight.to(acc), stride, padding, dilation, need_grad_x, need_grad_weight
     )
     if need_grad_x:
-        grad_x = grad_x.contiguous(memory_format=output_memory_format(x))
+        grad_x = _masked(grad_x, before, pre_activation).contiguous(memory_format=output_memory_format(x))
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_gamma, grad_beta

@@ -1072,10 +1072,11 @@ def atrous_depthwise_bn_act_training(
     padding: Sequence[int],
     dilation: Sequence[int],
     save_conv: bool,
+    pre_activation: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not _served(x, weight):
+    if pre_activation or not _served(x, weight):
         return reference.atrous_depthwise_bn_act_training(
-            x, weight, gamma, beta, eps, activation, stride, padding, dilation, save_conv
+            x, weight, gamma, beta, eps, activation, stride, padding, dilation, save_conv, pre_activation
         )
     x = _dense(x)
     shape = _shape(x, weight, stride, padding, dilation)
@@ -1110,11 +1111,12 @@ def atrous_depthwise_bn_act_backward(
     dilation: Sequence[int],
     need_grad_x: bool,
     need_grad_weight: bool,
+    pre_activation: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not _served(x, weight):
+    if pre_activation or not _served(x, weight):
         return reference.atrous_depthwise_bn_act_backward(
             grad_out, x, weight, y, gamma, beta, mean, var, eps, activation, batch_statistics, stride, padding,
-            dilation, need_grad_x, need_grad_weight,
+            dilation, need_grad_x, need_grad_weight, pre_activation,
         )  # fmt: skip
     x = _dense(x)
     shape = _shape(x, weight, stride, padding, dilation)
