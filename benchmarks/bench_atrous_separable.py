@@ -21,6 +21,7 @@ from functools import partial
 import layers
 import measure
 import pytest
+import timing_options
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -210,15 +211,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--blocks", help="names of blocks, with commas between")
     parser.add_argument("--output-stride-8", action="store_true", help="the blocks of output stride 8 too")
     parser.add_argument("--compile", action="store_true", help="torch.compile too: some seconds a block and layout")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each contender at most")
-    parser.add_argument("--threads", type=int, help="default: torch's own choice")
-    parser.add_argument("--cpu-time", action="store_true", help="of one thread; needs --threads 1")
-    parser.add_argument("--no-write", action="store_true", help=f"print only; do not write {FILE} and its table")
-    args = parser.parse_args(arguments)
-    if args.cpu_time and args.threads != 1:
-        parser.error("--cpu-time needs --threads 1")
-    return args
+    return timing_options.parse(parser, arguments, FILE, seconds=1.0)
 
 
 def main(arguments: list[str] | None = None) -> int:

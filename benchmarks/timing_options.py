@@ -1,0 +1,20 @@
+"""The command-line options of the benchmarks that time in rounds of all contenders."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def parse(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, file: str, seconds: float
+) -> argparse.Namespace:
+    """The parsed arguments, with those that say how to time and whether to write the results to ``file``."""
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=seconds, help="for each contender at most")
+    parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread; needs --threads 1")
+    parser.add_argument("--no-write", action="store_true", help=f"print only; do not write {file} and its table")
+    args = parser.parse_args(arguments)
+    if args.cpu_time and args.threads != 1:
+        parser.error("--cpu-time needs --threads 1")
+    return args
