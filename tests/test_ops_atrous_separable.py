@@ -193,6 +193,11 @@ def test_choice_by_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atrous_separable, "_WHOLE_ON_CPU", True)
     last = x.to(memory_format=torch.channels_last)
     assert [picks(x, 400), picks(x, 100), picks(last, 100), picks(last.half(), 100)] == [True, False, True, False]
+    assert [picks(x, 1535), picks(x, 1536), picks(last, 1535), picks(last, 1536)] == [True, False, True, False]
+    wide, many = torch.empty(1, 1024, 5, 5), torch.empty(1024, 1, 3, 3)
+    assert not atrous_separable.picks_whole("auto", wide, many, 1024, [wide, many])
+    wide = wide.to(memory_format=torch.channels_last)
+    assert atrous_separable.picks_whole("auto", wide, many, 1024, [wide, many])
     assert not picks(x.requires_grad_(), 400)
     monkeypatch.setattr(atrous_separable, "_WHOLE_ON_CPU", False)
     assert not picks(last, 400)

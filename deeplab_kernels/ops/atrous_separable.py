@@ -44,7 +44,10 @@ _ops = torch.ops.deeplab_kernels
 EXECUTIONS = ("auto", "whole", "two_kernels")
 # Instruction sets whose matrix product keeps up with torch's.
 _WHOLE_ON_CPU = _library.cpu_instruction_set() in ("avx2", "avx512")
-# NCHW: this many channels more than results are too many for one kernel.
+# From here on two kernels are faster on the CPU: so many results; NCHW also so many channels, or so many more than
+# results.
+_MANY_RESULTS = 1536
+_MANY_CHANNELS = 1024
 _FEW_RESULTS = 256
 # CUDA: results that one program of the Triton kernel computes; beyond, the depthwise half is computed again.
 _ONE_COLUMN = 256
@@ -108,8 +111,9 @@ def _prefers_whole(x: Tensor, out_channels: int) -> bool:
 
     On the CPU it saves writing and reading y, and up to three passes over the output, and its matrix product keeps up
     with oneDNN's where it was written for the instruction set; the portable version does not. float16 and bfloat16
-    would be converted to float32 and back, while torch multiplies them as they are. Where many NCHW channels make few
-    results (ASPP), copying rows behind zeros, tile by tile, outweighs what is saved
+    would be converted to float32 and back, while torch multiplies them as they are. With many channels the product is
+    nearly all of the work, and oneDNN's is better at sharing large weights between threads; where many NCHW channels
+    make few results (ASPP), copying rows behind zeros, tile by tile, outweighs what is saved
     (benchmarks/NOTES_atrous_separable.md).
 
     On CUDA devices, by reasoning and not yet measured: in 16 bits, where one program computes all results of its
@@ -128,14 +132,19 @@ def _prefers_whole(x: Tensor, out_channels: int) -> bool:
         return False
     if not _WHOLE_ON_CPU or x.dtype not in (torch.float32, torch.float64):
         return False
-    return is_channels_last_only(x) or x.shape[1] <= out_channels + _FEW_RESULTS
+    channels = x.shape[1]
+    few = is_channels_last_only(x) or (channels < _MANY_CHANNELS and channels <= out_channels + _FEW_RESULTS)
+    return few and out_channels < _MANY_RESULTS
 
 
 def describe_execution() -> dict[str, str]:
     """How a block runs in inference on each device under execution="auto"; on the CPU, one in float32."""
     if (forced := default_execution()) != "auto":
         return dict.fromkeys(("cpu", "cuda"), f"{forced} ({EXECUTION_VARIABLE})")
-    on_cpu = f"whole; two_kernels for NCHW with over {_FEW_RESULTS} channels more than results"
+    on_cpu = (
+        f"whole; two_kernels from {_MANY_RESULTS} results on, and for NCHW with {_MANY_CHANNELS} channels and more, or "
+        f"over {_FEW_RESULTS} more than results"
+    )
     on_cuda = f"two_kernels; whole in 16 bits with up to {_ONE_COLUMN} results"
     return {
         "cpu": on_cpu if _WHOLE_ON_CPU else "two_kernels",
