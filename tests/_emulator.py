@@ -7,8 +7,9 @@ import os
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,18 @@ class Run:
         self.error = "" if done.returncode == 0 else done.stderr[-6000:] or f"exit code {done.returncode}"
         self.barriers = done.stdout.split()
         self.data = results.read_bytes()
+
+
+def case_name(case: Any, default: Any, leading: int, text: Callable[[str, Any], str]) -> str:
+    """Operator, dtype, layout where the case has one, and what differs from ``default`` after the first ``leading``
+    fields, as ``text`` of its name and value."""
+    parts = [case.op, str(case.dtype).removeprefix("torch.")]
+    if hasattr(case, "channels_last"):
+        parts.append("nhwc" if case.channels_last else "nchw")
+    for field in list(case.__dataclass_fields__)[leading:]:
+        if (value := getattr(case, field)) != getattr(default, field):
+            parts.append(f"{field}={text(field, value)}")
+    return "-".join(parts)
 
 
 def generator(name: str) -> torch.Generator:

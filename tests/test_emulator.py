@@ -7,6 +7,7 @@ import itertools
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import _emulator
 import pytest
@@ -20,6 +21,10 @@ from deeplab_kernels import reference
 pytestmark = _emulator.needs_compiler
 
 OPERATORS = ("conv", "conv_backward", "inference", "training", "backward")
+
+
+def _text(field: str, value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 @dataclass(frozen=True)
@@ -46,14 +51,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        parts = [self.op, str(self.dtype).removeprefix("torch."), "nhwc" if self.channels_last else "nchw"]
-        default = Case("conv")
-        for field in list(self.__dataclass_fields__)[3:]:
-            value = getattr(self, field)
-            if value != getattr(default, field):
-                text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
-                parts.append(f"{field}={text}")
-        return "-".join(parts)
+        return _emulator.case_name(self, Case("conv"), 3, _text)
 
     @property
     def out_size(self) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import _emulator
 import pytest
@@ -22,6 +23,10 @@ OPERATORS = ("filter", "filter_backward", "mean_field", "mean_field_backward")
 NONE, BEFORE, AFTER, SYMMETRIC = range(4)
 # Largest error over the largest magnitude of a result.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-4}
+
+
+def _text(field: str, value: Any) -> str:
+    return "_".join(f"{d}{'nbas'[n]}" for d, n in value) if field == "kernels" else str(value)
 
 
 @dataclass(frozen=True)
@@ -46,14 +51,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        parts = [self.op, str(self.dtype).removeprefix("torch.")]
-        default = Case("filter")
-        for field in list(self.__dataclass_fields__)[2:]:
-            value = getattr(self, field)
-            if value != getattr(default, field):
-                text = "_".join(f"{d}{'nbas'[n]}" for d, n in value) if field == "kernels" else str(value)
-                parts.append(f"{field}={text}")
-        return "-".join(parts)
+        return _emulator.case_name(self, Case("filter"), 2, _text)
 
 
 def inputs(case: Case) -> dict[str, Tensor | None]:

@@ -7,6 +7,7 @@ import itertools
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import _emulator
 import pytest
@@ -22,6 +23,10 @@ pytestmark = _emulator.needs_compiler
 OPERATORS = ("forward", "training", "backward")
 MOST_BRANCHES = 10  # of the driver
 EPS = 1e-3
+
+
+def _text(field: str, value: Any) -> str:
+    return str(value).replace(" ", "").replace("),(", "_")
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        parts = [self.op, str(self.dtype).removeprefix("torch."), "nhwc" if self.channels_last else "nchw"]
-        default = Case("forward")
-        for field in list(self.__dataclass_fields__)[3:]:
-            if (value := getattr(self, field)) != getattr(default, field):
-                parts.append(f"{field}={value}".replace(" ", "").replace("),(", "_"))
-        return "-".join(parts)
+        return _emulator.case_name(self, Case("forward"), 3, _text)
 
     @property
     def acc(self) -> torch.dtype:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -95,9 +94,8 @@ def _trained(job: Job, folder: Path, progress: Progress) -> tuple[SegmentationMo
         "parameters": sum(p.numel() for p in model.parameters()),
         "final_loss": float(np.mean(result.losses[-50:])),
     }
-    temporary = weights.with_suffix(f".{os.getpid()}")
-    torch.save({"model": model.state_dict(), "training": training}, temporary)
-    temporary.replace(weights)
+    with written_whole(weights) as partial:
+        torch.save({"model": model.state_dict(), "training": training}, partial)
     return model, training
 
 

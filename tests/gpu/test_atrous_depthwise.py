@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from _cuda_graph import captured
 from torch import Tensor
 
 from deeplab_kernels import _library, ops, reference
@@ -265,18 +266,11 @@ def test_cuda_graph(name: str, layout: str, backend: Callable[[str], Operator]) 
     case = Case(1, 256, 33, 33, rate=12)
     t = tensors(case, torch.bfloat16, layout)
     arguments = calls(case, t)[name]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        backend(name)(*arguments)  # compiles what is compiled at the first call
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = as_tuple(backend(name)(*arguments))
+    graph, out = captured(lambda: as_tuple(backend(name)(*arguments)))
     t["x"].mul_(0.5)
     graph.replay()
     torch.cuda.synchronize()
-    for ours, wanted in zip(captured, as_tuple(backend(name)(*arguments)), strict=True):
+    for ours, wanted in zip(out, as_tuple(backend(name)(*arguments)), strict=True):
         assert torch.equal(ours, wanted)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from _cases import DTYPES, LAYOUTS, Case
+from _cuda_graph import captured
 from _separable import Problem
 from torch import Tensor
 
@@ -89,18 +90,11 @@ def test_triton_agrees_with_float64_and_repeats(block: str, dtype: str, layout: 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_triton_in_a_cuda_graph(layout: str) -> None:
     problem = Problem(BLOCKS["aspp"][0], 256, torch.bfloat16, layout, device=DEVICE)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        triton(problem)  # compiles
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = triton(problem)
+    graph, out = captured(lambda: triton(problem))
     problem.x.mul_(0.5)
     graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(captured, triton(problem))
+    assert torch.equal(out, triton(problem))
 
 
 @needs_gpu

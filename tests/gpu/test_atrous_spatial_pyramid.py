@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from _cases import DTYPES, LAYOUTS
+from _cuda_graph import captured
 from _pyramid import RawPyramid
 from torch import Tensor
 
@@ -187,16 +188,9 @@ def test_training_step_through_autograd(layout: str) -> None:
 def test_cuda_graph(name: str, layout: str, backend: Callable[[str], Operator]) -> None:
     raw = problem_of("aspp", "bf16", layout)
     arguments = raw.arguments(name)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        backend(name)(*arguments)  # compiles what is compiled at the first call
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = flat(backend(name)(*arguments))
+    graph, out = captured(lambda: flat(backend(name)(*arguments)))
     raw.x.mul_(0.5)
     graph.replay()
     torch.cuda.synchronize()
-    for ours, wanted in zip(captured, flat(backend(name)(*arguments)), strict=True):
+    for ours, wanted in zip(out, flat(backend(name)(*arguments)), strict=True):
         assert torch.equal(ours, wanted)

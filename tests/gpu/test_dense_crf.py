@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from _cuda_graph import captured
 from torch import Tensor
 
 from deeplab_kernels import _library, nn, ops, reference
@@ -135,24 +136,12 @@ def test_cuda_graph_and_no_synchronisation() -> None:
         energy, saved = _ops.dense_crf_mean_field(*call, True)
         return flat([energy, *_ops.dense_crf_mean_field_backward(grad, saved, *call, True, True)])
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        both()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        both()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = both()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    graph, out = captured(both, synchronises=False)
     call[1][0].mul_(0.8)
     call[0].add_(torch.randn_like(call[0]))
     graph.replay()
     torch.cuda.synchronize()
-    for ours, wanted in zip(captured, both(), strict=True):
+    for ours, wanted in zip(out, both(), strict=True):
         assert torch.equal(ours, wanted)
 
 

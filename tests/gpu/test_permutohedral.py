@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from _cuda_graph import captured
 from torch import Tensor
 
 from deeplab_kernels import _library, ops, reference
@@ -162,24 +163,12 @@ def test_cuda_graph_and_no_synchronisation() -> None:
         out = _ops.permutohedral_filter(values, features, None, 3, False)
         return (out, *_ops.permutohedral_filter_backward(grad, values, features, None, 3, False, True, True))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    graph, out = captured(call, synchronises=False)
     features.mul_(0.7)  # another lattice, of another size
     values.add_(1)
     graph.replay()
     torch.cuda.synchronize()
-    for ours, wanted in zip(captured, call(), strict=True):
+    for ours, wanted in zip(out, call(), strict=True):
         assert torch.equal(ours, wanted)
 
 
