@@ -161,10 +161,20 @@ def _depthwise(mode: str, rate: int, layout: str, ratio: float | None) -> list[B
 
 def separable(record: Mapping[str, Any]) -> list[Bar]:
     """The demand on a record of bench_atrous_separable: one kernel against PyTorch's best, in the better layouts."""
+    return [bar(_block_demand(record["name"]), ratio) for ratio in _best_ratio(record, "whole")]
+
+
+def pyramid(record: Mapping[str, Any]) -> list[Bar]:
+    """The demand on a record of bench_atrous_spatial_pyramid; only the whole stage has one."""
+    return [bar("aspp", ratio) for ratio in _best_ratio(record, "ours") if record["what"] == "stage"]
+
+
+def _best_ratio(record: Mapping[str, Any], contender: str) -> list[float]:
+    """PyTorch's best time over that of ``contender``, each in its better layout; none if one was not measured."""
     times = {name: timing["median_ms"] for name, timing in record["timings"].items()}
-    ours = [ms for name, ms in times.items() if name.startswith("whole")]
+    ours = [ms for name, ms in times.items() if name.startswith(contender)]
     theirs = [ms for name, ms in times.items() if name.startswith(("eager", "compile"))]
-    return [bar(_block_demand(record["name"]), min(theirs) / min(ours))] if ours and theirs else []
+    return [min(theirs) / min(ours)] if ours and theirs else []
 
 
 def _block_demand(name: str) -> str:

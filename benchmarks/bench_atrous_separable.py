@@ -21,6 +21,7 @@ from functools import partial
 import layers
 import measure
 import pytest
+import tables
 import timing_options
 import torch
 import torch.nn.functional as F
@@ -167,24 +168,23 @@ HEAD = ("block", "GMAdd", "whole, NCHW / NHWC, ms", "GFLOP/s", "two kernels", "e
 
 
 def table(records: list[dict], statistic: str) -> str:
-    lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-    for record in records:
-
-        def ms(kind: str, record: dict = record) -> list[float]:
-            timings = record["timings"]
-            return [timings[f"{kind} {layout}"][statistic] for layout in LAYOUTS if f"{kind} {layout}" in timings]
-
-        whole, both = ms("whole"), list(zip(ms("eager"), ms("compile") or ms("eager"), strict=True))
-        best = [min(pair) for pair in both]
-        cells = [record["name"], f"{record['madds'] / 1e9:.2f}", _pair(whole)]
-        cells += [_pair([2e-6 * record["madds"] / t for t in whole], 0), _pair(ms("two_kernels")), _pair(ms("eager"))]
-        cells += [_pair(ms("compile")), _pair([b / w for b, w in zip(best, whole, strict=True)])]
-        lines.append("| " + " | ".join([*cells, f"{min(best) / min(whole):.2f}"]) + " |")
-    return "\n".join(lines) + "\n"
+    return tables.markdown(HEAD, (row(record, statistic) for record in records)) + "\n"
 
 
-def _pair(values: list[float], digits: int = 2) -> str:
-    return " / ".join(f"{v:.{digits}f}" for v in values) or "-"
+def row(record: dict, statistic: str) -> list[str]:
+    whole, two, eager, compiled = (
+        tables.milliseconds(record, kind, statistic) for kind in ("whole", "two_kernels", "eager", "compile")
+    )
+    best = [min(pair) for pair in zip(eager, compiled or eager, strict=True)]
+    rates = [2e-6 * record["madds"] / t for t in whole]
+    return [
+        record["name"],
+        f"{record['madds'] / 1e9:.2f}",
+        tables.pair(whole),
+        tables.pair(rates, 0),
+        *map(tables.pair, (two, eager, compiled, [b / w for b, w in zip(best, whole, strict=True)])),
+        f"{min(best) / min(whole):.2f}",
+    ]
 
 
 def chosen(args: argparse.Namespace) -> list[layers.Block]:
@@ -228,11 +228,9 @@ def main(arguments: list[str] | None = None) -> int:
         records.append(measure_block(block, args))
         print(table(records[-1:], statistic).splitlines()[-1], file=sys.stderr, flush=True)
         if content:
-            measure.save(file, content)
-    text = table(records, statistic)
-    print(text)
-    if content:
-        file.with_suffix(".md").write_text(f"{measure.cpu_name()}, {torch.get_num_threads()} threads.\n\n{text}")
+            head = f"{measure.cpu_name()}, {torch.get_num_threads()} threads.\n\n"
+            measure.save(file, content, head + table(records, statistic))
+    print(table(records, statistic))
     return 0
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/bench_atrous_spatial_pyramid.py        # results/<machine>/atrous_spatial_pyramid.{json,md}
     python benchmarks/bench_atrous_spatial_pyramid.py --quick                        # one shape
+    python benchmarks/bench_atrous_spatial_pyramid.py --table             # measures nothing: the table of what is there
     python benchmarks/bench_atrous_spatial_pyramid.py --threads 1 --cpu-time --no-write       # on a busy machine
     pytest benchmarks/bench_atrous_spatial_pyramid.py --benchmark-only
 
@@ -10,6 +11,7 @@ Contenders, float32, both layouts, inference and training step (forward and back
   rate by rate, PyTorch eager (batch norms folded in inference);
 - stage: the ASPP with its 1x1 branch, pooling and projection to 256 channels: ours, PyTorch eager likewise,
   torch.compile with frozen weights (--compile, inference).
+Merges into the results case by case, so that a run that is cut keeps what it measured.
 "Floor" is the stage's arithmetic at the rate of the fastest matrix product of the same run (three times that in
 training). Notes: NOTES_atrous_spatial_pyramid.md.
 """
@@ -19,12 +21,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import measure
 import pytest
+import tables
 import timing_options
 import torch
 import torch.nn.functional as F
@@ -214,7 +218,8 @@ def _thread_clock(function: Step, count: int) -> float:
     return time.thread_time() - start
 
 
-def measure_case(shape: Shape, what: str, mode: str, args: argparse.Namespace) -> dict:
+def measure_case(shape: Shape, what: str, mode: str, args: argparse.Namespace, matrix_rate: float) -> dict:
+    """matrix_rate: Multiply-Adds per second of the fastest matrix product."""
     functions = stage(shape, mode, args.compile) if what == "stage" else operator(shape, mode)
     clock = _thread_clock if args.cpu_time else None
     timings = interleaved(functions, rounds=args.rounds, candidate_seconds=args.seconds, clock=clock)
@@ -223,8 +228,11 @@ def measure_case(shape: Shape, what: str, mode: str, args: argparse.Namespace) -
         "what": what,
         "mode": mode,
         "madds": shape.madds * (3 if mode == "training" else 1) if what == "stage" else 0,
+        "gemm_madds_per_s": matrix_rate,
+        "allocator": measure.allocator(),
         "threads": torch.get_num_threads(),
         "load_average": round(measure.load_average(), 1),
+        **measure.stamp(),
         "timings": {name: timing.summary() for name, timing in timings.items()},
     }
 
@@ -233,24 +241,34 @@ HEAD = ("shape", "what", "mode", "ours, NCHW / NHWC, ms", "rate by rate", "PyTor
         "gain, best against best", "floor, ms")  # fmt: skip
 
 
-def table(records: Sequence[dict], statistic: str, rate: float) -> str:
-    lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-    for record in records:
-
-        def ms(kind: str, timings: dict = record["timings"]) -> list[float]:
-            return [timings[f"{kind} {layout}"][statistic] for layout in LAYOUTS if f"{kind} {layout}" in timings]
-
-        ours, single, eager, compiled = ms("ours") or ms("one pass"), ms("rate by rate"), ms("eager"), ms("compile")
-        best = [min(pair) for pair in zip(eager, compiled or eager, strict=True)]
-        floor = f"{1e3 * record['madds'] / rate:.1f}" if record["madds"] else "-"
-        cells = [record["name"], record["what"], record["mode"], *map(_pair, (ours, single, eager, compiled))]
-        cells += [_pair([b / o for b, o in zip(best, ours, strict=True)]), f"{min(best) / min(ours):.2f}", floor]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def table(records: Sequence[dict], statistic: str) -> str:
+    return tables.markdown(HEAD, (row(record, statistic) for record in records)) + "\n"
 
 
-def _pair(values: Sequence[float]) -> str:
-    return " / ".join(f"{v:.2f}" for v in values) or "-"
+def row(record: dict, statistic: str) -> list[str]:
+    whole, one_pass, single, eager, compiled = (
+        tables.milliseconds(record, kind, statistic)
+        for kind in ("ours", "one pass", "rate by rate", "eager", "compile")
+    )
+    ours = whole or one_pass
+    best = [min(pair) for pair in zip(eager, compiled or eager, strict=True)]
+    return [
+        record["name"],
+        record["what"],
+        record["mode"],
+        *map(tables.pair, (ours, single, eager, compiled, [b / o for b, o in zip(best, ours, strict=True)])),
+        f"{min(best) / min(ours):.2f}",
+        f"{1e3 * record['madds'] / record['gemm_madds_per_s']:.1f}" if record["madds"] else "-",
+    ]
+
+
+def document(results: Mapping[str, Any]) -> str:
+    """The Markdown of a results file, in the order of the shapes."""
+    order = [shape.name for shape in SHAPES]
+    records = sorted(results["records"], key=lambda record: (order.index(record["name"]), record["what"]))
+    machine, dates = results["machine"], sorted({record["date"] for record in records})
+    head = f"{machine['cpu']}, {machine['threads']} threads, fp32, medians; {', '.join(dates)}."
+    return f"{head}\n\n{table(records, 'median_ms')}"
 
 
 def chosen(args: argparse.Namespace) -> list[Shape]:
@@ -271,6 +289,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"only {SHAPES[0].name}")
     parser.add_argument("--shapes", help="names of shapes, with commas between")
+    parser.add_argument("--table", action="store_true", help="measure nothing; write the Markdown of the results again")
     parser.add_argument("--compile", action="store_true", help="torch.compile too, of the stage in inference")
     return timing_options.parse(parser, arguments, FILE, seconds=2.0)
 
@@ -280,11 +299,17 @@ def main(arguments: list[str] | None = None) -> int:
     measure.use_tuned_allocator()
     if args.threads:
         torch.set_num_threads(args.threads)
+    file = measure.results_folder() / FILE
+    results = measure.load(file)
+    if args.table:
+        measure.save(file, results, text := document(results))
+        print(text)
+        return 0
     records: list[dict] = []
     rate = measure.matrix_rate(rounds=5, clock=_thread_clock if args.cpu_time else None)
     statistic = "min_ms" if args.cpu_time else "median_ms"
-    file = measure.results_folder() / FILE
-    content = {"machine": measure.machine(), **measure.stamp(), "madds_per_second": rate, "records": records}
+    if not args.no_write:
+        results["machine"] = measure.machine()
     for shape in chosen(args):
         check(shape)
         for what in ("operator", "stage"):
@@ -292,14 +317,12 @@ def main(arguments: list[str] | None = None) -> int:
                 if what == "stage" and mode == "training" and shape.batch < 2:
                     continue  # the pooling branch would normalise one value per channel
                 torch._dynamo.reset()
-                records.append(measure_case(shape, what, mode, args))
-                print(table(records[-1:], statistic, rate).splitlines()[-1], file=sys.stderr, flush=True)
+                records.append(measure_case(shape, what, mode, args, rate))
+                print(table(records[-1:], statistic).splitlines()[-1], file=sys.stderr, flush=True)
                 if not args.no_write:
-                    measure.save(file, content)
-    text = table(records, statistic, rate)
-    print(text)
-    if not args.no_write:
-        file.with_suffix(".md").write_text(f"{measure.cpu_name()}, {torch.get_num_threads()} threads.\n\n{text}")
+                    results["records"] = measure.merge(results["records"], records[-1])
+                    measure.save(file, results, document(results))
+    print(table(records, statistic))
     return 0
 
 

@@ -20,6 +20,7 @@ from functools import partial
 
 import measure
 import pytest
+import tables
 import torch
 from torch import Tensor
 
@@ -149,8 +150,7 @@ HEAD = ("size", "what", "forward, ms", "G/s", "share of exp", "plain torch, ms",
 
 def table(records: list[dict], exponentials: float) -> str:
     """Markdown. Plain torch computes every pair, so its time without skipping stands in the rows with."""
-    lines = [f"exp: {exponentials / 1e9:.2f} G/s. G/s: 10^9 pairs per second. Times are medians.\n"]
-    lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
+    lines = []
     every_pair = {r["size"]: r["timings"] for r in records if "plain torch backward" in r["timings"]}
     for r in records:
         ours, plain = r["timings"], r["timings"]
@@ -163,8 +163,9 @@ def table(records: list[dict], exponentials: float) -> str:
         speed = r["pairs"] / forward * 1e3
         numbers = [f"{forward:.2f}", f"{speed / 1e9:.2f}", f"{speed / exponentials:.2f}", f"{torch_forward:.0f}"]
         numbers += [f"{torch_forward / forward:.1f}", f"{backward:.2f}", f"{torch_backward:.0f}"]
-        lines.append("| " + " | ".join([r["size"], r["what"], *(n.replace("nan", "-") for n in numbers)]) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([r["size"], r["what"], *(n.replace("nan", "-") for n in numbers)])
+    head = f"exp: {exponentials / 1e9:.2f} G/s. G/s: 10^9 pairs per second. Times are medians.\n\n"
+    return head + tables.markdown(HEAD, lines) + "\n"
 
 
 @pytest.mark.parametrize("contender", ["ours", "plain torch"])

@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import tables
 from occupancy import occupancy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -198,26 +199,27 @@ def table(resources: Sequence[Resources]) -> str:
         "occupancy, %",
         "with 48 KB, %",
     ]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = []
     for kernel, by_arch in rows.items():
         some = by_arch.get(90) or next(iter(by_arch.values()))
         stores, loads = (max(getattr(r, f"spill_{k}_bytes") for r in by_arch.values()) for k in ("store", "load"))
         width = "-" if some.widest_load_bits is None else f"{some.widest_load_bits} / {some.widest_store_bits}"
         registers = [str(by_arch[a].registers) if a in by_arch else "-" for a in architectures]
-        cells = [
-            f"`{kernel}`",
-            *registers,
-            str(max(r.shared_bytes for r in by_arch.values())),
-            f"{stores} / {loads}",
-            width,
-            str(some.threads or "-"),
-            *(
-                " / ".join(str(getattr(by_arch[a], field) or "-") for a in architectures if a in by_arch)
-                for field in ("occupancy_percent", "occupancy_percent_with_48_kb")
-            ),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(
+            [
+                f"`{kernel}`",
+                *registers,
+                str(max(r.shared_bytes for r in by_arch.values())),
+                f"{stores} / {loads}",
+                width,
+                str(some.threads or "-"),
+                *(
+                    " / ".join(str(getattr(by_arch[a], field) or "-") for a in architectures if a in by_arch)
+                    for field in ("occupancy_percent", "occupancy_percent_with_48_kb")
+                ),
+            ]
+        )
+    return tables.markdown(head, lines)
 
 
 def main() -> int:

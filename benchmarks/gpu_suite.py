@@ -190,9 +190,9 @@ def failures(data: dict[str, Any]) -> list[str]:
 
 
 def write_page(folder: Path) -> None:
-    from suite import page, rows
+    from suite import page, stored
 
-    (folder / "report.html").write_text(page.render(rows.read(folder)), encoding="utf-8")
+    (folder / "report.html").write_text(page.render(stored.read(folder)), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -523,18 +523,20 @@ def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def save(path: Path, document: Mapping[str, Any]) -> None:
-    """Writes at once or not at all, so that an interrupted run leaves a readable file."""
+def save(path: Path, document: Mapping[str, Any], markdown: str = "") -> None:
+    """Writes at once or not at all, so that an interrupted run leaves a readable file; ``markdown`` beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    temporary.replace(path)
+    for file, text in ((path, json.dumps(document, indent=1) + "\n"), (path.with_suffix(".md"), markdown)):
+        if text:
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text(text)
+            temporary.replace(file)
 
 
 def merge(records: Iterable[Mapping[str, Any]], new: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """``records`` with ``new`` in place of an earlier measurement of the same thing."""
 
     def identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
-        return record["name"], record["mode"], record["allocator"], record["threads"]
+        return record["name"], record.get("what"), record["mode"], record["allocator"], record["threads"]
 
     return [*(r for r in records if identity(r) != identity(new)), new]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import bars
+import tables
 
 from deeplab_kernels.errors import UserError
 
@@ -112,8 +113,7 @@ def text(table: Sequence[Mapping[str, str]], columns: Sequence[str]) -> str:
 
 
 def markdown(table: Sequence[Mapping[str, str]], columns: Sequence[str]) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join([*lines, *("| " + " | ".join(row.get(c, "") for c in columns) + " |" for row in table)])
+    return tables.markdown(columns, ([row.get(c, "") for c in columns] for row in table))
 
 
 def summary(records: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import bars
-from suite import rows
+import tables
+from suite import stored
 
 UNMEASURED = "not measured on a GPU"
 # Start of a row of README's status table -> test files that show it on a GPU, subjects of bench_contenders that time
@@ -103,22 +104,21 @@ def bars_table(root: Path, measured: Sequence[Run]) -> str:
     if not measured:
         return f"Demands on GPUs (`benchmarks/bars.py`): {UNMEASURED}. `python benchmarks/gpu_suite.py` measures them."
     folders = {file.parent for file in root.glob("*/gpu_suite.json")}
-    lines = ["| GPU | demand | bar | cases met | furthest from it | |", "|" + "---|" * 6]
+    lines = []
     for folder in sorted(folders):
-        results = rows.read(folder)
+        results = stored.read(folder)
         gpu = results.machine.get("gpu")
         if gpu not in {run.gpu for run in measured}:
             continue
         for verdict in results.verdicts:
             if verdict.demand.device == "GPU":
-                lines.append(_line(gpu, verdict))
-    return "\n".join(lines)
+                lines.append(_cells(gpu, verdict))
+    return tables.markdown(("GPU", "demand", "bar", "cases met", "furthest from it", ""), lines)
 
 
-def _line(gpu: str, verdict: bars.Verdict) -> str:
+def _cells(gpu: str, verdict: bars.Verdict) -> list[str]:
     demand = verdict.demand
     relation = ">=" if demand.at_least else "<="
     met = f"{verdict.met} of {verdict.measured}" if verdict.measured else ""
     worst = "" if verdict.worst is None else f"{verdict.worst:.2f}"
-    cells = [gpu, f"{demand.what} ({demand.source})", f"{relation} {demand.limit:g}", met, worst, verdict.text]
-    return "| " + " | ".join(cells) + " |"
+    return [gpu, f"{demand.what} ({demand.source})", f"{relation} {demand.limit:g}", met, worst, verdict.text]

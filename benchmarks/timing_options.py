@@ -12,9 +12,10 @@ def parse(
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=seconds, help="for each contender at most")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
-    parser.add_argument("--cpu-time", action="store_true", help="of one thread; needs --threads 1")
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread; needs --threads 1; writes nothing")
     parser.add_argument("--no-write", action="store_true", help=f"print only; do not write {file} and its table")
     args = parser.parse_args(arguments)
     if args.cpu_time and args.threads != 1:
         parser.error("--cpu-time needs --threads 1")
+    args.no_write |= args.cpu_time
     return args

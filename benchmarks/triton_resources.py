@@ -26,6 +26,7 @@ from typing import Any
 from unittest import mock
 
 import layers
+import tables
 import torch
 import triton
 from occupancy import occupancy
@@ -407,10 +408,8 @@ def table(rows: list[Resources]) -> str:
     fields = ("registers", "shared_bytes", "spill_bytes", "widest_load_bits", "widest_store_bits", "occupancy_percent")
     header = ("shape", "dtype", "layout", "kernel", "variant", "warps", "programs", "registers", "shared memory, B",
               "spills, B", "widest load, bit", "widest store, bit", "occupancy, %")  # fmt: skip
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for key, group in grouped.items():
-        lines.append("| " + " | ".join([*map(str, key), *(figures(group, f) for f in fields)]) + " |")
-    return "\n".join(lines) + "\n"
+    lines = ([*map(str, key), *(figures(group, f) for f in fields)] for key, group in grouped.items())
+    return tables.markdown(header, lines) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:

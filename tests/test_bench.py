@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import bars  # noqa: E402
-from suite import cases, compare, page, plots, rows, runner, subjects  # noqa: E402
+from suite import cases, compare, kinds, page, plots, rows, runner, stored, subjects  # noqa: E402
 
 from deeplab_kernels import cli  # noqa: E402
 from deeplab_kernels.commands import bench  # noqa: E402
@@ -38,7 +38,7 @@ def _path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_of_a_separable_block(tmp_path: Path) -> None:
     document = separable(whole__nhwc=2.0, two_kernels__nhwc=3.0, eager__nhwc=5.0, compile__nhwc=4.0, eager__nchw=1.0)
-    found = {row.contender: row for row in rows.read(write(tmp_path, atrous_separable=document)).rows}
+    found = {row.contender: row for row in stored.read(write(tmp_path, atrous_separable=document)).rows}
     whole = found["whole nhwc"]
     assert (whole.ours, found["two_kernels nhwc"].ours, found["eager nhwc"].ours) == (True, True, False)
     assert (whole.rival, whole.ratio) == ("compile nhwc", 2.0)  # of the same layout
@@ -50,11 +50,33 @@ def test_rows_of_a_separable_block(tmp_path: Path) -> None:
 
 def test_missed_bars_are_listed(tmp_path: Path) -> None:
     document = separable(whole__nhwc=2.0, eager__nhwc=4.0)
-    results = rows.read(write(tmp_path, atrous_separable=document, models=models()))
+    results = stored.read(write(tmp_path, atrous_separable=document, models=models()))
     assert [bar.case for bar in results.missed][-1] == "A12:2048x33r12->relu->256"
     assert "2.00 < 3" in results.missed[-1].what
     assert [bar.source for bar in results.missed if "ratio 1.12" in bar.what] == ["issue 4", "issue 5"] * 2
-    assert not rows.read(write(tmp_path / "fast", atrous_separable=separable(whole__nhwc=1, eager__nhwc=4))).missed
+    assert not stored.read(write(tmp_path / "fast", atrous_separable=separable(whole__nhwc=1, eager__nhwc=4))).missed
+
+
+def test_spatial_pyramids_are_compared_in_their_better_layouts(tmp_path: Path) -> None:
+    times = {
+        "operator": {"one pass nhwc": 2.0, "rate by rate nhwc": 3.0, "eager nchw": 8.0},
+        "stage": {"ours nchw": 4.0, "ours nhwc": 5.0, "eager nchw": 10.0, "compile nchw": 9.0},
+    }
+    shared = {"name": "2048x33r6/12/18 N1", "mode": "inference", "gemm_madds_per_s": 1e11, "threads": 4}
+    records = [
+        {**shared, "what": what, "madds": 2e8, "timings": {name: timing(ms) for name, ms in found.items()}}
+        for what, found in times.items()
+    ]
+    results = stored.read(write(tmp_path, atrous_spatial_pyramid={"machine": MACHINE, "records": records}))
+    found = {(row.case.split(", ")[1], row.contender): row for row in results.rows}
+    assert found["operator", "rate by rate nhwc"].ours
+    assert not found["operator", "eager nchw"].ours
+    assert found["operator", "one pass nhwc"].ratio == 4
+    assert (found["stage", "ours nhwc"].rival, found["stage", "ours nhwc"].ratio) == ("compile nchw", 1.8)
+    assert found["stage", "ours nchw"].matrix_share == pytest.approx(0.5)
+    assert [(missed.case, missed.what) for missed in results.missed] == [
+        ("2048x33r6/12/18 N1, stage, inference", "best layout: speed-up 2.25 < 3")
+    ]
 
 
 def test_depthwise_bytes_and_multiply_adds(tmp_path: Path) -> None:
@@ -73,7 +95,7 @@ def test_depthwise_bytes_and_multiply_adds(tmp_path: Path) -> None:
     }
     records = [{**record, "mode": mode} for mode in ("inference", "training")]
     write(tmp_path, atrous_depthwise={"machine": MACHINE, "records": records})
-    found = {(row.mode, row.contender): row for row in rows.read(tmp_path).rows}
+    found = {(row.mode, row.contender): row for row in stored.read(tmp_path).rows}
     assert (found["inference", "ours float32 nchw"].bytes, found["inference", "ours float32 nchw"].madds) == (800, 900)
     assert (found["inference", "ours bfloat16 nchw"].bytes, found["inference", "clone float32 nchw"].bytes) == (
         400,
@@ -93,7 +115,7 @@ def test_gpu_results_are_read_in_microseconds(tmp_path: Path) -> None:
         "machine": {"gpu": "G"}, "copy_gb_per_s": 2000.0, "layers": [layer, broken], "pyramids": [pyramid],
         "crf": [{"picture": "1x2x3", "times": {"MONAI, 10 iterations": {"median_us": 7.0}}}],
     }  # fmt: skip
-    results = rows.read(write(tmp_path, gpu_suite=document))
+    results = stored.read(write(tmp_path, gpu_suite=document))
     found = [(row.case, row.median_ms, row.ratio, row.ours) for row in results.rows]
     assert found[:2] == [("A12/N8 bfloat16 nhwc", 0.01, 4.0, True), ("A12/N8 bfloat16 nhwc", 0.04, 1.0, False)]
     assert found[2][:2] == ("P/N8 float32 nhwc", 0.01)
@@ -114,13 +136,13 @@ def test_gpu_results_are_read_in_microseconds(tmp_path: Path) -> None:
 def test_files_that_are_no_results(tmp_path: Path, content: str, name: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
-        rows.read(tmp_path / name)
+        stored.read(tmp_path / name)
 
 
 def test_no_results(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "models.json"):
         with pytest.raises(UserError, match="no results"):
-            rows.read(path)
+            stored.read(path)
 
 
 # The report.
@@ -128,7 +150,7 @@ def test_no_results(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", COMMITTED, ids=lambda path: path.name)
 def test_report_of_committed_results_has_every_case(folder: Path) -> None:
-    results = rows.read(folder)
+    results = stored.read(folder)
     parsed = check_self_contained(page.render(results))
     cells = {(line[0], line[1], line[2]) for table in parsed.tables for line in table if len(line) > 3}
     assert {(row.case, row.mode, row.contender) for row in results.rows} <= cells
@@ -141,7 +163,7 @@ def test_report_of_committed_results_has_every_case(folder: Path) -> None:
 def test_names_are_escaped(tmp_path: Path) -> None:
     document = separable(whole__nhwc=1.0, eager__nhwc=2.0)
     document["records"][0]["name"] = "</td><script>alert(1)</script>&"
-    text = page.render(rows.read(write(tmp_path, atrous_separable=document)))
+    text = page.render(stored.read(write(tmp_path, atrous_separable=document)))
     assert "<script>alert" not in text
     assert "Tiny <CPU>" not in text
     assert Page(text).tags.count("script") == 1
@@ -150,7 +172,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
 
 def test_plots_have_titles_units_and_every_point(tmp_path: Path) -> None:
     document = separable(whole__nhwc=1.0, eager__nhwc=2.0, compile__nhwc=3.0)
-    results = rows.read(write(tmp_path, atrous_separable=document, models=models()))
+    results = stored.read(write(tmp_path, atrous_separable=document, models=models()))
     roofline, latency = plots.roofline(results.rows), plots.latency(results.rows)
     Page(roofline), Page(latency)
     assert roofline.count("<circle") == 2  # ours and the best of PyTorch, not the others
@@ -200,9 +222,9 @@ def test_one_sample_counts_as_uncertain_by_a_tenth() -> None:
 
 def test_another_machine_is_pointed_out(tmp_path: Path) -> None:
     document = separable(whole__nhwc=1.0)
-    now = rows.read(write(tmp_path / "now", atrous_separable=document))
+    now = stored.read(write(tmp_path / "now", atrous_separable=document))
     document["machine"] = {**MACHINE, "cores": 64}
-    before = rows.read(write(tmp_path / "before", atrous_separable=document))
+    before = stored.read(write(tmp_path / "before", atrous_separable=document))
     assert compare.other_machine(before, now) == ["cores: 64 before, 2 now"]
     assert "cores: 64 before, 2 now" in page.render(now, before)
     assert compare.other_machine(now, now) == []
@@ -269,9 +291,9 @@ def test_plans() -> None:
     assert axes == bench.AXES
     for quick, minutes in ((True, subjects.QUICK_MINUTES), (False, subjects.FULL_MINUTES)):
         jobs = subjects.Wanted(quick=quick, minutes=minutes).jobs
-        assert all((BENCHMARKS / job.script).is_file() and Path(job.results).stem in rows.KINDS for job in jobs)
+        assert all((BENCHMARKS / job.script).is_file() and Path(job.results).stem in kinds.KINDS for job in jobs)
         plans = [plan for job in jobs if (plan := job.plan(quick))]
-        assert len(plans) == len(jobs) == (3 if quick else 4)
+        assert len(plans) == len(jobs) == (4 if quick else 5)
         assert sum(plan.seconds for plan in plans) <= 60 * minutes
         assert jobs[0].script == "bench_contenders.py"
         assert plans[0].cases > 5

@@ -15,16 +15,16 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import bars  # noqa: E402
-from suite import exports, page, rows  # noqa: E402
+from suite import exports, kinds, page, stored  # noqa: E402
 
 
 def test_product_as_rows_with_reasons(tmp_path: Path) -> None:
     document = contenders(ours__nhwc=1.0, eager__nhwc=4.0, native__nchw=2.0, copy__nhwc=0.5, dtype="bf16")
     document["records"][0]["with_gaps"] = {"ours nhwc": full_timing(1.5)}
-    results = rows.read(write(tmp_path, contenders=document))
+    results = stored.read(write(tmp_path, contenders=document))
     found = {row.contender: row for row in results.rows}
     ours = found["ours nhwc"]
-    assert (ours.subject, ours.rival, ours.ratio) == (rows.TITLES["separable"], "native nchw", 2.0)
+    assert (ours.subject, ours.rival, ours.ratio) == (kinds.TITLES["separable"], "native nchw", 2.0)
     assert (ours.with_gaps_ms, ours.peak_bytes, ours.full_precision) == (1.5, 5 * 10**6, False)
     assert ours.matrix_share == pytest.approx(2.0)  # 2000 GFLOP/s against bf16's 1000
     assert (found["copy nhwc"].madds, found["copy nhwc"].ratio) == (0, None)
@@ -42,7 +42,7 @@ def test_product_as_rows_with_reasons(tmp_path: Path) -> None:
 def test_same_demand_of_two_issues_stands_twice(tmp_path: Path) -> None:
     times = {"ours__nhwc": 10.0, "eager__nhwc": 16.0}
     what = "deeplabv3plus_xception65, output stride 16"
-    results = rows.read(write(tmp_path, contenders=contenders(subject="models", what=what, **times)))
+    results = stored.read(write(tmp_path, contenders=contenders(subject="models", what=what, **times)))
     found = {(v.demand.source, v.demand.limit): v.text for v in results.verdicts if v.measured}
     assert found == {("issue 4", 1.5): "met", ("issue 5", 1.7): "missed"}
     assert [(m.source, m.what) for m in results.missed] == [("issue 5", "best layout: ratio 1.60 < 1.7")]
@@ -81,7 +81,7 @@ def test_large_gpu_tensors_are_held_to_the_copy_bandwidth() -> None:
 
 def test_pytest_benchmark_reads_the_export(tmp_path: Path) -> None:
     old = {**separable(whole__nhwc=2.0, eager__nhwc=5.0)}  # without all statistics: left out
-    results = rows.read(write(tmp_path, contenders=contenders(ours__nhwc=1.0, eager__nhwc=4.0), atrous_separable=old))
+    results = stored.read(write(tmp_path, contenders=contenders(ours__nhwc=1.0, eager__nhwc=4.0), atrous_separable=old))
     file = tmp_path / "export.json"
     file.write_text(json.dumps(exports.pytest_benchmark(results)))
     command = [sys.executable, "-m", "pytest_benchmark", "compare", str(file), "--columns=median,iqr,rounds"]
@@ -97,7 +97,7 @@ def test_pytest_benchmark_reads_the_export(tmp_path: Path) -> None:
 def test_markdown_has_every_row(tmp_path: Path) -> None:
     document = contenders(ours__nhwc=1.0, eager__nhwc=4.0)
     document["records"][0]["unavailable"] = {"compile nhwc": "a|b\nc"}
-    text = exports.markdown(rows.read(write(tmp_path, contenders=document)))
+    text = exports.markdown(stored.read(write(tmp_path, contenders=document)))
     line = next(line for line in text.splitlines() if "| ours nhwc |" in line)
     assert "| 4.00 |" in line
     assert "| 1000.0 | 10.0 | 50% | 2000% | 5 |" in line  # millions, MB, shares, MB

@@ -18,7 +18,7 @@ import gpu_suite  # noqa: E402
 import measure  # noqa: E402
 import report as tables  # noqa: E402
 import status  # noqa: E402
-from suite import cases, rows  # noqa: E402
+from suite import cases, stored  # noqa: E402
 
 from deeplab_kernels.errors import UserError  # noqa: E402
 from deeplab_kernels.timing import Timing  # noqa: E402
@@ -202,7 +202,7 @@ def test_readme_without_its_marks(readme: Path) -> None:
 
 def test_report_of_a_gpu(tmp_path: Path) -> None:
     made_up(tmp_path / "gpu")
-    results = rows.read(tmp_path / "gpu")
+    results = stored.read(tmp_path / "gpu")
     verdicts = {v.demand.what: v.text for v in results.verdicts if v.measured}
     assert set(verdicts.values()) == {"met", "missed"}
     assert results.machine["gpu"] == "NVIDIA Made Up"

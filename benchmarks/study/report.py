@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import measure
+import tables
 
 from . import curves, verdicts
 from .experiments import NETWORKS
@@ -155,7 +156,7 @@ def _overview(content: Content) -> str:
             if counts[v]
         )
         table.append([finding.title, str(len(reached)), words])
-    return "\n".join(lines) + "\n" + _table(["finding", "claims", "verdicts"], table)
+    return "\n".join(lines) + "\n" + tables.markdown(["finding", "claims", "verdicts"], table)
 
 
 def _section(content: Content, finding: Finding) -> str:
@@ -171,8 +172,9 @@ def _section(content: Content, finding: Finding) -> str:
         name = f"{claim.text} ({metric})" if metric and metric != MEAN_IOU else claim.text
         claims.append([name, _points(difference), claim.paper, f"**{verdict}**"])
     note = f"\n\n{finding.note}" if finding.note else ""
-    return f"## {finding.title}\n\nThe papers': {finding.source}.{note}\n\n{_table(header, rows)}\n\n" + _table(
-        ["claim", "difference ± standard error", "the papers'", "verdict"], claims
+    return (
+        f"## {finding.title}\n\nThe papers': {finding.source}.{note}\n\n{tables.markdown(header, rows)}\n\n"
+        + tables.markdown(["claim", "difference ± standard error", "the papers'", "verdict"], claims)
     )
 
 
@@ -200,7 +202,7 @@ def _cost(content: Content) -> str:
     header = ["network", "Multiply-Adds", latency, "Xception-65, 513 x 513", "the paper's"]
     text = "Latency: median ± interquartile range, measured in turn after the trainings; a difference counts above "
     text += "both ranges."
-    return f"{_table(header, rows)}\n\n{text}\n\n" + _table(
+    return f"{tables.markdown(header, rows)}\n\n{text}\n\n" + tables.markdown(
         ["claim", "ratio", "the paper's", "verdict"],
         [
             [claim["claim"], f"{claim['ratio']:.2f}", claim["paper"], f"**{claim['verdict']}**"]
@@ -254,7 +256,7 @@ def _trainings(content: Content) -> str:
     head = ["network", "parameters", "seeds", "CPU time of a training", "loss at the end", MEAN_IOU]
     seconds = sum(record["cpu_seconds"] + record["evaluation_cpu_seconds"] for record in content["records"])
     total = f"All trainings and evaluations took {seconds / 60:.0f} minutes of CPU time."
-    return f"## Trainings\n\n{_table(head, rows)}\n\n{total}"
+    return f"## Trainings\n\n{tables.markdown(head, rows)}\n\n{total}"
 
 
 def _percent(value: Summary) -> str:
@@ -269,8 +271,3 @@ def _points(value: Summary) -> str:
         return "-"
     error = "" if math.isnan(value.error) else f" ± {100 * value.error:.2f}"
     return f"{100 * value.mean:+.2f}{error}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -24,6 +24,10 @@ def separable(record: Record, machine: Record) -> list[bars.Bar]:
     return bars.separable(record)
 
 
+def pyramid(record: Record, machine: Record) -> list[bars.Bar]:
+    return bars.pyramid(record)
+
+
 def dense_crf(record: Record, machine: Record) -> list[bars.Bar]:
     import bench_dense_crf
 

@@ -49,6 +49,13 @@ class Job:
         return [self.script, *plan.options, *time, *path]
 
 
+PYRAMID = Job(
+    ("aspp",),
+    "bench_atrous_spatial_pyramid.py",
+    "atrous_spatial_pyramid.json",
+    Plan(240, 21),
+    Plan(12, 3, ("--quick", "--rounds", "3", "--seconds", "0.3")),
+)
 CRF = Job(
     ("crf",),
     "bench_dense_crf.py",
@@ -82,7 +89,9 @@ class Wanted:
     def jobs(self) -> list[Job]:
         """The most telling first: a run may be cut."""
         others = [
-            job for job in (CRF, CRF_LAYER, FILTERS) if job.plan(self.quick) and set(job.subjects) & set(self.subjects)
+            job
+            for job in (PYRAMID, CRF, CRF_LAYER, FILTERS)
+            if job.plan(self.quick) and set(job.subjects) & set(self.subjects)
         ]
         product = [subject for subject in cases.SUBJECTS if subject in self.subjects]
         return [*([self._product(product, others)] if product else []), *others]

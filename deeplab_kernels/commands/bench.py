@@ -73,9 +73,9 @@ def checkout() -> Path:
 def run(args: argparse.Namespace) -> int:
     root = checkout()
     sys.path.insert(0, str(root / "benchmarks"))
-    compare, rows, runner = (importlib.import_module(f"suite.{name}") for name in ("compare", "rows", "runner"))
+    compare, runner, stored = (importlib.import_module(f"suite.{name}") for name in ("compare", "runner", "stored"))
     wanted = _wanted(args)
-    before = rows.read(args.compare) if args.compare else None
+    before = stored.read(args.compare) if args.compare else None
     folder = args.output or _default_folder(root, args.quick, wanted.device)
     outcomes: list[Any] = []
     try:
@@ -163,8 +163,8 @@ def _wanted(args: argparse.Namespace) -> Any:
 
 def _write_report(folder: Path, before: Any) -> tuple[Path, Any]:
     """report.html, and its rows as Markdown and as pytest-benchmark's JSON."""
-    exports, page, rows = (importlib.import_module(f"suite.{name}") for name in ("exports", "page", "rows"))
-    results = rows.read(folder)
+    exports, page, stored = (importlib.import_module(f"suite.{name}") for name in ("exports", "page", "stored"))
+    results = stored.read(folder)
     path = folder / "report.html"
     for name, text in (
         (path.name, page.render(results, before)),
