@@ -13,7 +13,7 @@ from .backbones.features import LAST_STRIDE, rates_at
 from .builders import PAPER, on_backbone
 from .heads import AtrousScores
 from .layers import positive_ints, resize_bilinear
-from .multi_scale import check_scales, max_over_scales
+from .multi_scale import check_scales, max_over_scales, score_maps
 from .system import BackboneModel, SegmentationModel, check_images
 
 
@@ -30,6 +30,9 @@ class AtrousScoring(BackboneModel):
         scales: of the image; several are fused by their maximum at the score map
             (:func:`deeplab_kernels.models.multi_scale.max_over_scales`). May be changed at any time: the weights are
             the same.
+        scale_losses: in training mode, with several scales, return (fused logits, logits of each scale ...), all
+            (N, num_classes, H, W), for a loss at each scale as v2's authors train; see ``auxiliary_weight`` of
+            :class:`deeplab_kernels.models.training.TrainingConfig` (theirs is 1).
         hidden, norm, dropout, momentum: as of :class:`deeplab_kernels.models.heads.AtrousScores`.
     """
 
@@ -44,11 +47,13 @@ class AtrousScoring(BackboneModel):
         dropout: float = 0.5,
         momentum: float = 0.1,
         scales: Sequence[float] = (1.0,),
+        scale_losses: bool = False,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.atrous_rates = positive_ints(rates, "rates")
         self.scales = check_scales(scales)
+        self.scale_losses = scale_losses
         self.backbone = backbone
         self.head = AtrousScores(
             backbone.out_channels, num_classes, rates, hidden, norm=norm, dropout=dropout, momentum=momentum
@@ -64,9 +69,13 @@ class AtrousScoring(BackboneModel):
         (features,) = self.backbone.pyramid(x, (LAST_STRIDE,))
         return self.head(features)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         check_images(x)
-        return resize_bilinear(max_over_scales(self.scores, x, self.scales), x.shape[2:])
+        maps = score_maps(self.scores, x, self.scales)
+        logits = resize_bilinear(max_over_scales(maps), x.shape[2:])
+        if self.training and self.scale_losses and len(maps) > 1:
+            return logits, *(resize_bilinear(scores, x.shape[2:]) for scores in maps.values())
+        return logits
 
 
 def on_vgg(backbone: Callable[..., VGG], rates: Sequence[int], **options: Any) -> Callable[..., SegmentationModel]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,17 +27,27 @@ def scaled_size(size: Sequence[int], scale: float) -> tuple[int, int]:
     return height, width
 
 
-def max_over_scales(scores: Callable[[Tensor], Tensor], x: Tensor, scales: Sequence[float] = SCALES) -> Tensor:
-    """The largest score at each position over several scales of ``x``; the weights are shared by all of them.
+def score_maps(scores: Callable[[Tensor], Tensor], x: Tensor, scales: Sequence[float] = SCALES) -> dict[float, Tensor]:
+    """The score map of each scale; the weights are shared by all of them.
 
     Args:
         scores: (N, 3, h, w) -> score map (N, K, h', w').
         x: images (N, 3, H, W).
-        scales: positive. The result has the size of the score map of scale 1, or of the largest scale where 1 is not
-            among them; the other maps are resized to it (bilinear, corners aligned).
+        scales: positive.
     """
-    maps = {s: scores(x if s == 1 else resize_bilinear(x, scaled_size(x.shape[2:], s))) for s in scales}
-    fused = base = maps.pop(1.0 if 1.0 in maps else max(maps))
-    for other in maps.values():
-        fused = torch.maximum(fused, resize_bilinear(other, base.shape[2:]))
+    return {s: scores(x if s == 1 else resize_bilinear(x, scaled_size(x.shape[2:], s))) for s in scales}
+
+
+def max_over_scales(maps: Mapping[float, Tensor]) -> Tensor:
+    """The largest score at each position.
+
+    Args:
+        maps: of :func:`score_maps`. The result has the size of that of scale 1, or of the largest scale where 1 is not
+            among them; the others are resized to it (bilinear, corners aligned).
+    """
+    base = 1.0 if 1.0 in maps else max(maps)
+    fused = maps[base]
+    for scale, other in maps.items():
+        if scale != base:
+            fused = torch.maximum(fused, resize_bilinear(other, maps[base].shape[2:]))
     return fused

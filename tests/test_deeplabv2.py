@@ -8,8 +8,9 @@ from _models import randomise, relative_error
 from _systems import check_any_size, check_compile, check_training
 from deeplab_kernels.models.deeplabv2 import ASPP_L, ASPP_S
 from deeplab_kernels.models.layers import resize_bilinear
-from deeplab_kernels.models.multi_scale import max_over_scales, scaled_size
+from deeplab_kernels.models.multi_scale import max_over_scales, scaled_size, score_maps
 from torch import nn
+from torch.nn import functional as F
 
 from deeplab_kernels import models
 
@@ -67,11 +68,27 @@ def test_fusion_shares_weights_and_reaches_them_from_every_scale() -> None:
         calls.append(image.shape[2:])
         return image * (2.0 if len(calls) == 1 else 1.0)
 
-    fused_map = max_over_scales(scores, x, (0.5, 1.0))
+    fused_map = max_over_scales(score_maps(scores, x, (0.5, 1.0)))
     assert calls == [(17, 17), (33, 33)]
     assert (fused_map >= x).all()
     assert not torch.equal(fused_map, x)
-    assert max_over_scales(lambda image: image, x, (0.5, 0.75)).shape == (1, 3, 25, 25)
+    assert max_over_scales(score_maps(lambda image: image, x, (0.5, 0.75))).shape == (1, 3, 25, 25)
+
+
+def test_a_loss_at_each_scale() -> None:
+    model = small(scales=(0.5, 1.0), scale_losses=True)
+    x = torch.randn(1, 3, 33, 33)
+    with torch.no_grad():
+        fused = model(x)
+        maps = [resize_bilinear(scores, (33, 33)) for scores in score_maps(model.scores, x, (0.5, 1.0)).values()]
+        model.training = True  # the flag alone, so that batch normalisation stays the same
+        outputs = model(x)
+        model.scales = (1.0,)
+        assert torch.equal(model(x), maps[1])  # nothing is fused
+    assert len(outputs) == 3
+    assert all(map(torch.equal, outputs, [fused, *maps]))
+    trained = models.build("deeplabv2_aspp_s_small", 3, scales=(0.5, 1.0), scale_losses=True)
+    check_training(trained, loss_of=lambda outputs, labels: sum(F.cross_entropy(o, labels) for o in outputs))
 
 
 @pytest.mark.parametrize(("size", "scaled"), [((321, 321), (161, 161)), ((1, 2), (1, 1)), ((65, 33), (33, 17))])

@@ -153,7 +153,25 @@ def test_a_crf_is_trained_as_the_last_stage(tmp_path):
     fresh = build("deeplabv3plus_small", 7, crf=True)
     assert not torch.equal(model.crf.appearance_weight, fresh.crf.appearance_weight)
     assert torch.equal(model.crf.log_appearance_sigma, fresh.crf.log_appearance_sigma)
+    assert model.crf.compatibility is None  # Potts
     assert Segmenter.from_file(tmp_path / "run" / "weights.pt")(SceneDataset(1, 40)[0].image).shape == (40, 40)
+
+
+def test_the_whole_crf_is_trained(tmp_path):
+    options = ["--crf", "--crf-sigmas", "--options", "{crf = {iterations = 2, compatibility = 'full'}}"]
+    assert cli.main([*flags(tmp_path / "run", steps=2, learning_rate=0.2), *options]) == 0
+    crf = build_from_file(tmp_path / "run" / "weights.pt")[0].crf
+    fresh = build("deeplabv3plus_small", 7, crf={"iterations": 2, "compatibility": "full"}).crf
+    assert crf.iterations == 2
+    parameters = dict(crf.named_parameters())
+    assert len(parameters) == 6
+    for name, value in fresh.named_parameters():
+        assert parameters[name].requires_grad, name
+        assert not torch.equal(parameters[name], value), name
+
+
+def test_the_whole_crf_needs_a_crf(capsys):
+    fails(["train", "--data", "generated", "--crf-sigmas"], "crf_sigmas needs crf", capsys)
 
 
 def test_the_weights_are_the_best_ones(tmp_path, monkeypatch):

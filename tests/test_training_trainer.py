@@ -289,7 +289,7 @@ class _Stop(Exception):
 
 CONTINUED = {
     "plain": {},
-    "averaged, accumulated": {"ema_decay": 0.9, "accumulation": 2},
+    "averaged, accumulated": {"ema_decay": 0.9, "accumulation": 2, "hard_fraction": 0.5, "hard_steps": 4},
     "scaled": {"min_scale": 0.5, "max_scale": 2.0, "precision": "fp16"},
     "in stages": {"stages": (Stage(3), Stage(3, output_stride=8, learning_rate=0.02, freeze_batch_norm=True))},
 }
@@ -324,6 +324,15 @@ def test_a_continued_run_has_the_same_bits(scenes, changes, tmp_path):
         assert second.model.output_stride == whole.model.output_stride
 
 
+def test_hard_examples_are_chosen_gradually(scenes):
+    config = dataclasses.replace(BASE, steps=5, hard_fraction=0.2, hard_steps=3)
+    trainer, fractions = Trainer(net(), scenes, config), []
+    trainer.run(lambda step, steps, loss: fractions.append(trainer.loss.hard_fraction))
+    assert fractions == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.2])
+    plain = Trainer(net(), scenes, dataclasses.replace(config, hard_steps=0)).run().losses
+    assert Trainer(net(), scenes, config).run().losses[0] < plain[0]  # easy pixels count as well
+
+
 def test_memory_format_does_not_change_by_training(scenes):
     model = net().to(memory_format=torch.channels_last)
     seen = []
@@ -356,6 +365,7 @@ def test_compiled_training_gives_the_same(scenes, monkeypatch):
         ({"output_stride": 4}, "output_stride must be 8, 16 or 32, got 4"),
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, got 'fp8'"),
         ({"hard_fraction": 0.0}, "hard_fraction must be"),
+        ({"hard_steps": -1}, "hard_steps must be at least 0, got -1"),
         ({"min_scale": -1.0}, "min_scale"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive, got nan"),
     ],

@@ -22,7 +22,8 @@ SETTINGS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("init", "str", "pretrained weights: a file, a name, or a URL"),
         ("skip-classifier", "bool", "start the last layer afresh even where that of --init is for as many classes"),
         ("near-identity", "bool", "start depthwise kernels near the identity (default: for *_small without --init)"),
-        ("crf", "bool", "a fully connected CRF as last stage, trained, too"),
+        ("crf", "bool", "a fully connected CRF as last stage: its weights and compatibility are trained, too"),
+        ("crf-sigmas", "bool", "train the standard deviations of that CRF as well, which makes a step slower"),
         ("output", "str", "folder to write into (default: training)"),
     ),
     "schedule": (
@@ -52,6 +53,7 @@ SETTINGS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "loss": (
         ("class-weights", "toml", "one number for each class, such as '[1, 2.5, 1]'"),
         ("hard-fraction", "float", "share of each image's pixels, the hardest, that count"),
+        ("hard-steps", "int", "in which that share falls from all pixels to --hard-fraction"),
         ("auxiliary-weight", "float", "of the loss of a model's auxiliary heads"),
     ),
     "how": (

@@ -57,6 +57,7 @@ class TrainingConfig:
         ema_decay: see :class:`WeightAverage`; the average is then what is validated and kept. 0 for none; the papers
             use 0.9999.
         class_weights, hard_fraction: see :class:`deeplab_kernels.models.losses.CrossEntropy`.
+        hard_steps: in which the share of the pixels that enter falls linearly from all to ``hard_fraction``.
         auxiliary_weight: factor of the loss of a network's auxiliary scores, if it gives any in training.
         stages: replace ``steps``; each has its own schedule.
         time_limit: seconds; if the pace of the first steps would exceed it, the last stage is shortened, so that the
@@ -83,6 +84,7 @@ class TrainingConfig:
     ema_decay: float = 0.0
     class_weights: tuple[float, ...] | None = None
     hard_fraction: float = 1.0
+    hard_steps: int = 0
     auxiliary_weight: float = 0.4
     seed: int = 0
     stages: tuple[Stage, ...] = ()
@@ -94,7 +96,7 @@ class TrainingConfig:
                 object.__setattr__(self, name, tuple(value))
         _check_types(self)
         _at_least(self, 1, "steps", "batch_size", "accumulation", "crop")
-        _at_least(self, 0, "warmup_steps", "weight_decay", "auxiliary_weight", "seed", "power")
+        _at_least(self, 0, "warmup_steps", "hard_steps", "weight_decay", "auxiliary_weight", "seed", "power")
         for name in ("learning_rate", "head_multiplier", "time_limit"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -112,8 +114,12 @@ class TrainingConfig:
     def augmentation(self) -> Augmentation:
         return Augmentation(self.crop, self.min_scale, self.max_scale, self.flip, self.color_jitter)
 
-    def loss(self) -> CrossEntropy:
-        return CrossEntropy(self.class_weights, self.hard_fraction)
+    def loss(self, step: int | None = None) -> CrossEntropy:
+        """Of ``step``, counted from the start of the run; None: after ``hard_steps``."""
+        fraction = self.hard_fraction
+        if step is not None and step < self.hard_steps:
+            fraction += (1 - fraction) * (1 - (step + 1) / (self.hard_steps + 1))
+        return CrossEntropy(self.class_weights, fraction)
 
     def all_stages(self) -> tuple[Stage, ...]:
         """The stages with every value filled in; one if none were given."""

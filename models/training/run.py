@@ -110,11 +110,11 @@ class _Run:
 
     def _model(self, weights: bool) -> SegmentationModel:
         config, training = self.config, self.config.training
-        options = {**config.options, **({"crf": _TRAINED_CRF} if config.crf else {})}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(training.seed)
             try:
-                model = build(config.model, self.classes, training.all_stages()[0].output_stride, **options)
+                stride = training.all_stages()[0].output_stride
+                model = build(config.model, self.classes, stride, **config.model_options())
             except (ValueError, TypeError) as error:
                 raise UserError(str(error)) from None
         if weights:
@@ -191,7 +191,7 @@ class _Run:
     def _write_weights(self) -> None:
         if self.rank == 0:
             config = self.config
-            options = {**config.options, **({"crf": _TRAINED_CRF} if config.crf else {})}
+            options = dict(config.model_options())
             if (stride := self.config.training.all_stages()[-1].output_stride) is not None:
                 options["output_stride"] = stride
             with self.trainer.evaluated() as model:
@@ -238,10 +238,6 @@ class _Run:
             "output": str(self.folder),
             "weights": str(self.folder / WEIGHTS),
         }
-
-
-# Its standard deviations stay as they are: their gradients, through the lattice, would make a step much slower.
-_TRAINED_CRF = {"trainable": ["appearance_weight", "smoothness_weight", "compatibility"]}
 
 
 def validate(model: nn.Module, scenes: Scenes, num_classes: int) -> ConfusionMatrix:

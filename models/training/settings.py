@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deeplab_kernels.errors import UserError
+from deeplab_kernels.nn.dense_crf import TRAINABLE
 
 from .config import Stage, TrainingConfig, is_a
 
@@ -39,7 +40,8 @@ class RunConfig:
         skip_classifier: start the last layer afresh even where that of ``init`` is for as many classes.
         near_identity: see :func:`deeplab_kernels.models.training.start_near_identity`.
         init: source of pretrained weights for :func:`deeplab_kernels.models.load_weights`; "" for none.
-        crf: a fully connected CRF as the last stage, whose parameters are trained, too.
+        crf: a fully connected CRF as the last stage, whose weights and compatibility are trained, too.
+        crf_sigmas: train its standard deviations as well: their gradients, through the lattice, make a step slower.
         output: folder to write into.
         validate_every, checkpoint_every: steps; 0 only at the end.
         device: "auto" is cuda where there is one.
@@ -58,6 +60,7 @@ class RunConfig:
     skip_classifier: bool = False
     near_identity: bool = False
     crf: bool = False
+    crf_sigmas: bool = False
     validate_every: int = 0
     checkpoint_every: int = 500
     device: str = "auto"
@@ -75,9 +78,19 @@ class RunConfig:
                 raise TypeError(f"{item.name} must be {'an' if item.type == 'int' else 'a'} {item.type}, got {value!r}")
         if not isinstance(self.options, dict):
             raise TypeError(f"options must be a table, got {self.options!r}")
+        if self.crf_sigmas and not self.crf:
+            raise ValueError("crf_sigmas needs crf: without it there is no CRF to train")
         for name in ("validate_every", "checkpoint_every", "workers", "threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    def model_options(self) -> dict[str, Any]:
+        """``options``, and with ``crf`` what of the CRF is trained; options of the CRF itself stand in ``options``."""
+        if not self.crf:
+            return self.options
+        given = self.options.get("crf")
+        chosen = [name for name in TRAINABLE if self.crf_sigmas or not name.endswith("sigma")]
+        return {**self.options, "crf": {"trainable": chosen, **(given if isinstance(given, dict) else {})}}
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its name; what is None is left out, and ``steps`` where there are stages."""

@@ -78,7 +78,7 @@ class Trainer:
         self.stages = config.all_stages()
         self.lengths = [stage.steps for stage in self.stages]
         self.step = 0
-        self.loss = config.loss()
+        self.loss = config.loss(self.step)
         groups = parameter_groups(model, config.weight_decay, config.head_multiplier)
         self.optimiser = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
@@ -190,6 +190,7 @@ class Trainer:
     def _step(self, network: Any, passes: list[tuple[Tensor, Tensor]]) -> float:
         """One update of the weights; returns the loss, which is that of all passes in all processes."""
         rank, processes = rank_and_size()
+        self.loss = self.config.loss(self.step)
         learning_rate = self.learning_rate(self.step)
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate * group["multiplier"]
