@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 
 from deeplab_kernels import AtrousSeparableConv2d
 from deeplab_kernels.nn.init import truncated_normal_
-from deeplab_kernels.timing import Timing, interleaved
+from deeplab_kernels.timing import interleaved, thread_clock
 
 FILE = "atrous_separable.json"
 QUICK = ("728x33->728", "A12:2048x33r12->relu->256", "256x129->256", "256x129->relu->256")
@@ -131,26 +130,11 @@ def build_copy(module: nn.Module, memory_format: torch.memory_format) -> nn.Modu
     return copy.eval()
 
 
-def cpu_times(functions: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, Timing]:
-    """As ``interleaved``, of the thread's own processor time: what can be compared while others work."""
-    samples: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
-        function()
-    for _ in range(rounds):
-        for name, function in functions.items():
-            start = time.thread_time()
-            function()
-            samples[name].append(1e3 * (time.thread_time() - start))
-    return {name: Timing(tuple(values)) for name, values in samples.items()}
-
-
 def measure_block(block: layers.Block, args: argparse.Namespace) -> dict:
     functions = candidates(block, args.compile)
     with torch.no_grad():
-        if args.cpu_time:
-            timings = cpu_times(functions, args.rounds)
-        else:
-            timings = interleaved(functions, rounds=args.rounds, candidate_seconds=args.seconds)
+        clock = thread_clock if args.cpu_time else None
+        timings = interleaved(functions, rounds=args.rounds, candidate_seconds=args.seconds, clock=clock)
     layer = block.layer
     madds = layer.out_size**2 * layer.channels * (9 + block.out_channels)
     return {

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +35,7 @@ from deeplab_kernels.models.heads.aspp import ASPP
 from torch import Tensor, nn
 
 from deeplab_kernels import ops
-from deeplab_kernels.timing import interleaved
+from deeplab_kernels.timing import interleaved, thread_clock
 
 FILE = "atrous_spatial_pyramid.json"
 LAYOUTS = measure.LAYOUTS
@@ -211,17 +210,10 @@ def operator(shape: Shape, mode: str) -> dict[str, Step]:
     }
 
 
-def _thread_clock(function: Step, count: int) -> float:
-    start = time.thread_time()
-    for _ in range(count):
-        function()
-    return time.thread_time() - start
-
-
 def measure_case(shape: Shape, what: str, mode: str, args: argparse.Namespace, matrix_rate: float) -> dict:
     """matrix_rate: Multiply-Adds per second of the fastest matrix product."""
     functions = stage(shape, mode, args.compile) if what == "stage" else operator(shape, mode)
-    clock = _thread_clock if args.cpu_time else None
+    clock = thread_clock if args.cpu_time else None
     timings = interleaved(functions, rounds=args.rounds, candidate_seconds=args.seconds, clock=clock)
     return {
         "name": shape.name,
@@ -306,7 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(text)
         return 0
     records: list[dict] = []
-    rate = measure.matrix_rate(rounds=5, clock=_thread_clock if args.cpu_time else None)
+    rate = measure.matrix_rate(rounds=5, clock=thread_clock if args.cpu_time else None)
     statistic = "min_ms" if args.cpu_time else "median_ms"
     if not args.no_write:
         results["machine"] = measure.machine()
