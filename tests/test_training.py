@@ -15,6 +15,7 @@ from deeplab_kernels.models.training import (
     poly_learning_rate,
     start_near_identity,
     train,
+    trainer,
 )
 from torch import nn
 
@@ -95,6 +96,21 @@ def test_a_time_limit_shortens_the_run_and_ends_the_schedule(scenes):
     assert result.steps < 10_000
     assert seen[-1] == (result.steps, result.steps)
     assert result.seconds < 20
+
+
+def test_a_machine_that_gets_busy_ends_soon_after_the_time_limit(scenes, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now[0])
+
+    class Steps(trainer.Trainer):
+        def _step(self, network, passes):
+            now[0] += 0.01 if self.step < 70 else 9.0
+            self.step += 1
+            return 0.0
+
+    result = Steps(small_net(), scenes, TrainingConfig(steps=1000, batch_size=1, crop=17, time_limit=20)).run()
+    assert (result.planned_steps, result.steps) == (1000, 74)
+    assert now[0] < 20 + 2 * 9  # the last one at the end of the schedule
 
 
 def test_a_loss_that_is_not_finite_is_reported(scenes):

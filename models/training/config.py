@@ -60,8 +60,8 @@ class TrainingConfig:
         hard_steps: in which the share of the pixels that enter falls linearly from all to ``hard_fraction``.
         auxiliary_weight: factor of the loss of a network's auxiliary scores, if it gives any in training.
         stages: replace ``steps``; each has its own schedule.
-        time_limit: seconds; if the pace of the first steps would exceed it, the last stage is shortened, so that the
-            schedule still ends at 0.
+        time_limit: seconds; if the pace would exceed it, the last stage is shortened, so that the schedule still ends
+            at 0.
     """
 
     steps: int = 400

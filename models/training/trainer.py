@@ -23,7 +23,8 @@ from .distributed import rank_and_size, summed, synchronised_batch_norm
 from .optimiser import WeightAverage, freeze_batch_norm, parameter_groups
 from .samples import batches
 
-_PACE_CHECKS = (8, 20, 60, 150)  # after so many steps the pace is held against the time limit
+# After so many steps the pace is held against the time limit, and then again and again: a machine may get busy.
+_PACE_CHECKS, _PACE_EVERY = (8, 20, 60), 100
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -231,8 +232,10 @@ class Trainer:
         return loss
 
     def _keep_time(self, done: int, durations: list[float], elapsed: float) -> None:
-        if self.config.time_limit is not None and done in _PACE_CHECKS:
-            left = self.config.time_limit - elapsed
+        if self.config.time_limit is None:
+            return
+        left = self.config.time_limit - elapsed
+        if done in _PACE_CHECKS or done % _PACE_EVERY == 0 or left < 0:
             possible = max(1, int(left / median(durations[-_PACE_CHECKS[1] :])))
             surplus = self.planned_steps - (self.step + possible)
             if surplus > 0:
