@@ -125,7 +125,7 @@ def yardstick(record: Mapping[str, Any], dtype: str, layout: str) -> tuple[float
 
 
 def bars(record: Mapping[str, Any], last_level_cache_bytes: int = 32 << 20) -> list[Bar]:
-    """The demands on one record of measure.measure, for those contenders that were measured."""
+    """The demands on one record of depthwise.measure_convolution, for those contenders that were measured."""
     found = []
     for layout in layouts_of(record):
         ours = median(record, "ours", "float32", layout)

@@ -7,7 +7,7 @@
     python benchmarks/bench_atrous_depthwise.py --floors            # bytes that must be moved, and how long that takes
     pytest benchmarks --benchmark-only                              # the named shapes, under pytest-benchmark
 
-PYTHONPATH=<folder> measures another build of the package. Shapes: layers.py; what is timed and how: measure.py.
+PYTHONPATH=<folder> measures another build of the package. Shapes: layers.py; what is timed and how: depthwise.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import bars
+import depthwise
 import layers
 import measure
 import pytest
@@ -35,7 +36,7 @@ class Replay:
     """A clock for pytest-benchmark whose rounds last as long as the samples of an interleaved measurement.
 
     pytest-benchmark times one contender after the other; ours and PyTorch's must alternate to be comparable. So they
-    are timed by measure.measure, and pytest-benchmark does the statistics, the table and the JSON.
+    are timed by depthwise.measure_convolution, and pytest-benchmark does the statistics, the table and the JSON.
     """
 
     __name__ = "interleaved"
@@ -57,8 +58,8 @@ KINDS = {"inference": ("ours", "eager", "clone"), "training": ("ours", "eager")}
 
 @functools.cache
 def interleaved_record(mode: str, shape: layers.Shape) -> dict:
-    options = measure.Options(dtypes=("float32",), compile=False, rounds=7, candidate_seconds=0.3)
-    return measure.measure(measure.Convolution.of(shape), mode, options, shape.name, samples=True)
+    options = depthwise.Options(dtypes=("float32",), compile=False, rounds=7, candidate_seconds=0.3)
+    return depthwise.measure_convolution(depthwise.Convolution.of(shape), mode, options, shape.name, samples=True)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -77,7 +78,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.mark.benchmark(timer=REPLAY)
 def test_depthwise_bn_act(benchmark, mode: str, shape: layers.Shape, layout: str, kind: str) -> None:
     record = interleaved_record(mode, shape)
-    timing = record["timings"][measure.contender(kind, "float32", layout)]
+    timing = record["timings"][depthwise.contender(kind, "float32", layout)]
     benchmark.group = f"{mode} {shape.name} {layout}"
     benchmark.extra_info |= {"allocator": record["allocator"], "threads": record["threads"]}
     if kind == "ours":
@@ -135,10 +136,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def options_of(args: argparse.Namespace) -> measure.Options:
-    return measure.Options(
+def options_of(args: argparse.Namespace) -> depthwise.Options:
+    return depthwise.Options(
         layouts=tuple(measure.LAYOUTS) if args.layout == "both" else (args.layout,),
-        dtypes=tuple(measure.DTYPES) if args.dtype == "both" else (args.dtype,),
+        dtypes=tuple(depthwise.DTYPES) if args.dtype == "both" else (args.dtype,),
         compile=not (args.no_compile or args.quick),
         compile_training=args.compile_training,
         pytorch=not args.no_pytorch,
@@ -156,7 +157,7 @@ def floors(shapes: list[layers.Shape]) -> str:
     """Markdown: the bytes of each shape and the time that moving them takes at the best speed of x.clone()."""
     table = []
     for shape in shapes:
-        conv = measure.Convolution.of(shape)
+        conv = depthwise.Convolution.of(shape)
         x = torch.randn(conv.batch, conv.channels, conv.height, conv.width)
         clone = measure.interleaved({"clone": x.clone}, rounds=15)["clone"].minimum
         speed = 2 * x.nbytes / clone / 1e6
@@ -194,12 +195,12 @@ def run(args: argparse.Namespace) -> list[dict]:
     if (load := measure.load_average()) > 1:
         print(f"{load:.1f} other processes were running on average: figures of a busy machine", file=sys.stderr)
     options, start, done = options_of(args), time.monotonic(), []
-    print(f"measuring {Path(measure.ops.__file__).parent.parent} ({document['machine']['instruction_set']})")
+    print(f"measuring {Path(depthwise.ops.__file__).parent.parent} ({document['machine']['instruction_set']})")
     for mode in ("inference", "training") if args.mode == "both" else (args.mode,):
         records = []
         for i, shape in enumerate(shapes):
             progress(f"{mode} {i + 1}/{len(shapes)} {shape.name}")
-            record = measure.measure(measure.Convolution.of(shape), mode, options, shape.name)
+            record = depthwise.measure_convolution(depthwise.Convolution.of(shape), mode, options, shape.name)
             if args.min:
                 for timing in record["timings"].values():
                     timing["median_ms"] = timing["min_ms"]

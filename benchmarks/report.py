@@ -1,4 +1,4 @@
-"""Tables, as text or Markdown, from the records of measure.measure.
+"""Tables, as text or Markdown, from the records of depthwise.measure_convolution.
 
 python benchmarks/report.py             # rewrites every results/<machine>/atrous_depthwise.md from its .json
 python benchmarks/report.py --readme benchmarks/results/<machine>    # and the README's tables, and its GPU parts

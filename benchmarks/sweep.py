@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import depthwise
 import measure
 import report
 import torch
@@ -32,7 +33,7 @@ MAX_ELEMENTS = 4_000_000  # of x and of out: the sweep must end
 
 @dataclass(frozen=True)
 class Draw:
-    conv: measure.Convolution
+    conv: depthwise.Convolution
     mode: str
     layout: str
     dtype: str
@@ -56,7 +57,7 @@ def draw(rng: random.Random, modes: Sequence[str] = ("inference", "training")) -
         reach = rate * (kernel - 1)
         # Half of the runs are of the sizes that networks have, half of any.
         channels_from, size_from = (64, 17) if rng.random() < 0.5 else (1, 5)
-        conv = measure.Convolution(
+        conv = depthwise.Convolution(
             batch=rng.choice((1, 1, 2, 4, 8)),
             channels=_log_uniform(rng, channels_from, 2048),
             height=_log_uniform(rng, size_from, 257),
@@ -83,8 +84,8 @@ def draws(count: int, seed: int, modes: Sequence[str] = ("inference", "training"
 
 def measure_draw(run: Draw, rounds: int, candidate_seconds: float) -> dict[str, Any]:
     """Checks ours, times both; the record's ratio is ours over PyTorch's."""
-    problem = measure.Problem(run.conv, run.mode)
-    dtype = measure.DTYPES[run.dtype]
+    problem = depthwise.Problem(run.conv, run.mode)
+    dtype = depthwise.DTYPES[run.dtype]
     peer = problem.eager_step if run.mode == "training" else problem.folded
     functions = {"ours": problem.ours(run.layout, dtype), "pytorch": peer(run.layout, dtype)}
     with torch.set_grad_enabled(run.mode == "training"):

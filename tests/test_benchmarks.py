@@ -19,10 +19,9 @@ sys.path.append(str(BENCHMARKS))
 import bars  # noqa: E402
 import bench_atrous_depthwise as bench  # noqa: E402
 import bench_atrous_separable as separable  # noqa: E402
-import bench_atrous_spatial_pyramid as pyramid  # noqa: E402
 import bench_dense_crf_layer  # noqa: E402
-import bench_models  # noqa: E402
 import builds  # noqa: E402
+import depthwise  # noqa: E402
 import layers  # noqa: E402
 import measure  # noqa: E402
 import overhead  # noqa: E402
@@ -30,10 +29,9 @@ import report  # noqa: E402
 import sweep  # noqa: E402
 
 from deeplab_kernels import models  # noqa: E402
-from deeplab_kernels.nn import AtrousSeparableConv2d  # noqa: E402
 from deeplab_kernels.timing import interleaved  # noqa: E402
 
-TINY = measure.Convolution(batch=2, channels=11, height=9, width=7, rate=2, padding=2)
+TINY = depthwise.Convolution(batch=2, channels=11, height=9, width=7, rate=2, padding=2)
 
 
 # Shapes.
@@ -71,57 +69,6 @@ def test_names_of_blocks_are_distinct() -> None:
         separable.chosen(separable.parse(["--blocks", "weather"]))
 
 
-def test_spatial_pyramid() -> None:
-    """Its check passes, and every contender of the operator and the stage runs."""
-    shape = pyramid.Shape(16, 9, (1, 2), 2)
-    pyramid.check(shape)
-    assert shape.madds == 2 * (81 * (16 * (18 + 3 * 256) + 4 * 256 * 256) + 16 * 256)
-    args = pyramid.parse(["--threads", "1", "--cpu-time", "--rounds", "1"])
-    records = [
-        pyramid.measure_case(shape, what, mode, args, 1e9) for what in ("operator", "stage") for mode in pyramid.MODES
-    ]
-    lines = pyramid.table(records, "min_ms").splitlines()
-    assert len(lines) == 2 + len(records)
-    assert [line.count("|") for line in lines] == [len(pyramid.HEAD) + 1] * len(lines)
-    with pytest.raises(SystemExit, match="weather"):
-        pyramid.chosen(pyramid.parse(["--shapes", "weather"]))
-
-
-def test_spatial_pyramid_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cut run leaves its cases in both files, beside those of earlier runs; the table can be written again."""
-    shapes = [pyramid.Shape(16, size, (1, 2), 2) for size in (9, 5)]
-    monkeypatch.setattr(pyramid, "SHAPES", shapes)
-    monkeypatch.setattr(measure, "use_tuned_allocator", lambda: None)
-    monkeypatch.setattr(measure, "matrix_rate", lambda *args, **kwargs: 1e9)
-    monkeypatch.setattr(measure, "machine", lambda: {"cpu": "made up", "threads": 1})
-    monkeypatch.setenv("DEEPLAB_KERNELS_RESULTS", str(tmp_path))
-    options = ["--rounds", "1", "--seconds", "0.01"]
-    assert pyramid.main([*options, "--shapes", shapes[1].name]) == 0
-
-    def cut(shape: pyramid.Shape, what: str, *args: object) -> dict[str, Any]:
-        if what == "stage":
-            raise KeyboardInterrupt
-        return whole(shape, what, *args)
-
-    whole = pyramid.measure_case
-    monkeypatch.setattr(pyramid, "measure_case", cut)
-    with pytest.raises(KeyboardInterrupt):
-        pyramid.main([*options, "--quick"])
-    page = tmp_path / "atrous_spatial_pyramid.md"
-    text = page.read_text()
-    assert [line.split(" | ")[:3] for line in text.splitlines()[4:]] == [
-        [f"| {shapes[0].name}", "operator", "inference"],
-        [f"| {shapes[0].name}", "operator", "training"],
-        [f"| {shapes[1].name}", "operator", "inference"],
-        [f"| {shapes[1].name}", "operator", "training"],
-        [f"| {shapes[1].name}", "stage", "inference"],
-        [f"| {shapes[1].name}", "stage", "training"],
-    ]
-    page.unlink()
-    assert pyramid.main(["--table"]) == 0
-    assert page.read_text() == text
-
-
 def test_select() -> None:
     assert [s.name for s in bench.select("A6,728x65r2/N4", [1], False)] == ["A6:2048x33r6/N1", "M8:728x65r2/N4"]
     assert len(bench.select(None, [1, 4], False)) == len(layers.shapes())
@@ -131,7 +78,7 @@ def test_select() -> None:
 
 
 def test_sizes_and_floor() -> None:
-    conv = measure.Convolution(batch=2, channels=3, height=9, width=12, kernel=5, stride=2, rate=2, padding=4)
+    conv = depthwise.Convolution(batch=2, channels=3, height=9, width=12, kernel=5, stride=2, rate=2, padding=4)
     y = torch.nn.functional.conv2d(torch.zeros(2, 3, 9, 12), torch.zeros(3, 1, 5, 5), None, 2, 4, 2, 3)
     assert conv.out_size == tuple(y.shape[2:])
     assert conv.output_elements == y.numel()
@@ -146,11 +93,11 @@ def test_sizes_and_floor() -> None:
 @pytest.mark.parametrize("layout", measure.LAYOUTS)
 @pytest.mark.parametrize(
     "conv",
-    [TINY, measure.Convolution(1, 5, 8, 33, kernel=5, stride=2, rate=3, padding=7, multiplier=2)],
+    [TINY, depthwise.Convolution(1, 5, 8, 33, kernel=5, stride=2, rate=3, padding=7, multiplier=2)],
     ids=["3x3", "5x5 stride 2 multiplier 2"],
 )
-def test_contenders_agree(conv: measure.Convolution, layout: str) -> None:
-    inference, training = measure.Problem(conv, "inference"), measure.Problem(conv, "training")
+def test_contenders_agree(conv: depthwise.Convolution, layout: str) -> None:
+    inference, training = depthwise.Problem(conv, "inference"), depthwise.Problem(conv, "training")
     with torch.no_grad():
         for name in ("ours", "folded"):
             results = getattr(inference, name)(layout, torch.float32)()
@@ -168,7 +115,7 @@ def test_contenders_agree(conv: measure.Convolution, layout: str) -> None:
 @pytest.mark.parametrize("key", ["out", "grad_x", "grad_weight", "grad_gamma", "grad_beta"])
 @pytest.mark.parametrize("damage", [1e-3, float("nan")])
 def test_check_refuses_a_wrong_result(key: str, damage: float) -> None:
-    problem = measure.Problem(TINY, "training")
+    problem = depthwise.Problem(TINY, "training")
     results = {name: value.detach().clone() for name, value in problem.ours("nchw", torch.float32)().items()}
     problem.check("right", results, torch.float32)
     results[key].view(-1)[-1] += damage * results[key].abs().max()
@@ -177,15 +124,17 @@ def test_check_refuses_a_wrong_result(key: str, damage: float) -> None:
 
 
 def test_measure_refuses_a_wrong_operator(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = measure.ops.atrous_depthwise_bn_act
-    monkeypatch.setattr(measure.ops, "atrous_depthwise_bn_act", lambda *args, **kwargs: right(*args, **kwargs) * 1.001)
+    right = depthwise.ops.atrous_depthwise_bn_act
+    monkeypatch.setattr(
+        depthwise.ops, "atrous_depthwise_bn_act", lambda *args, **kwargs: right(*args, **kwargs) * 1.001
+    )
     with pytest.raises(measure.CheckFailed, match="out"):
-        measure.measure(TINY, "inference", measure.Options(compile=False, rounds=1))
+        depthwise.measure_convolution(TINY, "inference", depthwise.Options(compile=False, rounds=1))
 
 
 def test_kept_for_backward_counts_a_storage_once() -> None:
-    conv = measure.Convolution(batch=2, channels=8, height=33, width=33)
-    kept = measure.Problem(conv, "training").kept_for_backward()
+    conv = depthwise.Convolution(batch=2, channels=8, height=33, width=33)
+    kept = depthwise.Problem(conv, "training").kept_for_backward()
     x, vectors = 4 * conv.input_elements, 4 * 8 * 13  # weight: 9 each; gamma, beta, mean, var
     assert x <= kept <= x + 4 * conv.output_elements + vectors
 
@@ -274,7 +223,7 @@ def test_report_names_the_worst() -> None:
 
 @pytest.mark.parametrize("mode", ["inference", "training"])
 def test_measure_a_tiny_shape(mode: str) -> None:
-    record = measure.measure(TINY, mode, measure.Options(compile=False, rounds=2), "tiny")
+    record = depthwise.measure_convolution(TINY, mode, depthwise.Options(compile=False, rounds=2), "tiny")
     json.dumps(record)
     for layout in measure.LAYOUTS:
         for kind in ("ours", "eager", "clone"):
@@ -389,81 +338,6 @@ def test_dense_crf_layer_is_measured_and_judged(capsys: pytest.CaptureFixture[st
     record |= {"sigmas": "", "trained": "", "forward": 1.0, "backward": 3.5}
     assert "bar 3" in bench_dense_crf_layer.rows([{**record, "recompute": False}])[0]["bars"]
     assert bench_dense_crf_layer.rows([{**record, "recompute": True}])[0]["bars"] == ""
-
-
-# Whole networks.
-
-
-NO_DECODER = bench_models.replace(bench_models.QUICK[0], decoder=False, separable=False)
-
-
-@pytest.mark.parametrize("case", [*bench_models.QUICK, NO_DECODER], ids=lambda case: case.key)
-def test_the_plain_network_is_the_same_network(case: bench_models.Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert bench_models.check(case) < 1e-9
-    plain = bench_models.build(case, bench_models.EAGER)
-    assert not any(isinstance(m, AtrousSeparableConv2d) for m in plain.modules())
-    norms = sum(isinstance(m, torch.nn.BatchNorm2d) for m in plain.modules())
-    assert (norms > 0) == (case.mode == "training")
-    if case.mode == "training":
-        return
-    monkeypatch.setattr(bench_models, "fold", lambda model: model.apply(shift_bias))
-    with pytest.raises(measure.CheckFailed, match="differs from the plain network"):
-        bench_models.check(case)
-
-
-def test_the_plain_network_must_not_call_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    training = next(case for case in bench_models.QUICK if case.mode == "training")
-    monkeypatch.setattr(bench_models, "PlainConvNormAct", bench_models.ConvNormAct)
-    with pytest.raises(measure.CheckFailed, match=r"calls deeplab_kernels\.batch_norm_act"):
-        bench_models.check(training)
-
-
-def test_table_5_is_measured_in_all_its_rows() -> None:
-    cases = [case for case in (*bench_models.CASES, *bench_models.TABLE_5) if case.mode == "inference"]
-    rows = {
-        (row["eval_output_stride"], row["decoder"], row["separable"]) for row in models.paper_table(multi_scale=False)
-    }
-    assert {(case.output_stride, case.decoder, case.separable) for case in cases} == rows
-    assert len({case.key for case in cases}) == len({case.name for case in cases}) == len(rows) == 6
-    assert cases[2].key == "inference16-no-decoder-no-SC"
-    assert "output stride 16, no decoder, no SC, 513 x 513" in cases[2].name
-
-
-def shift_bias(module: torch.nn.Module) -> None:
-    if isinstance(module, torch.nn.BatchNorm2d):
-        torch.nn.init.constant_(module.bias, 1e-3)
-
-
-def test_bars_of_whole_networks() -> None:
-    def timing(milliseconds: float) -> dict[str, float]:
-        return {"median_ms": milliseconds, "min_ms": milliseconds, "iqr_ms": 0.1 * milliseconds, "rounds": 3}
-
-    timings = {
-        "ours nchw": timing(300),
-        "ours nhwc": timing(200),
-        "eager nchw": timing(500),
-        "compiled nhwc": timing(390),
-    }
-    case = bench_models.CASES[1]
-    record = {
-        "name": case.name,
-        "mode": case.mode,
-        "case": {"model": case.model, "output_stride": case.output_stride},
-        "madds": 50e9,
-        "floor_ms": 100.0,
-        "timings": timings,
-        "peak_bytes": {"ours": 3e8, "eager": 2e8},
-    }
-    assert bench_models.failures(record) == [
-        "ratio 1.95 < 2 (issue 4)",
-        "ratio 1.95 < 2.5 (issue 5)",
-        "memory of eager's 1.50 > 1 (issue 4)",
-    ]
-    row = bench_models.row(record)
-    assert (row["ours NHWC"], row["eager NCHW"], row["ratio"], row["of ceiling"]) == ("200", "500", "1.95", "50%")
-    timings["compiled nhwc"] = timing(510)
-    record["peak_bytes"]["ours"] = 2e8
-    assert bench_models.row(record)["bars"] == "met"
 
 
 @pytest.mark.parametrize(("importing", "building", "code"), [(0.29, 2.9, 0), (0.31, 0.1, 1), (0.1, 3.1, 1)])

@@ -10,6 +10,7 @@ from typing import Any
 
 import bench_atrous_separable
 import bench_models
+import depthwise
 import measure
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ NETWORK_FLOORS = {"fp32": 1e-3, "tf32": 5e-2, "bf16": 2e-1, "fp16": 5e-2}
 class Depthwise(nn.Module):
     """Depthwise convolution, batch normalisation and ReLU in one operator."""
 
-    def __init__(self, block: measure.Block) -> None:
+    def __init__(self, block: depthwise.Block) -> None:
         super().__init__()
         self.depthwise, self.norm = block.depthwise, block.norm
 
@@ -59,8 +60,8 @@ def _ours(subject: str, what: str) -> nn.Module:
     """On the CPU in float32; what the contenders are copies of."""
     c = Case(subject, what).computation
     if subject == "depthwise":
-        conv = measure.Convolution(1, c.channels, c.size, c.size, stride=c.stride, rate=c.rate, padding=c.rate)
-        return _randomised(Depthwise(measure.Block(conv)))
+        conv = depthwise.Convolution(1, c.channels, c.size, c.size, stride=c.stride, rate=c.rate, padding=c.rate)
+        return _randomised(Depthwise(depthwise.Block(conv)))
     if subject == "separable":
         return bench_atrous_separable.build(c)
     if subject == "aspp":
