@@ -113,7 +113,7 @@ def measure_case(case: Case, args: argparse.Namespace) -> Result:
         steps = {"plain": torch.inference_mode()(lambda: plain(x)), "fused": torch.inference_mode()(lambda: fused(x))}
     clock = thread_clock if args.cpu_time else None
     timings = interleaved(steps, rounds=args.rounds, candidate_seconds=args.seconds, clock=clock)
-    times = {name: timing.minimum if args.cpu_time else timing.median for name, timing in timings.items()}
+    times = {name: timing.quartiles[0] if args.cpu_time else timing.median for name, timing in timings.items()}
     return Result(case, times["plain"] / times["fused"], taken)
 
 

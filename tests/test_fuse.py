@@ -151,8 +151,8 @@ def block(**kwargs: Any) -> Block:
 X = torch.randn(3, 6, 13, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-def operators(model: nn.Module, *inputs: Any) -> list[str]:
-    """Names of this package's operators that one call runs."""
+def operators(model: nn.Module, *inputs: Any, learns: bool = False) -> list[str]:
+    """Names of this package's operators that one call runs; learns: with gradients."""
     names: list[str] = []
 
     class Record(torch.utils._python_dispatch.TorchDispatchMode):
@@ -161,7 +161,7 @@ def operators(model: nn.Module, *inputs: Any) -> list[str]:
                 names.append(func._opname)
             return func(*args, **(kwargs or {}))
 
-    with Record(), torch.no_grad():
+    with Record(), torch.set_grad_enabled(learns):
         model(*inputs)
     return names
 
@@ -395,9 +395,38 @@ def test_scope_on_a_cpu() -> None:
     assert operators(model, X.repeat(1, 1, 3, 3)) == [INFERENCE]
     fuse(model, always=True)
     assert operators(model, X) == [INFERENCE]
-    wide = nn.Sequential(nn.Conv2d(6, 6, 5, padding=24, dilation=12, groups=6), nn.BatchNorm2d(6)).double().eval()
-    assert fuse(wide).fused[0].scope == "everywhere"
-    assert operators(wide, X) == [INFERENCE]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "rate", "alone", "words"),
+    [
+        (3, 1, 3, False, "everywhere"),
+        (3, 1, 1, True, "everywhere"),
+        (3, 2, 1, False, "all but NHWC training"),
+        (3, 2, 4, True, "everywhere"),
+        (5, 1, 2, False, "everywhere"),
+        (5, 1, 1, True, "all but NCHW inference"),
+        (5, 1, 2, True, "all but NCHW inference, NHWC inference"),
+        (5, 1, 3, True, "everywhere"),
+        (7, 2, 1, False, "all but NCHW inference below 48 x 48"),
+        (7, 1, 2, False, "everywhere"),
+    ],
+)
+def test_scope_follows_from_the_geometry(kernel: int, stride: int, rate: int, alone: bool, words: str) -> None:
+    conv = nn.Conv2d(6, 6, kernel, stride, rate * (kernel // 2), rate, 6)
+    model = nn.Sequential(conv) if alone else nn.Sequential(conv, nn.BatchNorm2d(6), nn.ReLU())
+    assert fuse(model).fused[0].scope == words
+
+
+def test_what_is_out_of_scope_runs_as_it_was() -> None:
+    model = nn.Sequential(nn.Conv2d(6, 6, 3, 2, 1, groups=6), nn.BatchNorm2d(6), nn.ReLU()).double()
+    fuse(model)
+    x = X.contiguous(memory_format=torch.channels_last)
+    assert operators(model, x, learns=True) == []
+    assert operators(model, X, learns=True) != []
+    assert operators(model, x) != []
+    fuse(model, always=True)
+    assert operators(model, x, learns=True) != []
 
 
 # What people do with models afterwards.

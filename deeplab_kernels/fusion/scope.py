@@ -1,8 +1,9 @@
 """Where the fused operators are the faster choice on a CPU.
 
-Measured against PyTorch's own kernels (``benchmarks/results``, README's table, and 3x3 to 9x9 kernels on the maps of
-image classifiers, 7x7 to 112x112): at low rates PyTorch's convolutions win on small maps with large kernels, and in
-channels_last some at stride 2 or rate 2; at higher rates the fused ones do, by up to 40 times.
+Measured against the modules that they replace, 3x3 to 7x7 kernels on maps of 7x7 to 112x112
+(``benchmarks/bench_fuse.py``; its figures stand in ``benchmarks/NOTES.md``). PyTorch's convolutions win with large
+kernels in contiguous inference on small maps or without a norm, and in channels_last training at stride 2; where
+kernels reach far the fused ones win by up to 40 times.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 from .._layout import is_channels_last_only
 
-_HIGH_RATE = 4  # from here on PyTorch is nowhere ahead
+# Between the outer taps of a kernel. From here on oneDNN's fast depthwise code does not serve: 3x3 at rate 6, 5x5 at
+# rate 3, 7x7 at rate 2. At rate 4, too, PyTorch is nowhere ahead.
+_FAR, _HIGH_RATE = 12, 4
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Scope:
             limits.append("NHWC")
         elif not self.channels_last:
             limits.append("NHWC inference")
+        elif not self.channels_last_training:
+            limits.append("NHWC training")
         return f"all but {', '.join(limits)}" if limits else "everywhere"
 
 
@@ -45,18 +50,19 @@ EVERYWHERE = Scope(1, True, True)
 
 
 @cache
-def _scope(kernel: int, stride: int, rate: int, channels: int, alone: bool) -> Scope:
-    if rate >= _HIGH_RATE:
+def _scope(kernel: int, stride: int, rate: int, alone: bool) -> Scope:
+    if rate >= _HIGH_RATE or rate * (kernel - 1) >= _FAR:
         return EVERYWHERE
-    large = kernel > 3
+    if kernel <= 3:
+        return Scope(1, True, channels_last_training=stride == 1)
     if alone:
-        return Scope(None if large else 16, large, large or rate > 1)
-    return Scope(48 if kernel > 5 else 20 if large else 10, rate == 1 and (stride == 1 or channels < 128), True)
+        return Scope(None, rate == 1, True)
+    return Scope(1 if rate > 1 else 20 if kernel <= 5 else 48, True, True)
 
 
 def scope_of(conv: nn.Conv2d, alone: bool) -> Scope:
     """The scope of ``conv`` in its present geometry; ``alone``: without a norm or an activation in the same pass."""
-    return _scope(max(conv.kernel_size), max(conv.stride), max(conv.dilation), conv.in_channels, alone)
+    return _scope(max(conv.kernel_size), max(conv.stride), max(conv.dilation), alone)
 
 
 def covers(conv: nn.Conv2d, x: Tensor, learns: bool, alone: bool) -> bool:
