@@ -64,9 +64,9 @@ def test_hot_kernels_use_full_width_and_do_not_spill() -> None:
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_general_kernels_compile(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large kernel, a channel multiplier, a stride, 64-bit offsets: every path that the named layers do not take."""
-    from deeplab_kernels.triton import atrous_depthwise
+    from deeplab_kernels.triton import _tiling
 
-    monkeypatch.setattr(atrous_depthwise, "_WIDE_FROM", 0)
+    monkeypatch.setattr(_tiling, "_WIDE_FROM", 0)
     usage = resources(
         {"conv2d", "conv2d_backward"}, batch=2, channels=24, size=33, stride=2, kernel=9, multiplier=2,
         dtype=torch.float16, channels_last=layout == "nhwc",

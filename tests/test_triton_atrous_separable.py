@@ -77,11 +77,11 @@ def test_compiles_for_other_gpus(arch: int) -> None:
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_sizes_of_one_and_odd_sizes_compile(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton turns arguments that are 1 into constants; 64-bit offsets, a large kernel and a stride."""
-    from deeplab_kernels.triton import atrous_depthwise
+    from deeplab_kernels.triton import _tiling
 
     channels_last = layout == "nhwc"
     assert compiled(90, 1, 1, 1, 1, kernel=1, dtype=torch.float16, channels_last=channels_last)[0]["registers"] > 0
-    monkeypatch.setattr(atrous_depthwise, "_WIDE_FROM", 0)
+    monkeypatch.setattr(_tiling, "_WIDE_FROM", 0)
     usage, _ = compiled(90, 2, 37, 33, 19, kernel=5, stride=2, dtype=torch.float16, channels_last=channels_last)
     assert usage["registers"] > 0
 

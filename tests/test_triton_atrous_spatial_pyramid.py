@@ -55,11 +55,11 @@ def test_compiles_without_spills(layout: str) -> None:
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_sizes_of_one_large_kernels_and_wide_offsets_compile(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton turns arguments that are 1 into constants, which have fewer methods than values."""
-    from deeplab_kernels.triton import atrous_depthwise
+    from deeplab_kernels.triton import _tiling
 
     options: dict[str, Any] = {"channels_last": layout == "nhwc", "dtype": torch.float16}
     assert all(usage["registers"] > 0 for _, usage in resources(80, 1, 1, 1, (1,), kernel=1, **options))
-    monkeypatch.setattr(atrous_depthwise, "_WIDE_FROM", 0)
+    monkeypatch.setattr(_tiling, "_WIDE_FROM", 0)
     assert all(usage["registers"] > 0 for _, usage in resources(120, 2, 37, 17, (2,), kernel=5, **options))
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from _cases import LAYOUTS, Case, activate, by_case, conv_by_definition, conv_of_torch, leaves, random_conv
 
 from deeplab_kernels import reference
+from deeplab_kernels.triton import _tiling
 from deeplab_kernels.triton import atrous_depthwise as kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -180,7 +181,7 @@ def test_statistics_far_from_zero_over_many_tiles(layout, monkeypatch):
     weight[:, :, 1, 1] = 1  # y = x
     x += 1000
     for enough in (10**9, 3, 1):  # one tile a program, several, all
-        monkeypatch.setattr(kernels, "_ENOUGH_PROGRAMS", enough)
+        monkeypatch.setattr(_tiling, "_ENOUGH_PROGRAMS", enough)
         _, _, mean, var = kernels.atrous_depthwise_bn_act_training(
             x, weight, None, None, EPS, 0, *case.normalised, False
         )
@@ -204,9 +205,9 @@ def test_several_tiles_a_program_and_wide_offsets(layout, monkeypatch):
         return [*forward, *backward]
 
     single = run()
-    monkeypatch.setattr(kernels, "_ENOUGH_PROGRAMS", 2)
+    monkeypatch.setattr(_tiling, "_ENOUGH_PROGRAMS", 2)
     several = run()
-    monkeypatch.setattr(kernels, "_WIDE_FROM", 0)
+    monkeypatch.setattr(_tiling, "_WIDE_FROM", 0)
     for a, b, c in zip(single, several, run(), strict=True):
         torch.testing.assert_close(b, a)
         assert torch.equal(c, b)

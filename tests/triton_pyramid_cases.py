@@ -14,7 +14,7 @@ from torch import Tensor
 from triton_cases import DEVICE, _fast_interpreter, assert_exact, assert_layout  # noqa: F401 (a fixture)
 
 from deeplab_kernels import reference
-from deeplab_kernels.triton import atrous_depthwise
+from deeplab_kernels.triton import _tiling
 from deeplab_kernels.triton import atrous_spatial_pyramid as kernels
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -95,10 +95,10 @@ def test_wide_offsets_and_other_cuts(layout, monkeypatch):
     """64-bit offsets give the bits of 32-bit ones; programs that take several tiles, the same sums in another cut."""
     problem = RawPyramid((2, 3, 6, 5), (2, 2), (3, 3), torch.float32, layout, DEVICE)
     before = {name: results(name, problem) for name in RawPyramid.OPERATORS}
-    monkeypatch.setattr(atrous_depthwise, "_WIDE_FROM", 0)
+    monkeypatch.setattr(_tiling, "_WIDE_FROM", 0)
     for name, wanted in before.items():
         assert all(map(torch.equal, results(name, problem), wanted))
-    monkeypatch.setattr(atrous_depthwise, "_ENOUGH_PROGRAMS", 1)
+    monkeypatch.setattr(_tiling, "_ENOUGH_PROGRAMS", 1)
     for name, wanted in before.items():
         for got, again in zip(results(name, problem), wanted, strict=True):
             torch.testing.assert_close(got, again, rtol=1e-4, atol=1e-5)

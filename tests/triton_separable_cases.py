@@ -11,7 +11,7 @@ from _separable import Problem
 from triton_cases import DEVICE, INTERPRETED, _fast_interpreter, assert_exact, assert_layout  # noqa: F401 (a fixture)
 
 from deeplab_kernels import reference
-from deeplab_kernels.triton import atrous_depthwise
+from deeplab_kernels.triton import _tiling
 from deeplab_kernels.triton import atrous_separable as kernels
 
 CASES = [
@@ -90,7 +90,7 @@ def test_wide_offsets_and_other_tiles(layout, monkeypatch):
     """64-bit offsets give the bits of 32-bit ones; other tiles and columns, the same sums in another cut."""
     problem = Problem(Case((2, 18, 5, 7), padding=1), 40, torch.float32, layout, device=DEVICE)
     out = kernels.atrous_separable_conv2d(*problem.raw())
-    monkeypatch.setattr(atrous_depthwise, "_WIDE_FROM", 0)
+    monkeypatch.setattr(_tiling, "_WIDE_FROM", 0)
     assert torch.equal(kernels.atrous_separable_conv2d(*problem.raw()), out)
     for name in ("_BLOCK_M", "_IEEE_BLOCK_M"):
         monkeypatch.setattr(kernels, name, (64,))

@@ -56,26 +56,30 @@ from torch import Tensor
 
 from .. import reference
 from .._layout import output_memory_format
-from .atrous_depthwise import (
+from ._tiles import (
     _activate,
     _by_channel,
-    _dense,
     _first_item,
-    _geometry,
-    _kernel_weight,
     _load_tap,
     _load_weight,
     _mask,
     _offsets,
-    _output,
     _pixels,
-    _served,
+    _zeros,
+)
+from ._tiling import (
+    _geometry,
     _Shape,
     _shape,
     _Tiling,
     _unit,
+)
+from .atrous_depthwise import (
+    _dense,
+    _kernel_weight,
+    _output,
+    _served,
     _vector,
-    _zeros,
 )
 
 # Programs that run at the same time: the multiprocessors of an H100, each holding one of the largest tiles.

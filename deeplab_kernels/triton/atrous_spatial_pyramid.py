@@ -39,35 +39,41 @@ from torch import Tensor
 
 from .. import reference
 from .._layout import output_memory_format
-from . import atrous_depthwise
-from .atrous_depthwise import (
-    _KEPT_TAPS,
-    _TAP_GROUP,
+from . import _tiling, atrous_depthwise
+from ._tiles import (
     _by_channel,
-    _conv_gradient,
-    _dense,
-    _elements_per_thread,
-    _forward_tiles,
-    _geometry,
-    _grad_weight_tiles,
     _load_gradient,
-    _load_tile_weight,
     _load_weight,
     _mask,
-    _merge_statistics,
-    _norm_sums,
-    _normalise_into,
     _offsets,
     _pixels,
-    _served,
-    _Shape,
     _sum_pixels,
-    _sum_slices,
+    _zeros,
+)
+from ._tiling import (
+    _elements_per_thread,
+    _geometry,
+    _Shape,
     _tap_tiling,
     _Tiling,
     _unit,
+)
+from .atrous_depthwise import (
+    _TAP_GROUP,
+    _conv_gradient,
+    _dense,
+    _merge_statistics,
+    _norm_sums,
+    _normalise_into,
+    _served,
+    _sum_slices,
     _vector,
-    _zeros,
+)
+from .atrous_depthwise_kernels import (
+    _KEPT_TAPS,
+    _forward_tiles,
+    _grad_weight_tiles,
+    _load_tile_weight,
 )
 
 # Device code.
@@ -237,7 +243,7 @@ def _run_tiling(shape: _Shape, elements: int) -> _Tiling:
     one = replace(shape, batch=1)
     tiling = _tap_tiling(one, shape.channels, shape.rows, shape.cols, shape.rate, elements)
     programs = shape.batch * tiling.items * tiling.channel_tiles
-    steps = max(1, min(atrous_depthwise._MAX_STEPS, programs // atrous_depthwise._ENOUGH_PROGRAMS))
+    steps = max(1, min(_tiling._MAX_STEPS, programs // _tiling._ENOUGH_PROGRAMS))
     return replace(tiling, steps=min(steps, tiling.items))
 
 
