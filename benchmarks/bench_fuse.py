@@ -140,7 +140,7 @@ def table(results: Sequence[Result]) -> str:
 
 def summary(results: Sequence[Result]) -> str:
     slower = sorted((r for r in results if r.loss > TOLERANCE), key=lambda r: -r.loss)
-    lost = geometric_mean(max(r.loss, 1.0) for r in results)
+    lost = geometric_mean([max(r.loss, 1.0) for r in results] or [1.0])
     lines = [f"{len(slower)} of {len(results)} cases slower than the other way by over 10 %; on average x {lost:.3f}"]
     for r in slower[:40]:
         taken = "fused" if r.fused else "as it was"
@@ -163,8 +163,12 @@ def main(arguments: list[str] | None = None) -> int:
     measure.use_tuned_allocator()
     if args.threads:
         torch.set_num_threads(args.threads)
-    results = [measure_case(case, args) for case in tqdm(list(cases(args)), unit="case", dynamic_ncols=True)]
-    print(table(results), summary(results), sep="\n\n")
+    results: list[Result] = []
+    try:
+        for case in tqdm(list(cases(args)), unit="case", dynamic_ncols=True):
+            results.append(measure_case(case, args))
+    finally:  # interrupted, too
+        print(table(results), summary(results), sep="\n\n")
     return 0
 
 

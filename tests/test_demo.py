@@ -245,7 +245,7 @@ def test_report_escapes_and_nests():
         "<b>",
         "a < b",
         "a & b",
-        "50.0 %",
+        "50.0\N{NO-BREAK SPACE}%",
         "10.0\N{MULTIPLICATION SIGN}",
         "0.5\N{MULTIPLICATION SIGN}",
     ):

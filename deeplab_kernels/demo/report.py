@@ -449,7 +449,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _percent(value: float) -> str:
-    return "&ndash;" if math.isnan(value) else f"{100 * value:.1f} %"
+    return "&ndash;" if math.isnan(value) else f"{100 * value:.1f}&nbsp;%"
 
 
 def _billions(value: int | None) -> str:
