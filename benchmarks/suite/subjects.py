@@ -90,7 +90,7 @@ class Wanted:
         """The most telling first: a run may be cut."""
         others = [
             job
-            for job in (PYRAMID, CRF, CRF_LAYER, FILTERS)
+            for job in (CRF, CRF_LAYER, FILTERS, PYRAMID)
             if job.plan(self.quick) and set(job.subjects) & set(self.subjects)
         ]
         product = [subject for subject in cases.SUBJECTS if subject in self.subjects]
