@@ -28,9 +28,9 @@ class Demand:
 _FASTER = "PyTorch's best over ours"
 DEMANDS: dict[str, Demand] = {
     "depthwise": Demand("issue 2", "CPU", f"depthwise layer, inference, each layout: {_FASTER}", 1),
-    "depthwise, rate >= 6": Demand("issue 2", "CPU", f"depthwise layer, inference at rates of 6 and more: {_FASTER}", 8),
+    "depthwise, rate >= 6": Demand("issue 2", "CPU", f"depthwise layer, inference, rates >= 6: {_FASTER}", 8),
     "depthwise step": Demand("issue 2", "CPU", f"depthwise layer, training step: {_FASTER}", 2),
-    "depthwise step, rate >= 2": Demand("issue 2", "CPU", f"depthwise layer, step at rates of 2 and more: {_FASTER}", 10),
+    "depthwise step, rate >= 2": Demand("issue 2", "CPU", f"depthwise layer, training step, rates >= 2: {_FASTER}", 10),
     "large over clone": Demand("issue 2", "CPU", "depthwise layer over 64 MB: time over x.clone()'s", 1.5, False),
     "cached over clone": Demand("issue 2", "CPU", "depthwise layer in the caches: time over x.clone()'s", 3, False),
     "bf16": Demand("issue 2", "CPU", "depthwise layer: time in bf16 over fp32", 2, False),
