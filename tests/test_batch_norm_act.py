@@ -1,5 +1,5 @@
 """Batch normalisation + residual + activation in training: against torch's operators in float64, and everything torch
-does around an operator; the modules' use of it, and of the 1x1 convolution's own weight gradient."""
+does around an operator; the modules' use of it, and of the 1x1 convolution's own kernels."""
 
 from __future__ import annotations
 
@@ -260,7 +260,6 @@ def test_hooks_and_other_types_are_called():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pointwise_gradients(layout):
-    """Many channels: the weights' gradient is a matrix product in channels_last."""
     x = torch.randn(2, 256, 5, 7).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
     conv = nn.Conv2d(256, 260, 1, bias=False)
     exact = [x.detach().double().requires_grad_(), conv.weight.detach().double().requires_grad_()]
@@ -276,8 +275,6 @@ def test_pointwise_gradients(layout):
         tensors[1].grad = None
         first.square().mean().backward()
     torch.testing.assert_close(conv.weight.grad.double(), exact[1].grad, atol=1e-9, rtol=1e-3)
-    conv.weight.requires_grad_(False)
-    assert "Pointwise" not in type(pointwise(conv, x).grad_fn).__name__
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

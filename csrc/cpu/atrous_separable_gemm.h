@@ -190,15 +190,26 @@ void multiply(const Operand<A>& a, const Operand<A>& b, int64_t rows, int64_t co
     }
 }
 
-template <typename V, int... kIndex>
-DK_INLINE void transpose(V (&rows)[sizeof...(kIndex)], std::integer_sequence<int, kIndex...>) {
+// Exchanges the blocks beside the diagonal, of kSize x kSize elements, of each 2 kSize x 2 kSize block.
+template <int kSize, bool kLower, typename V, int... kIndex>
+DK_INLINE V exchanged(V upper, V lower, std::integer_sequence<int, kIndex...>) {
   constexpr int n = int(sizeof...(kIndex));
-#pragma GCC unroll 4
-  for (int stage = 1; stage < n; stage *= 2) {
-    const V mixed[n] = {interleaved<kIndex % 2>(rows[kIndex / 2], rows[kIndex / 2 + n / 2])...};
+  if constexpr (kLower) return __builtin_shufflevector(upper, lower, (kIndex & kSize ? n + kIndex : kIndex + kSize)...);
+  return __builtin_shufflevector(upper, lower, (kIndex & kSize ? n + kIndex - kSize : kIndex)...);
+}
+
+// Rows become columns.
+template <int kSize = 1, typename V, int kRows>
+DK_INLINE void transpose(V (&rows)[kRows]) {
+  constexpr auto kAll = std::make_integer_sequence<int, kRows>();
 #pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) rows[i] = mixed[i];
+  for (int i = 0; i < kRows; ++i) {
+    if (i & kSize) continue;
+    const V upper = rows[i], lower = rows[i + kSize];
+    rows[i] = exchanged<kSize, false>(upper, lower, kAll);
+    rows[i + kSize] = exchanged<kSize, true>(upper, lower, kAll);
   }
+  if constexpr (2 * kSize < kRows) transpose<2 * kSize>(rows);
 }
 
 // Rows [kPanel * panel, ...) of w (rows, depth) as columns of a panel; those beyond the last are zero.
@@ -212,7 +223,7 @@ void pack_panel(const A* w, int64_t rows, int64_t depth, int64_t panel, A* to) {
       Vec<A> block[L];
 #pragma GCC unroll 16
       for (int64_t r = 0; r < L; ++r) block[r] = r < count ? load(w + (first + r) * depth + k) : Vec<A>{};
-      transpose(block, std::make_integer_sequence<int, L>());
+      transpose(block);
 #pragma GCC unroll 16
       for (int64_t l = 0; l < L; ++l) store(to + (k + l) * N + half, block[l]);
     }

@@ -29,12 +29,6 @@ struct NormTensors {
   }
 };
 
-// float16 and bfloat16 are computed in float32, at the price of the conversions.
-Tensor computed(const Tensor& t) {
-  const bool half = t.scalar_type() == ScalarType::Half || t.scalar_type() == ScalarType::BFloat16;
-  return half ? torch::stable::to(t, ScalarType::Float) : t;
-}
-
 Tensor separable_conv2d(const Tensor& x_any, const Tensor& depthwise_weight, const Tensor& pointwise_weight,
                         const OptionalTensor& residual_any, const OptionalTensor& depthwise_gamma,
                         const OptionalTensor& depthwise_beta, const OptionalTensor& depthwise_mean,
@@ -71,14 +65,13 @@ Tensor separable_conv2d(const Tensor& x_any, const Tensor& depthwise_weight, con
   first.check(shape.channels, x);
   second.check(out_channels, x);
   Tensor result = empty_nchw(size, x, shape.channels_last);
-  auto run = [&](auto value) {
+  dispatch_computed(x, [&](auto value) {
     using T = decltype(value);
     const cpu::SeparableTensors<T> tensors{in<T>(x), in<T>(depthwise), in<T>(pointwise), in_or_null<T>(residual),
                                            out<T>(result)};
     cpu::atrous_separable_conv2d<T>(shape, out_channels, tensors, activation_of(pre_activation), first.get<T>(),
                                     second.get<T>(), torch_threads());
-  };
-  x.scalar_type() == ScalarType::Double ? run(double()) : run(float());
+  });
   return as_dtype(result, x_any.scalar_type());
 }
 

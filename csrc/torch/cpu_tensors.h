@@ -64,4 +64,17 @@ inline Tensor widened(const Tensor& t) {
   return t.scalar_type() == ScalarType::Half ? torch::stable::to(t, ScalarType::Float) : t;
 }
 
+// For the operators that have no bfloat16 kernels either.
+inline Tensor computed(const Tensor& t) {
+  return t.scalar_type() == ScalarType::BFloat16 ? torch::stable::to(t, ScalarType::Float) : widened(t);
+}
+
+// As dispatch(), after computed().
+template <typename F>
+void dispatch_computed(const Tensor& x, F&& f) {
+  if (x.scalar_type() == ScalarType::Double) return f(double());
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "x must be float32, float64, float16 or bfloat16");
+  f(float());
+}
+
 }  // namespace deeplab_kernels

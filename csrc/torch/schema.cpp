@@ -50,6 +50,12 @@ STABLE_TORCH_LIBRARY(deeplab_kernels, m) {
       "Tensor? pointwise_gamma, Tensor? pointwise_beta, Tensor? pointwise_mean, Tensor? pointwise_var, "
       "float depthwise_eps, float pointwise_eps, int pre_activation, int depthwise_activation, "
       "int pointwise_activation, int[2] stride, int[4] padding, int[2] dilation) -> Tensor");
+  // The 1 x 1 convolution: out = sum_c weight[., c] x_c; weight (C', C, 1, 1).
+  m.def("pointwise_conv2d(Tensor x, Tensor weight) -> Tensor");
+  // Returns (grad_x, grad_weight), of shape (0,) where not needed.
+  m.def(
+      "pointwise_conv2d_backward(Tensor grad_out, Tensor x, Tensor weight, bool need_grad_x, bool need_grad_weight) -> "
+      "(Tensor, Tensor)");
   // All rates of an atrous spatial pyramid in one pass over x: out[r] = act(norm_r(conv_r(x))) for R branches of stride
   // 1 whose padding keeps the size ((rate * (k - 1)) / 2 before, the rest after), and the image's mean.
   //   weight (R, C, 1, kh, kw); dilation R pairs (vertical, horizontal), flat; gamma, beta, mean, var (R, C),

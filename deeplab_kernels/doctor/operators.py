@@ -65,6 +65,14 @@ def _separable(call: Call, t: _Inputs) -> Any:
     return call("atrous_separable_conv2d", *tensors, 1e-3, 1e-5, 1, 2, 1, *_GEOMETRY)
 
 
+def _pointwise(call: Call, t: _Inputs) -> Any:
+    return call("pointwise_conv2d", t(2, 5, 9, 11), t(7, 5, 1, 1))
+
+
+def _pointwise_backward(call: Call, t: _Inputs) -> Any:
+    return call("pointwise_conv2d_backward", t(2, 7, 9, 11), t(2, 5, 9, 11), t(7, 5, 1, 1), True, True)
+
+
 def _norm(call: Call, t: _Inputs) -> Any:
     return call("batch_norm_act_training", t(2, 5, 9, 11), t(2, 5, 9, 11), t(5), t(5), 1e-3, 2)
 
@@ -147,6 +155,8 @@ CASES: dict[str, Callable[[Call, _Inputs], Any]] = {
     "atrous_spatial_pyramid": _pyramid,
     "atrous_spatial_pyramid_training": _pyramid_training,
     "atrous_spatial_pyramid_backward": _pyramid_backward,
+    "pointwise_conv2d": _pointwise,
+    "pointwise_conv2d_backward": _pointwise_backward,
     "batch_norm_act_training": _norm,
     "batch_norm_act_backward": _norm_backward,
     "gaussian_filter": _gaussian,

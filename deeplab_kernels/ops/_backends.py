@@ -28,6 +28,8 @@ OPERATORS: dict[str, str | None] = {
     "atrous_spatial_pyramid": "atrous_spatial_pyramid",
     "atrous_spatial_pyramid_training": "atrous_spatial_pyramid",
     "atrous_spatial_pyramid_backward": "atrous_spatial_pyramid",
+    "pointwise_conv2d": None,
+    "pointwise_conv2d_backward": None,
     "batch_norm_act_training": None,
     "batch_norm_act_backward": None,
     "gaussian_filter": "gaussian_filter",

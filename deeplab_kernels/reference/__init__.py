@@ -22,6 +22,7 @@ from .dense_crf import dense_crf_mean_field, dense_crf_mean_field_backward
 from .gaussian_filter import gaussian_filter, gaussian_filter_backward
 from .local_gaussian_filter import local_gaussian_filter, local_gaussian_filter_backward
 from .permutohedral import permutohedral_filter, permutohedral_filter_backward, permutohedral_lattice
+from .pointwise import pointwise_conv2d, pointwise_conv2d_backward
 
 __all__ = [
     "atrous_depthwise_bn_act_backward",
@@ -46,4 +47,6 @@ __all__ = [
     "permutohedral_filter",
     "permutohedral_filter_backward",
     "permutohedral_lattice",
+    "pointwise_conv2d",
+    "pointwise_conv2d_backward",
 ]

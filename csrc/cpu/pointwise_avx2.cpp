@@ -1,0 +1,2 @@
+#define DK_ISA avx2
+#include "pointwise_kernels.h"

@@ -1,0 +1,2 @@
+#define DK_ISA avx512
+#include "pointwise_kernels.h"

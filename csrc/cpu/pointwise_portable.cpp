@@ -1,0 +1,2 @@
+#define DK_ISA portable
+#include "pointwise_kernels.h"
