@@ -129,7 +129,21 @@ def test_reference_is_batch_norm_and_activation(case, training, activation):
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("case", **by_case(TRAINABLE))
 def test_values_and_gradients(case, training, layout, dtype, device):
-    activation = list(ACTIVATIONS)[TRAINABLE.index(case) % 3]
+    check_values_and_gradients(case, list(ACTIVATIONS)[TRAINABLE.index(case) % 3], training, layout, dtype, device)
+
+
+# Maps at rate 1 that are worked on in several pieces, whole in the caches or band by band.
+PIECES = [Case((2, 9, 70, 65), padding=1), Case((2, 9, 71, 66), stride=2, padding=1),
+          Case((1, 8, 75, 67), padding=(0, 2, 2, 1)), Case((2, 8, 73, 64), stride=2, padding=(2, 0, 0, 2)),
+          Case((2, 8, 450, 400), padding=1), Case((2, 8, 643, 640), stride=2, padding=1)]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", **by_case(PIECES))
+def test_pieces_of_a_map(case):
+    check_values_and_gradients(case, list(ACTIVATIONS)[PIECES.index(case) % 3], True, "nchw", "fp32", "cpu")
+
+
+def check_values_and_gradients(case, activation, training, layout, dtype, device):
     inputs, statistics = random_block(case, DTYPES[dtype], layout, device)
     options = {"training": training, "activation": activation, "eps": 1e-3, "momentum": 0.2}
     plain, exact = leaves(*inputs), leaves(*inputs, dtype=torch.float64)
@@ -580,7 +594,7 @@ def test_functional_call_and_transforms():
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("training", [False, True])
 def test_same_bits_with_any_number_of_threads(training, layout, dtype):
-    for case in FEW:
+    for case in [*FEW, *PIECES[:2]]:
         inputs, statistics = random_block(case, DTYPES[dtype], layout)
         grad = torch.randn(case.out_size).to(DTYPES[dtype])
 

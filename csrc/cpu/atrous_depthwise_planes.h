@@ -12,6 +12,8 @@
 // band by band: what the second needs is packed and computed again.
 #pragma once
 
+#include <type_traits>
+
 #include "microkernels.h"
 #include "scratch.h"
 #include "workspace.h"
@@ -23,6 +25,8 @@ namespace {
 // bands.
 constexpr int64_t kResidentBytes = 4 << 20;
 constexpr int64_t kBandBytes = 384 << 10;
+// Of x or of results, worked on at once in the first-level cache.
+constexpr int64_t kPieceBytes = 10 << 10;
 // Below this the channels alone do not keep the threads busy.
 constexpr int64_t kFewestTasks = 8;
 
@@ -36,6 +40,7 @@ class Planes {
   static constexpr int64_t kChannels = kNhwc ? L : 1;  // channels in a plane
   static constexpr int64_t kMostPlanes = kNhwc ? 32 / L : 1;
   static constexpr int kRows = 4;
+  static constexpr int64_t kTerms = 128;                           // of a sum of floats, about
   static constexpr int64_t kTileColumns = 64;                      // NHWC
   static constexpr int64_t kTile = kRows * kTileColumns * L + 16;  // values, of one plane
 
@@ -86,19 +91,31 @@ class Planes {
     x_rows_ = smaller(s_.in_h, larger(x_band, s_.stride_h * band) + 6 + 4 * s_.rate_h);
     images_ = cut.resident ? s_.batch : 1;
     size_ = rows_ * g_.pitch + g_.slack, x_size_ = x_rows_ * g_.x_pitch + g_.x_slack;
+    margins_ = !kNhwc && s_.rate_h == 1 && s_.rate_w == 1;
+    if (margins_) {
+      above_ = s_.stride_h == 1 ? 2 - s_.pad_top : 0, below_ = s_.stride_h == 1 ? s_.in_h + s_.pad_top - s_.out_h : 0;
+      x_above_ = s_.pad_top, x_below_ = larger(0, s_.stride_h * (s_.out_h - 1) + 3 - s_.pad_top - s_.in_h);
+      size_ += (above_ + below_) * g_.pitch, x_size_ += (x_above_ + x_below_) * g_.x_pitch;
+    }
     plane_ = size_ * images_, x_plane_ = x_size_ * images_;
+    const int64_t tile_rows = kRows * s_.rate_h,
+                  row_bytes = larger(g_.x_pitch * s_.stride_h, g_.pitch) * int64_t(sizeof(A));
+    piece_rows_ = larger(1, kPieceBytes / (row_bytes * tile_rows)) * tile_rows;
+    if (kNhwc || 4 * piece_rows_ >= 3 * s_.out_h) piece_rows_ = s_.out_h;
     Arena measure(nullptr);
     allocate(measure, pass);
     Arena arena(thread_scratch(measure.used()));
     allocate(arena, pass);
     for (int64_t i = 0; i < images_ * cut.planes; ++i) {
-      clear_padding(x_planes_ + i * x_size_, x_rows_, g_.x_pitch, g_.x_slack, g_.x_begin,
-                    s_.stride_w == 1 ? s_.in_w : 0);
+      clear_padding(x_planes_ + i * x_size_, x_rows_ + x_above_ + x_below_, g_.x_pitch, g_.x_slack, g_.x_begin,
+                    s_.stride_w == 1 && !margins_ ? s_.in_w : 0);
       if (pass == Pass::kBackward)
-        clear_padding(grad_planes_ + i * size_, rows_, g_.pitch, g_.slack, g_.grad_begin, s_.out_w);
+        clear_padding(grad_planes_ + i * size_, rows_ + above_ + below_, g_.pitch, g_.slack, g_.grad_begin,
+                      margins_ ? 0 : s_.out_w);
     }
+    x_planes_ += x_above_ * g_.x_pitch, y_planes_ += above_ * g_.pitch, grad_planes_ += above_ * g_.pitch;
     const int64_t rest = kNhwc ? L : s_.out_w - (g_.out_vectors - 1) * L;
-    for (int64_t l = 0; l < L; ++l) tail_[l] = l < rest ? A(1) : A(0);
+    for (int64_t l = 0; l < L; ++l) lanes_[l] = 1, lanes_[L + l] = tail_[l] = l < rest ? A(1) : A(0);
   }
 
   // act(norm(conv(x))) of a group's band; norm null: conv(x).
@@ -118,9 +135,10 @@ class Planes {
     pre_ = pre_activation;
     for (int64_t p = 0; p < active_; ++p) moments_[p] = Moments();
     for (int64_t n = 0; n < s_.batch; ++n)
-      for (int64_t b = 0; b < cut_.bands; ++b) {
-        const Range rows = band(b, s_.out_h), needed = inputs_of(rows);
-        const A* packed = pack_x(x, n, needed);
+      for (int64_t i = 0; i < pieces(); ++i) {
+        const Range rows = piece(i);
+        const A* packed = pack_x(x, n, fresh_inputs(i));
+        fetch_for_forward(x, n, i, out);
         for (int64_t p = 0; p < active_; ++p) {
           load_weights(weight, p);
           statistics(packed + p * x_plane_, rows, at_row_0(y_planes_ + p * plane_, n, rows), moments_[p]);
@@ -230,7 +248,7 @@ class Planes {
     sums_ = arena.take<Sums<2>>(cut_.planes);
     weight_sums_ = arena.take<Sums<9>>(cut_.planes);
     zeros_ = arena.take<A>(s_.stride_w == 2 ? g_.pitch + g_.slack : 0);
-    both_ = arena.take<A>(s_.stride_w == 2 ? 2 * cut_.planes * both_size() : 0);
+    both_ = arena.take<A>(kNhwc && s_.stride_w == 2 ? 2 * cut_.planes * both_size() : 0);
     further_ = arena.take<A>(further_size_);
     if (zeros_ && s_.stride_w == 2) __builtin_memset(zeros_, 0, size_t(g_.pitch + g_.slack) * sizeof(A));
   }
@@ -244,6 +262,10 @@ class Planes {
     }
     __builtin_memset(image + rows * pitch, 0, size_t(slack) * sizeof(A));
   }
+
+  // Rows that hold the image or zeros.
+  Range x_held() const { return {-x_above_, s_.in_h + x_below_}; }
+  Range held() const { return {-above_, s_.out_h + below_}; }
 
   // The memory of image n, of which only `rows` are held, as if it began with row 0.
   A* at_row_0(A* planes, int64_t n, Range rows) const {
@@ -263,6 +285,99 @@ class Planes {
   int64_t offset(int64_t n, int64_t row, int64_t rows, int64_t columns) const {
     return kNhwc ? (n * rows + row) * columns * s_.channels + first_
                  : ((n * s_.channels + first_) * rows + row) * columns;
+  }
+
+  // ---- pieces
+
+  // Resident planes are worked on piece by piece, so that what has been packed or computed is still in the first-level
+  // cache when it is used; elsewhere the pieces are the bands.
+  int64_t pieces() const { return cut_.resident ? (s_.out_h + piece_rows_ - 1) / piece_rows_ : cut_.bands; }
+  Range piece(int64_t i) const {
+    if (!cut_.resident) return band(i, s_.out_h);
+    return {i * piece_rows_, smaller(s_.out_h, (i + 1) * piece_rows_)};
+  }
+  // Rows of x that piece i reads and no piece before it has left in the planes.
+  Range fresh_inputs(int64_t i) const {
+    const Range needed = inputs_of(piece(i));
+    if (!cut_.resident || i == 0) return {cut_.resident ? 0 : needed.begin, needed.end};
+    return {smaller(inputs_of(piece(i - 1)).end, needed.end), needed.end};
+  }
+  // Rows of the gradient of x whose results have all been seen after piece i: those of whole tiles, or all.
+  int64_t finished_rows(int64_t i) const {
+    if (i + 1 == pieces()) return s_.in_h;
+    const int64_t tile = kRows * s_.rate_h;
+    return larger(0, s_.stride_h * piece(i).end - s_.pad_top) / tile * tile;
+  }
+  Range finished(int64_t i) const { return {i == 0 ? 0 : finished_rows(i - 1), finished_rows(i)}; }
+
+  // Memory that will be wanted soon, fetched by the loops over tiles a few lines with every vector: more at once would
+  // have to wait for one another. The first is as large as x, the second as large as the results.
+  struct Ahead {
+    const char *at = nullptr, *end = nullptr;
+    const char* next(int64_t bytes) {
+      if (at >= end) return nullptr;
+      const char* begin = at;
+      at += bytes;
+      return begin;
+    }
+  };
+  // The part for a tile of R rows.
+  template <int R, int kStride>
+  struct Fetch {
+    const char *x = nullptr, *result = nullptr;
+    DK_INLINE void operator()(int64_t k) const {
+      if constexpr (!kNhwc) {
+        constexpr int kBytes = R * int(sizeof(T));
+        if (x) lines<kBytes * kStride * kStride>(x, k);
+        if (result) lines<kBytes>(result, k);
+      }
+    }
+    template <int kBytes>
+    DK_INLINE static void lines(const char* from, int64_t k) {
+#pragma GCC unroll 16
+      for (int l = 0; l < (kBytes * L + 63) / 64; ++l) __builtin_prefetch(from + k * kBytes + l * 64);
+    }
+  };
+  template <int R, int kStride>
+  DK_INLINE Fetch<R, kStride> next_fetch(int64_t tiles) const {
+    if constexpr (kNhwc) return {};
+    const int64_t bytes = tiles * R * int64_t(sizeof(T));
+    return {ahead_[0].next(bytes * kStride * s_.in_w), ahead_[1].next(bytes * s_.out_w)};
+  }
+  // Of image n.
+  void aim(int which, const T* tensor, int64_t channel, int64_t n, Range rows, int64_t height, int64_t width) const {
+    if (channel >= s_.channels || tensor == nullptr) return;
+    auto at = [&](int64_t row) {
+      return reinterpret_cast<const char*>(tensor + ((n * s_.channels + channel) * height + row) * width);
+    };
+    ahead_[which] = {at(rows.begin), at(rows.end)};
+  }
+  void fetch_for_forward(const T* x, int64_t n, int64_t i, const T* out) const {
+    if (kNhwc || !cut_.resident) return;
+    if (i + 1 < pieces())
+      aim(0, x, first_, n, fresh_inputs(i + 1), s_.in_h, s_.in_w);
+    else if (n + 1 < s_.batch)
+      aim(0, x, first_, n + 1, fresh_inputs(0), s_.in_h, s_.in_w);
+    else
+      aim(0, x, first_ + 1, 0, fresh_inputs(0), s_.in_h, s_.in_w);
+    if (n == 0 && i + 1 == pieces()) aim(1, out, first_, 0, piece(0), s_.out_h, s_.out_w);
+  }
+  void fetch_for_sums(const BackwardTensors<T>& z, int64_t n, int64_t i) const {
+    if (kNhwc) return;
+    if (i + 1 == pieces() && n + 1 == s_.batch) return aim(0, z.grad_x, first_, 0, finished(0), s_.in_h, s_.in_w);
+    const int64_t image = i + 1 < pieces() ? n : n + 1, next = i + 1 < pieces() ? i + 1 : 0;
+    aim(0, z.x, first_, image, fresh_inputs(next), s_.in_h, s_.in_w);
+    aim(1, z.grad_out, first_, image, piece(next), s_.out_h, s_.out_w);
+  }
+  void fetch_for_gradients(const BackwardTensors<T>& z, int64_t n, int64_t i) const {
+    if (kNhwc) return;
+    if (i + 1 == pieces() && n + 1 == s_.batch) {
+      aim(0, z.x, first_ + 1, 0, fresh_inputs(0), s_.in_h, s_.in_w);
+      aim(1, z.grad_out, first_ + 1, 0, piece(0), s_.out_h, s_.out_w);
+    } else {
+      const int64_t image = i + 1 < pieces() ? n : n + 1, next = i + 1 < pieces() ? i + 1 : 0;
+      aim(0, z.grad_x, first_, image, finished(next), s_.in_h, s_.in_w);
+    }
   }
 
   // ---- between memory and planes
@@ -308,12 +423,16 @@ class Planes {
         if (pre_ != Activation::kNone)
           for (int64_t k = 0; k < g_.x_pitch; k += L) store(to + k, f(load(to + k)));  // the padding stays zero
     }
+    if (range.end == s_.in_h && !cut_.resident)
+      __builtin_memset(row_0 + s_.in_h * g_.x_pitch, 0, size_t(x_below_ * g_.x_pitch) * sizeof(A));
     return row_0;
   }
   // to: the first column of row 0 of the first plane.
   void pack_gradient(const T* grad, int64_t n, Range range, A* to) const {
     for (int64_t i = range.begin; i < range.end; ++i)
       pack_row(grad + offset(n, i, s_.out_h, s_.out_w), 1, s_.out_w, to + i * g_.pitch, plane_, [](V v) { return v; });
+    if (range.end == s_.out_h && !cut_.resident)
+      __builtin_memset(to + s_.out_h * g_.pitch, 0, size_t(below_ * g_.pitch) * sizeof(A));
   }
 
   // Every step-th pixel (NHWC), through f, or all as they are (NCHW).
@@ -425,10 +544,37 @@ class Planes {
 
   // ---- rows
 
-  // Calls f(Count<R>, row, vectors) for tiles of R rows row, row + rate, ... and some vectors of columns, few enough
-  // for what they read to stay in the first-level cache.
+  // Calls f(Known<activation>()): the loops should not ask again and again.
+  template <Activation k>
+  struct Known {
+    static constexpr Activation value = k;
+  };
+  template <typename F>
+  DK_INLINE static void with_activation(Activation activation, const F& f) {
+    switch (activation) {
+      case Activation::kNone:
+        return f(Known<Activation::kNone>());
+      case Activation::kRelu:
+        return f(Known<Activation::kRelu>());
+      default:
+        return f(Known<Activation::kRelu6>());
+    }
+  }
+
+  // Calls f(Count<R>, row, tiles, vectors) for tiles of R rows row, row + rate, ... and some vectors of columns, few
+  // enough for what they read to stay in the first-level cache. Where there are margins, several tiles that follow one
+  // another form a run, as setting up costs as much as a short row.
   template <typename F>
   DK_INLINE void tiles(Range range, int64_t vectors, const F& f) const {
+    if (margins_) {
+      const int64_t most = larger(1, kTerms / (kRows * vectors));
+      int64_t row = range.begin;
+      for (int64_t tiles; (tiles = smaller(most, (range.end - row) / kRows)) > 0; row += tiles * kRows)
+        f(Count<kRows>(), row, tiles, Range{0, vectors});
+      if (range.end - row >= 2) f(Count<2>(), row, 1, Range{0, vectors}), row += 2;
+      if (range.end > row) f(Count<1>(), row, 1, Range{0, vectors});
+      return;
+    }
     const int64_t rate = s_.rate_h, most = kNhwc ? kTileColumns : vectors;
     for (int64_t base = range.begin; base < range.end; base += kRows * rate)
       for (int64_t begin = 0; begin < vectors; begin += most) {
@@ -436,113 +582,135 @@ class Planes {
         for (int64_t row = base; row < smaller(range.end, base + rate); ++row)
           for (int64_t r = row, left = smaller(kRows, (range.end - row + rate - 1) / rate); left > 0;) {
             if (left == 4)
-              f(Count<4>(), r, columns), left = 0;
+              f(Count<4>(), r, 1, columns), left = 0;
             else if (left >= 2)
-              f(Count<2>(), r, columns), r += 2 * rate, left -= 2;
+              f(Count<2>(), r, 1, columns), r += 2 * rate, left -= 2;
             else
-              f(Count<1>(), r, columns), left = 0;
+              f(Count<1>(), r, 1, columns), left = 0;
           }
       }
   }
 
-  // The rows that a tile of R rows of results reads; those in [begin, end) lie inside the image. Stride 1: R + 2 rows a
-  // rate apart, row c for the kernel row u of result c - u. Stride 2: R + 1 rows two rates apart, row c for kernel row
-  // 0 of result c and row 2 of result c - 1; and R rows between them, row c for kernel row 1 of result c.
+  // The rows that a tile of R rows of results reads, a rate apart: row c for kernel row u of result (c - u) / stride.
+  // Those in [begin, end) hold the image or zeros.
   struct Sources {
     const A* data;
-    int64_t step;
     int begin, end;
-    const A* between;
-    int between_begin, between_end;
   };
-  // first: the row that kernel row 0 of the first result reads.
   template <int R, int kStride>
-  DK_INLINE Sources sources(const A* plane, int64_t pitch, int64_t first, int64_t rows) const {
-    const int64_t apart = kStride * s_.rate_h, most = kStride == 1 ? R + 2 : R + 1;
-    auto before = [&](int64_t bound, int64_t row) { return bound > row ? (bound - row + apart - 1) / apart : 0; };
-    const int64_t middle = first + s_.rate_h;
-    return {plane + first * pitch,
-            apart * pitch,
-            int(smaller(before(0, first), most)),
-            int(smaller(before(rows, first), most)),
-            plane + middle * pitch,
-            kStride == 1 ? 0 : int(smaller(before(0, middle), R)),
-            kStride == 1 ? 0 : int(smaller(before(rows, middle), R))};
+  static bool whole(const Sources& from) {
+    return from.begin == 0 && from.end == kStride * (R - 1) + 3;
+  }
+  // first: the row that kernel row 0 of the first result reads; held: the rows that can be read.
+  template <int R, int kStride>
+  DK_INLINE Sources sources(const A* plane, int64_t pitch, int64_t first, Range held) const {
+    constexpr int kMost = kStride * (R - 1) + 3;
+    const int64_t rate = s_.rate_h;
+    const A* data = plane + first * pitch;
+    if (first >= held.begin && first + (kMost - 1) * rate < held.end) return {data, 0, kMost};  // no divisions, mostly
+    auto before = [&](int64_t bound) {
+      return bound > first ? int(smaller((bound - first + rate - 1) / rate, kMost)) : 0;
+    };
+    return {data, before(held.begin), before(held.end)};
   }
 
+  // Rows 0, 1, ... of a tile, a constant number of bytes apart: the few multiples of it that addresses cannot express
+  // stay in registers.
+  struct Rows {
+    int64_t one, three, five, seven;
+    explicit Rows(int64_t bytes) : one(bytes), three(3 * one), five(5 * one), seven(7 * one) {}
+    template <typename P>
+    DK_INLINE P* at(P* row_0, int row) const {
+      using Byte = std::conditional_t<std::is_const_v<P>, const char, char>;
+      Byte* p = reinterpret_cast<Byte*>(row_0);
+      switch (row) {
+        case 0:
+          break;
+        case 3:
+          p += three;
+          break;
+        case 5:
+          p += five;
+          break;
+        case 6:
+          p += three * 2;
+          break;
+        case 7:
+          p += seven;
+          break;
+        default:
+          p += one * row;
+      }
+      return reinterpret_cast<P*>(p);
+    }
+  };
+
+  // From a row of a plane to the one a rate below.
+  int64_t row_bytes(int64_t pitch) const { return s_.rate_h * pitch * int64_t(sizeof(A)); }
+
   // Calls f(input, taps of the kernel, result) for the products of a vector of columns: input is loaded once for all
-  // results it takes part in.
+  // results it takes part in. rows: those of x, a rate apart.
   template <int R, int kStride, bool kWhole, typename F>
-  DK_INLINE static void products(const Sources& from, int64_t k, const int64_t* taps, const F& f) {
-    if constexpr (kStride == 1) {
-#pragma GCC unroll 6
-      for (int c = 0; c < R + 2; ++c) {
-        if (!kWhole && (c < from.begin || c >= from.end)) continue;
+  DK_INLINE static void products(const Sources& from, const Rows& rows, int64_t k, const int64_t* taps, const F& f) {
+    constexpr int kSources = kStride * (R - 1) + 3;
+    const A* data[3];
 #pragma GCC unroll 3
-        for (int v = 0; v < 3; ++v) {
-          const V input = load(from.data + c * from.step + k + taps[v]);
+    for (int v = 0; v < 3; ++v) data[v] = from.data + taps[v] + k;
+#pragma GCC unroll 9
+    for (int c = 0; c < kSources; ++c) {
+      if (!kWhole && (c < from.begin || c >= from.end)) continue;
 #pragma GCC unroll 3
-          for (int u = 0; u < 3; ++u)
-            if (c - u >= 0 && c - u < R) f(input, 3 * u + v, c - u);
-        }
-      }
-    } else {
-#pragma GCC unroll 5
-      for (int c = 0; c < R + 1; ++c) {
-        if (!kWhole && (c < from.begin || c >= from.end)) continue;
+      for (int v = 0; v < 3; ++v) {
+        const V input = load(rows.at(data[v], c));
 #pragma GCC unroll 3
-        for (int v = 0; v < 3; ++v) {
-          const V input = load(from.data + c * from.step + k + taps[v]);
-          if (c < R) f(input, v, c);
-          if (c > 0) f(input, 6 + v, c - 1);
-        }
-      }
-#pragma GCC unroll 4
-      for (int c = 0; c < R; ++c) {
-        if (!kWhole && (c < from.between_begin || c >= from.between_end)) continue;
-#pragma GCC unroll 3
-        for (int v = 0; v < 3; ++v) f(load(from.between + c * from.step + k + taps[v]), 3 + v, c);
+        for (int u = 0; u < 3; ++u)
+          if (c >= u && (c - u) % kStride == 0 && (c - u) / kStride < R) f(input, 3 * u + v, (c - u) / kStride);
       }
     }
   }
-  template <int R, int kStride>
-  static bool whole(const Sources& s) {
-    if (kStride == 1) return s.begin == 0 && s.end == R + 2;
-    return s.begin == 0 && s.end == R + 1 && s.between_begin == 0 && s.between_end == R;
-  }
 
-  // emit(k, acc): acc[r] is the vector of results at column offset k of row r. The last vector of a row lies at `last`.
+  // emit(t, k, acc): acc[r] is the vector of results at column offset k of row r of tile t. The last vector of a row
+  // lies at `last`.
   template <int R, int kStride, typename Emit>
-  DK_INLINE void convolve(const Sources& from, const int64_t* taps, Range vectors, int64_t last,
-                          const Emit& emit) const {
-    if (R == kRows && whole<R, kStride>(from))
-      convolve<R, kStride, R == kRows>(from, taps, vectors, last, emit);
+  DK_INLINE void convolve(const Sources& from, int64_t pitch, const int64_t* taps, int64_t count, Range vectors,
+                          int64_t last, const Emit& emit) const {
+    if ((R == kRows || margins_) && whole<R, kStride>(from))
+      convolve<R, kStride, true>(from, pitch, taps, count, vectors, last, emit);
     else
-      convolve<R, kStride, false>(from, taps, vectors, last, emit);
+      convolve<R, kStride, false>(from, pitch, taps, count, vectors, last, emit);
   }
   template <int R, int kStride, bool kWhole, typename Emit>
-  DK_INLINE void convolve(const Sources& from, const int64_t* row_taps, Range vectors, int64_t last,
-                          const Emit& emit) const {
+  DK_INLINE void convolve(const Sources& from, int64_t pitch, const int64_t* row_taps, int64_t count, Range vectors,
+                          int64_t last, const Emit& emit) const {
+    const Rows x_rows(row_bytes(pitch));
     const int64_t taps[3] = {row_taps[0], row_taps[1], row_taps[2]};
     V weight[9];
 #pragma GCC unroll 9
     for (int t = 0; t < 9; ++t) weight[t] = weights_[t];
-    for (int64_t n = vectors.begin; n < vectors.end; ++n) {
-      const int64_t k = kNhwc ? n * L : smaller(n * L, last);
-      V acc[R];
+    const Fetch<R, kStride> fetch = next_fetch<R, kStride>(count);
+    Sources tile = from;
+    for (int64_t i = 0; i < count; ++i, tile.data += R * kStride * pitch)
+      for (int64_t n = vectors.begin; n < vectors.end; ++n) {
+        const int64_t k = kNhwc ? n * L : smaller(n * L, last);
+        fetch(i * s_.out_w + k);
+        V acc[R];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) acc[r] = V{};
-      products<R, kStride, kWhole>(from, k, taps, [&](V input, int t, int r) { acc[r] += weight[t] * input; });
-      emit(k, acc);
-    }
+        for (int r = 0; r < R; ++r) acc[r] = V{};
+        products<R, kStride, kWhole>(tile, x_rows, k, taps,
+                                     [&](V input, int t, int r) { acc[r] += weight[t] * input; });
+        emit(i, k, acc);
+      }
   }
   // Of x planes; plane: row 0 of the image.
   template <int R, typename Emit>
-  DK_INLINE void convolve_x(const A* plane, int64_t row, Range vectors, int64_t last, const Emit& emit) const {
-    if (s_.stride_h == 1)
-      convolve<R, 1>(sources<R, 1>(plane, g_.x_pitch, row - s_.pad_top, s_.in_h), g_.taps, vectors, last, emit);
+  DK_INLINE void convolve_x(const A* plane, int64_t row, int64_t count, Range vectors, int64_t last,
+                            const Emit& emit) const {
+    if (s_.stride_h == 1)  // there the pitches are the same
+      convolve<R, 1>(sources<R, 1>(plane, g_.pitch, row - s_.pad_top, x_held()), g_.pitch, g_.taps, count, vectors,
+                     last, emit);
     else
-      convolve<R, 2>(sources<R, 2>(plane, g_.x_pitch, 2 * row - s_.pad_top, s_.in_h), g_.taps, vectors, last, emit);
+      convolve<R, 2>(sources<R, 2>(plane, g_.x_pitch, 2 * row - s_.pad_top, x_held()), g_.x_pitch, g_.taps, count,
+                     vectors, last, emit);
   }
 
   // Sums of floats stay short: they move into doubles after about a hundred terms.
@@ -559,7 +727,7 @@ class Planes {
     }
     DK_INLINE void added(int64_t count) {
       terms += count;
-      if (terms >= 128) flush();
+      if (terms >= kTerms) flush();
     }
     __attribute__((noinline)) void flush() {
       for (int i = 0; i < N; ++i) {
@@ -580,8 +748,11 @@ class Planes {
     }
   };
 
-  // Lanes beyond the end of the row become zero, whatever they hold.
+  // Lanes beyond the end of the row become zero, whatever they hold. tail: the lanes of the vector at column offset k
+  // that lie within; looked up rather than asked for, as branches would part what the compiler should schedule
+  // together.
   DK_INLINE static V within(V v, V tail) { return tail > V{} ? v : V{}; }
+  DK_INLINE V tail_at(int64_t k, int64_t last) const { return load(lanes_ + (k == last ? L : 0)); }
 
   // ---- forward
 
@@ -594,18 +765,19 @@ class Planes {
     const int64_t last = (g_.out_vectors - 1) * L;
     const V tail = load(tail_);
     Sums<1> total;
-    tiles(rows, g_.out_vectors, [&](auto rows_at_once, int64_t row, Range columns) {
+    tiles(rows, g_.out_vectors, [&](auto rows_at_once, int64_t row, int64_t count, Range columns) {
       constexpr int R = decltype(rows_at_once)::value;
       A* to = y + row * g_.pitch;
-      const int64_t step = s_.rate_h * g_.pitch;
+      const Rows result_rows(row_bytes(g_.pitch));
+      const int64_t tile = R * g_.pitch;
       V sum = total.now[0];
-      convolve_x<R>(x, row, columns, last, [&](int64_t k, V(&acc)[R]) {
+      convolve_x<R>(x, row, count, columns, last, [&](int64_t i, int64_t k, V(&acc)[R]) {
         V together = {};
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) store(to + r * step + k, acc[r]), together += acc[r];
-        sum += kNhwc || k < last ? together : within(together, tail);
+        for (int r = 0; r < R; ++r) store(result_rows.at(to + i * tile + k, r), acc[r]), together += acc[r];
+        sum += kNhwc ? together : within(together, tail_at(k, last));
       });
-      total.now[0] = sum, total.added(R * (columns.end - columns.begin));
+      total.now[0] = sum, total.added(R * count * (columns.end - columns.begin));
     });
     total.finish();
     // The squares about the mean, which is rounded: what is left of it is subtracted.
@@ -661,10 +833,14 @@ class Planes {
              [&](V v, int64_t p, auto...) { return activated(V(v * norm_[p].scale + norm_[p].shift), activation); });
     } else {
       const V scale = norm_[0].scale, shift = norm_[0].shift;
-      for (int64_t n = 0; n < g_.out_vectors; ++n) {
-        const int64_t k = n + 1 < g_.out_vectors ? n * L : s_.out_w - L;
-        store(out + k, activated(V(load(y + k) * scale + shift), activation));
-      }
+      with_activation(activation, [&](auto known) {
+        const int64_t last = s_.out_w - L;
+        auto write = [&](int64_t k) {
+          store(out + k, activated(V(load(y + k) * scale + shift), decltype(known)::value));
+        };
+        for (int64_t k = 0; k < last; k += L) write(k);
+        write(last);
+      });
     }
   }
 
@@ -682,45 +858,58 @@ class Planes {
   template <bool kNorm, bool kTransposed>
   void to_memory(const A* planes, int64_t n, Range rows, const T* weight, Activation activation, T* out,
                  const T* x = nullptr) {
+    if constexpr (kNorm)
+      with_activation(activation, [&](auto known) {
+        to_memory<kNorm, kTransposed, false, decltype(known)::value>(planes, n, rows, weight, out, x);
+      });
+    else if (kTransposed && x)
+      to_memory<kNorm, kTransposed, kTransposed, Activation::kNone>(planes, n, rows, weight, out, x);
+    else
+      to_memory<kNorm, kTransposed, false, Activation::kNone>(planes, n, rows, weight, out, x);
+  }
+  template <bool kNorm, bool kTransposed, bool kMasked, Activation kActivation>
+  void to_memory(const A* planes, int64_t n, Range rows, const T* weight, T* out, const T* x) {
     const int64_t vectors = kTransposed ? g_.in_vectors : g_.out_vectors;
     const int64_t width = kTransposed ? s_.in_w : s_.out_w, height = kTransposed ? s_.in_h : s_.out_h;
     const int64_t distance = kTransposed ? plane_ : x_plane_;
     const int64_t last = kNhwc ? (vectors - 1) * L : width - L;
     auto load_taps = [&](int64_t p) { kTransposed ? load_flipped_weights(weight, p) : load_weights(weight, p); };
     if (active_ == 1) load_taps(0);
-    tiles(rows, vectors, [&](auto rows_at_once, int64_t row, Range columns) {
+    tiles(rows, vectors, [&](auto rows_at_once, int64_t row, int64_t count, Range columns) {
       constexpr int R = decltype(rows_at_once)::value;
       T* to = out + offset(n, row, height, width);
       const int64_t step = s_.rate_h * width;
+      const Rows out_rows(step * int64_t(sizeof(T)));
       for (int64_t p = 0; p < active_; ++p) {
         if (active_ > 1) load_taps(p);
         const V scale = norm_[p].scale, shift = norm_[p].shift;
         A* tile = tile_ + p * kTile - columns.begin * L;
-        auto emit = [&](int64_t k, V(&acc)[R]) {
+        auto emit = [&](int64_t i, int64_t k, V(&acc)[R]) {
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r) {
-            if constexpr (kNorm) acc[r] = activated(V(acc[r] * scale + shift), activation);
+            if constexpr (kNorm) acc[r] = activated(V(acc[r] * scale + shift), kActivation);
             if constexpr (kNhwc) {
               store(tile + r * kTileColumns * L + k, acc[r]);
             } else {
-              if (kTransposed && x) acc[r] = before_pre_activation(acc[r], x + (to - out) + r * step + k, L);
-              store(to + r * step + k, acc[r]);
+              T* result = out_rows.at(to + i * (R * width) + k, r);
+              if constexpr (kMasked) acc[r] = before_pre_activation(acc[r], x + (result - out), L);
+              store(result, acc[r]);
             }
           }
         };
         const A* plane = planes + p * distance;
         if constexpr (kTransposed)
-          convolve<R, 1>(sources<R, 1>(plane, g_.pitch, row + s_.pad_top - 2 * s_.rate_h, s_.out_h), g_.taps, columns,
-                         last, emit);
+          convolve<R, 1>(sources<R, 1>(plane, g_.pitch, row + s_.pad_top - 2 * s_.rate_h, held()), g_.pitch, g_.taps,
+                         count, columns, last, emit);
         else
-          convolve_x<R>(plane, row, columns, last, emit);
+          convolve_x<R>(plane, row, count, columns, last, emit);
       }
       if constexpr (kNhwc)
         for (int r = 0; r < R; ++r) {
           const A* tile = tile_ + r * kTileColumns * L;
           T* first = to + (r * step + columns.begin) * s_.channels;
           const int64_t count = columns.end - columns.begin;
-          if (kTransposed && x) {
+          if constexpr (kMasked) {
             const T* row_x = x + (first - out);
             unpack(tile, kTile, count, first, [&](V v, int64_t, int64_t k, int64_t channels) {
               return before_pre_activation(v, row_x + k, channels);
@@ -745,29 +934,40 @@ class Planes {
   }
 
   void backward_resident(const BackwardTensors<T>& z, const BatchNorm<A>* norm, bool batch_statistics) {
-    const Range in{0, s_.in_h};
-    for (int64_t n = 0; n < s_.batch; ++n) pack_x(z.x, n, in);
-    resident_gradients(z, norm, batch_statistics);
-    if (z.grad_x)
-      for (int64_t n = 0; n < s_.batch; ++n) gradient_of_x(z, n, in, grad_planes_ + n * size_);
+    resident_gradients(
+        z, norm, batch_statistics, [&](int64_t n, int64_t i) { pack_x(z.x, n, fresh_inputs(i)); },
+        [&](int64_t n, int64_t i) {
+          if (z.grad_x) gradient_of_x(z, n, finished(i), grad_planes_ + n * size_);
+        });
   }
 
-  // The gradients of conv(x), into their planes, and the sums that they make with x, which has been packed.
-  void resident_gradients(const BackwardTensors<T>& z, const BatchNorm<A>* norm, bool batch_statistics) {
-    const Range out{0, s_.out_h};
-    for (int64_t n = 0; n < s_.batch; ++n) pack_gradient(z.grad_out, n, out, grad_planes_ + n * size_ + g_.grad_begin);
+  // The gradients of conv(x), into their planes, and the sums that they make with x. before(n, i) packs what piece i of
+  // image n reads of x; after(n, i) can use the gradients up to that piece.
+  template <typename Before, typename After>
+  void resident_gradients(const BackwardTensors<T>& z, const BatchNorm<A>* norm, bool batch_statistics,
+                          const Before& before, const After& after) {
     for (int64_t p = 0; p < active_; ++p) {
       const A* x = x_planes_ + p * x_plane_;
       A* grad = grad_planes_ + p * plane_ + g_.grad_begin;
-      if (norm) {
-        load_weights(z.weight, p);
-        for (int64_t n = 0; n < s_.batch; ++n)
-          gradient_sums(norm->activation, x + n * x_size_, out, y_planes_ + n * size_, grad + n * size_, p);
-        finish_sums(p, batch_statistics, z);
-      }
+      if (norm) load_weights(z.weight, p);
       for (int64_t n = 0; n < s_.batch; ++n)
-        gradient_of_convolution(norm && batch_statistics, x + n * x_size_, out, y_planes_ + n * size_, grad + n * size_,
-                                p);
+        for (int64_t i = 0; i < pieces(); ++i) {
+          if (p == 0) {
+            before(n, i);
+            pack_gradient(z.grad_out, n, piece(i), grad_planes_ + n * size_ + g_.grad_begin);
+            fetch_for_sums(z, n, i);
+          }
+          if (norm)
+            gradient_sums(norm->activation, x + n * x_size_, piece(i), y_planes_ + n * size_, grad + n * size_, p);
+        }
+      if (norm) finish_sums(p, batch_statistics, z);
+      for (int64_t n = 0; n < s_.batch; ++n)
+        for (int64_t i = 0; i < pieces(); ++i) {
+          if (p == 0) fetch_for_gradients(z, n, i);
+          gradient_of_convolution(norm && batch_statistics, x + n * x_size_, piece(i), y_planes_ + n * size_,
+                                  grad + n * size_, p);
+          if (p + 1 == active_) after(n, i);
+        }
     }
   }
 
@@ -821,28 +1021,33 @@ class Planes {
 
   // y = conv(x); grad becomes the gradient g before the activation. Its sums are the gradients of gamma and beta.
   void gradient_sums(Activation activation, const A* x, Range rows, A* y, A* grad, int64_t p) {
+    with_activation(activation, [&](auto known) { gradient_sums<decltype(known)::value>(x, rows, y, grad, p); });
+  }
+  template <Activation kActivation>
+  void gradient_sums(const A* x, Range rows, A* y, A* grad, int64_t p) {
     const int64_t last = (g_.out_vectors - 1) * L;
-    const V tail = load(tail_);
     const Norm norm = norm_[p];
     Sums<2>& sums = sums_[p];
-    tiles(rows, g_.out_vectors, [&](auto rows_at_once, int64_t row, Range columns) {
+    tiles(rows, g_.out_vectors, [&](auto rows_at_once, int64_t row, int64_t count, Range columns) {
       constexpr int R = decltype(rows_at_once)::value;
       A* y_row = y + row * g_.pitch;
       A* grad_row = grad + row * g_.pitch;
-      const int64_t step = s_.rate_h * g_.pitch;
+      const Rows result_rows(row_bytes(g_.pitch));
+      const int64_t tile = R * g_.pitch;
       V sum = sums.now[0], dot = sums.now[1];
-      convolve_x<R>(x, row, columns, last, [&](int64_t k, V(&acc)[R]) {
+      convolve_x<R>(x, row, count, columns, last, [&](int64_t i, int64_t k, V(&acc)[R]) {
+        const V tail = tail_at(k, last);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          A* g = grad_row + r * step + k;
-          const V masked_grad = masked(load(g), V(acc[r] * norm.scale + norm.shift), activation);
+          A* g = result_rows.at(grad_row + i * tile + k, r);
+          const V masked_grad = masked(load(g), V(acc[r] * norm.scale + norm.shift), kActivation);
           V d = acc[r] - norm.mean;
-          if (!kNhwc && k == last) d = within(d, tail);
-          store(y_row + r * step + k, acc[r]), store(g, masked_grad);
+          if constexpr (!kNhwc) d = within(d, tail);
+          store(result_rows.at(y_row + i * tile + k, r), acc[r]), store(g, masked_grad);
           sum += masked_grad, dot += masked_grad * d;
         }
       });
-      sums.now[0] = sum, sums.now[1] = dot, sums.added(R * (columns.end - columns.begin));
+      sums.now[0] = sum, sums.now[1] = dot, sums.added(R * count * (columns.end - columns.begin));
     });
   }
 
@@ -870,49 +1075,61 @@ class Planes {
   }
   template <bool kBatch>
   void gradient_of_convolution(const A* x, Range rows, const A* y, A* grad, int64_t p) {
-    tiles(rows, g_.out_vectors, [&](auto rows_at_once, int64_t row, Range columns) {
+    tiles(rows, g_.out_vectors, [&](auto rows_at_once, int64_t row, int64_t count, Range columns) {
       constexpr int R = decltype(rows_at_once)::value;
       if (s_.stride_h == 1)
-        gradient_tile<kBatch, R, 1>(x, row, y, grad, columns, p);
+        gradient_tile<kBatch, R, 1>(x, row, count, y, grad, columns, p);
       else
-        gradient_tile<kBatch, R, 2>(x, row, y, grad, columns, p);
+        gradient_tile<kBatch, R, 2>(x, row, count, y, grad, columns, p);
     });
   }
 
   template <bool kBatch, int R, int kStride>
-  DK_INLINE void gradient_tile(const A* x, int64_t row, const A* y, A* grad, Range columns, int64_t p) {
-    const Sources from = sources<R, kStride>(x, g_.x_pitch, kStride * row - s_.pad_top, s_.in_h);
-    if (R == kRows && whole<R, kStride>(from))
-      gradient_tile<kBatch, R, kStride, R == kRows>(from, y + row * g_.pitch, grad + row * g_.pitch, columns, p);
+  DK_INLINE void gradient_tile(const A* x, int64_t row, int64_t count, const A* y, A* grad, Range columns, int64_t p) {
+    const int64_t pitch = kStride == 1 ? g_.pitch : g_.x_pitch;
+    const Sources from = sources<R, kStride>(x, pitch, kStride * row - s_.pad_top, x_held());
+    y += row * g_.pitch, grad += row * g_.pitch;
+    if ((R == kRows || margins_) && whole<R, kStride>(from))
+      gradient_tile<kBatch, R, kStride, true>(from, pitch, count, y, grad, columns, p);
     else
-      gradient_tile<kBatch, R, kStride, false>(from, y + row * g_.pitch, grad + row * g_.pitch, columns, p);
+      gradient_tile<kBatch, R, kStride, false>(from, pitch, count, y, grad, columns, p);
   }
   template <bool kBatch, int R, int kStride, bool kWhole>
-  DK_INLINE void gradient_tile(const Sources& from, const A* y_row, A* grad_row, Range columns, int64_t p) {
-    const int64_t step = s_.rate_h * g_.pitch, last = (g_.out_vectors - 1) * L;
+  DK_INLINE void gradient_tile(const Sources& from, int64_t pitch, int64_t count, const A* y_row, A* grad_row,
+                               Range columns, int64_t p) {
+    const Rows x_rows(row_bytes(pitch)), result_rows(row_bytes(g_.pitch));
+    const int64_t last = (g_.out_vectors - 1) * L;
     const int64_t taps[3] = {g_.taps[0], g_.taps[1], g_.taps[2]};
     const Norm& norm = norm_[p];
-    const V tail = load(tail_), scale = norm.scale, mean = norm.mean;
+    const V scale = norm.scale, mean = norm.mean;
     const V slope = -norm.scale * norm.inv_std * norm.mean_dot, constant = -norm.scale * norm.mean_grad;
     V sum[9];
 #pragma GCC unroll 9
     for (int t = 0; t < 9; ++t) sum[t] = weight_sums_[p].now[t];
-    for (int64_t k = columns.begin * L; k < columns.end * L; k += L) {
-      V g[R];
+    const Fetch<R, kStride> fetch = next_fetch<R, kStride>(count);
+    Sources tile = from;
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t k = columns.begin * L; k < columns.end * L; k += L) {
+        fetch(i * s_.out_w + k);
+        const V tail = tail_at(k, last);
+        V g[R];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        g[r] = load(grad_row + r * step + k) * scale;
-        if constexpr (kBatch) {
-          g[r] += (load(y_row + r * step + k) - mean) * slope + constant;
-          if (!kNhwc && k == last) g[r] = within(g[r], tail);
+        for (int r = 0; r < R; ++r) {
+          A* to = result_rows.at(grad_row + k, r);
+          g[r] = load(to) * scale;
+          if constexpr (kBatch) {
+            g[r] += (load(result_rows.at(y_row + k, r)) - mean) * slope + constant;
+            if constexpr (!kNhwc) g[r] = within(g[r], tail);
+          }
+          store(to, g[r]);
         }
-        store(grad_row + r * step + k, g[r]);
+        products<R, kStride, kWhole>(tile, x_rows, k, taps, [&](V input, int t, int r) { sum[t] += g[r] * input; });
       }
-      products<R, kStride, kWhole>(from, k, taps, [&](V input, int t, int r) { sum[t] += g[r] * input; });
+      tile.data += R * kStride * pitch, y_row += R * g_.pitch, grad_row += R * g_.pitch;
     }
 #pragma GCC unroll 9
     for (int t = 0; t < 9; ++t) weight_sums_[p].now[t] = sum[t];
-    weight_sums_[p].added(R * (columns.end - columns.begin));
+    weight_sums_[p].added(R * count * (columns.end - columns.begin));
   }
 
   void write_grad_weight(int64_t p, T* grad_weight) const {
@@ -935,45 +1152,80 @@ class Planes {
   // Stride 2, odd rates. Padded row a of x met kernel rows 0 and 2 of the result rows a / 2 and a / 2 - rate if a is
   // even, kernel row 1 of (a - rate) / 2 if it is odd; the same holds for columns.
   void gradient_of_strided_x(const BackwardTensors<T>& z, int64_t n, Range rows, const A* grad) {
-    const int64_t size = both_size(), vectors = kNhwc ? size / L : (size + L - 1) / L;
+    const int64_t size = kNhwc ? both_size() : 0;
     for (int64_t h = rows.begin; h < rows.end; ++h) {
       const int64_t a = h + s_.pad_top;
       T* to = z.grad_x + offset(n, h, s_.in_h, s_.in_w);
+      const T* x = z.x + (to - z.grad_x);
       for (int64_t p = 0; p < active_; ++p) {
         if (active_ > 1 || h == rows.begin) load_weights(z.weight, p);
         auto row = [&](int64_t i) { return i < 0 || i >= s_.out_h ? zeros_ : grad + p * plane_ + i * g_.pitch; };
-        A* even = both_ + 2 * p * size;
-        if (a % 2 == 0)
-          strided_row<true>(row(a / 2), row(a / 2 - s_.rate_h), vectors, even, even + size);
-        else
-          strided_row<false>(row((a - s_.rate_h) / 2), zeros_, vectors, even, even + size);
+        const A* near = row(a % 2 == 0 ? a / 2 : (a - s_.rate_h) / 2);
+        const A* far = a % 2 == 0 ? row(a / 2 - s_.rate_h) : nullptr;
+        if constexpr (kNhwc) {
+          A* even = both_ + 2 * p * size;
+          far ? strided_row<true>(near, far, even, even + size) : strided_row<false>(near, far, even, even + size);
+        } else {
+          far ? strided_row_to_memory<true>(near, far, to, x) : strided_row_to_memory<false>(near, far, to, x);
+        }
       }
-      write_both(to, z.x + (to - z.grad_x));
+      if constexpr (kNhwc) write_both(to, x);
+    }
+  }
+
+  // Even and odd padded columns k, k + 1, ... of such a row. Result column j lies at left + j.
+  struct Both {
+    V even, odd;
+  };
+  template <bool kTwoRows>
+  DK_INLINE Both both_at(const A* near, const A* far, int64_t k) const {
+    const int64_t left = g_.grad_left, half = s_.rate_w / 2 * kColumn;
+    constexpr int u = kTwoRows ? 0 : 3;
+    Both result{weights_[u] * load(near + k + left) + weights_[u + 2] * load(near + k),
+                weights_[u + 1] * load(near + k + left - half)};
+    if constexpr (kTwoRows) {
+      result.even += weights_[6] * load(far + k + left) + weights_[8] * load(far + k);
+      result.odd += weights_[7] * load(far + k + left - half);
+    }
+    return result;
+  }
+  // NCHW.
+  template <bool kTwoRows>
+  void strided_row_to_memory(const A* near, const A* far, T* to, const T* x) const {
+    const int64_t q = s_.pad_left, width = s_.in_w;
+    auto one = [&](A value, int64_t w) {
+      narrow(pre_ == Activation::kNone ? value : masked(value, A(widen(x[w])), pre_), to + w);
+    };
+    auto pairs = [&](int64_t w) {  // w: an even padded column
+      const Both both = both_at<kTwoRows>(near, far, (w + q) / 2);
+      store(to + w, masked_row(interleaved<0>(both.even, both.odd), x, w, L));
+      store(to + w + L, masked_row(interleaved<1>(both.even, both.odd), x, w + L, L));
+    };
+    int64_t w = q % 2;
+    if (w == 1) one(both_at<kTwoRows>(near, far, q / 2).odd[0], 0);
+    for (; w + 2 * L <= width; w += 2 * L) pairs(w);
+    if (w + 1 < width && width >= 2 * L + q % 2) w = width - (width - q) % 2, pairs(w - 2 * L);
+    for (; w < width; ++w) {
+      const Both both = both_at<kTwoRows>(near, far, (w + q) / 2);
+      one((w + q) % 2 == 0 ? both.even[0] : both.odd[0], w);
     }
   }
   // Values of the even or the odd columns of a padded row of x.
   int64_t both_size() const { return rounded_up((s_.pad_left + s_.in_w + 1) / 2 * kColumn, L); }
 
   template <bool kTwoRows>
-  DK_INLINE void strided_row(const A* near, const A* far, int64_t vectors, A* even, A* odd) const {
-    const int64_t left = g_.grad_left, half = s_.rate_w / 2 * kColumn;  // column j lies at left + j
-    constexpr int u = kTwoRows ? 0 : 3;
-    for (int64_t k = 0; k < vectors * L; k += L) {
-      V e = weights_[u] * load(near + k + left) + weights_[u + 2] * load(near + k);
-      V o = weights_[u + 1] * load(near + k + left - half);
-      if constexpr (kTwoRows) {
-        e += weights_[6] * load(far + k + left) + weights_[8] * load(far + k);
-        o += weights_[7] * load(far + k + left - half);
-      }
-      store(even + k, e), store(odd + k, o);
+  DK_INLINE void strided_row(const A* near, const A* far, A* even, A* odd) const {
+    for (int64_t k = 0; k < both_size(); k += L) {
+      const Both both = both_at<kTwoRows>(near, far, k);
+      store(even + k, both.even), store(odd + k, both.odd);
     }
   }
 
   // Even and odd columns of the planes' padded row into the image's, masked by the row of x.
   void write_both(T* to, const T* x) const {
     const int64_t size = both_size(), q = s_.pad_left;
-    if constexpr (kNhwc) {
-      const int64_t pixel = s_.channels;
+    const int64_t pixel = s_.channels;
+    {
       whole_planes([&](auto planes_at_once, int64_t first) {
         constexpr int P = decltype(planes_at_once)::value;
         int64_t k = first * L;
@@ -989,19 +1241,6 @@ class Planes {
           store_part(to + k, masked_row(load(both_ + (2 * p + (w + q) % 2) * size + (w + q) / 2 * L), x, k, rest),
                      rest);
       }
-    } else {
-      const A *even = both_, *odd = both_ + size;
-      auto one = [&](A value, int64_t w) {
-        narrow(pre_ == Activation::kNone ? value : masked(value, A(widen(x[w])), pre_), to + w);
-      };
-      int64_t w = 0;
-      if (q % 2 == 1) one(odd[q / 2], w), ++w;
-      for (; w + 2 * L <= s_.in_w; w += 2 * L) {
-        const V e = load(even + (w + q) / 2), o = load(odd + (w + q) / 2);
-        store(to + w, masked_row(interleaved<0>(e, o), x, w, L));
-        store(to + w + L, masked_row(interleaved<1>(e, o), x, w + L, L));
-      }
-      for (; w < s_.in_w; ++w) one(((w + q) % 2 == 0 ? even : odd)[(w + q) / 2], w);
     }
   }
   DK_INLINE V masked_row(V v, const T* x, int64_t k, int64_t channels) const {
@@ -1015,6 +1254,11 @@ class Planes {
   int64_t images_;                      // held at once
   int64_t rows_, size_, plane_;         // rows held of an image, values of its plane and of the planes of all images
   int64_t x_rows_, x_size_, x_plane_;   // the same of x
+  // Rates of 1 (NCHW): rows of zeros above and below the image, so that no row needs to be skipped.
+  bool margins_ = false;
+  int64_t piece_rows_;
+  mutable Ahead ahead_[2];
+  int64_t above_ = 0, below_ = 0, x_above_ = 0, x_below_ = 0;
   int64_t first_ = 0, count_ = 0, active_ = 0;
   A *x_planes_ = nullptr, *y_planes_ = nullptr, *grad_planes_ = nullptr;
   A *tile_ = nullptr, *zeros_ = nullptr, *both_ = nullptr, *further_ = nullptr;
@@ -1024,7 +1268,7 @@ class Planes {
   Sums<2>* sums_ = nullptr;
   Sums<9>* weight_sums_ = nullptr;
   V weights_[9] = {};
-  A tail_[L];
+  A tail_[L], lanes_[2 * L];  // 1 within the row's last vector, 0 beyond; the same after a whole vector
 };
 
 }  // namespace

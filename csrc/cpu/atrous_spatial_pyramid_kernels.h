@@ -116,7 +116,8 @@ class Pyramid : private Planes<T, kNhwc> {
       BatchNorm<A> own{};
       if (norm) own = branch_norm(*norm, r);
       this->begin_gradients(norm ? &own : nullptr);
-      this->resident_gradients(branch, norm ? &own : nullptr, batch_statistics);
+      this->resident_gradients(
+          branch, norm ? &own : nullptr, batch_statistics, [](int64_t, int64_t) {}, [](int64_t, int64_t) {});
       if (z.grad_weight)
         for (int64_t p = 0; p < active_; ++p) this->write_grad_weight(p, branch.grad_weight);
       if (!z.grad_x) continue;
@@ -217,7 +218,7 @@ class Pyramid : private Planes<T, kNhwc> {
     const int64_t last = kNhwc || !kLast ? (g_.in_vectors - 1) * L : s_.in_w - L;
     const A* grad = this->grad_planes_ + n * size_ + g_.grad_begin - g_.grad_left;
     if (active_ == 1) this->load_flipped_weights(weight, 0);
-    this->tiles({0, s_.in_h}, g_.in_vectors, [&](auto rows_at_once, int64_t row, Range columns) {
+    this->tiles({0, s_.in_h}, g_.in_vectors, [&](auto rows_at_once, int64_t row, int64_t count, Range columns) {
       constexpr int R = decltype(rows_at_once)::value;
       T* to = kLast ? grad_x + this->offset(n, row, s_.in_h, s_.in_w) : nullptr;
       for (int64_t p = 0; p < active_; ++p) {
@@ -225,18 +226,18 @@ class Pyramid : private Planes<T, kNhwc> {
         A* sum = sum_plane(p, n) + row * pitch;
         A* tile = kLast && kNhwc ? tile_ + p * kTile - columns.begin * L : nullptr;
         this->template convolve<R, 1>(
-            this->template sources<R, 1>(grad + p * plane_, g_.pitch, row - s_.rate_h, s_.out_h), g_.taps, columns,
-            last, [&](int64_t k, V(&acc)[R]) {
+            this->template sources<R, 1>(grad + p * plane_, g_.pitch, row - s_.rate_h, this->held()), g_.pitch, g_.taps,
+            count, columns, last, [&](int64_t t, int64_t k, V(&acc)[R]) {
 #pragma GCC unroll 4
               for (int i = 0; i < R; ++i) {
-                A* so_far = sum + i * s_.rate_h * pitch + k;
+                A* so_far = sum + (t * R + i * s_.rate_h) * pitch + k;
                 const V total = acc[i] + load(so_far);
                 if constexpr (!kLast)
                   store(so_far, total);
                 else if constexpr (kNhwc)
                   store(tile + i * kTileColumns * L + k, total);
                 else
-                  store(to + i * s_.rate_h * s_.in_w + k, total);
+                  store(to + (t * R + i * s_.rate_h) * s_.in_w + k, total);
               }
             });
       }
