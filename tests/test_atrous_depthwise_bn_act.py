@@ -39,6 +39,16 @@ ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 # Batch statistics need more than one value per channel.
 TRAINABLE = [c for c in CASES if c.values_per_channel > 1]
 NAMES = ("x", "weight", "gamma", "beta")
+# Trained pixel by pixel in channels_last: 3x3, more columns than planes are faster for. Channels that fill no vector,
+# rates beyond the map, strides whose taps meet every row or every second one, borders of any width.
+BY_PIXELS = [
+    Case((1, 13, 174, 190), padding=3),
+    Case((3, 13, 110, 100), stride=(2, 1), padding=1),
+    Case((281, 24, 9, 13), stride=2, padding=12, dilation=11),
+    Case((200, 9, 14, 12), stride=(1, 2), padding=(4, 3), dilation=(3, 2)),
+    Case((66, 17, 23, 22), stride=2, padding="same", dilation=3),
+    Case((140, 11, 41, 6), padding=(30, 0, 7, 1), dilation=(5, 2)),
+]
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -141,6 +151,13 @@ PIECES = [Case((2, 9, 70, 65), padding=1), Case((2, 9, 71, 66), stride=2, paddin
 @pytest.mark.parametrize("case", **by_case(PIECES))
 def test_pieces_of_a_map(case):
     check_values_and_gradients(case, list(ACTIVATIONS)[PIECES.index(case) % 3], True, "nchw", "fp32", "cpu")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("training", [False, True], ids=["frozen", "training"])
+@pytest.mark.parametrize("case", **by_case(BY_PIXELS))
+def test_values_and_gradients_by_pixels(case, training, dtype):
+    check_values_and_gradients(case, list(ACTIVATIONS)[BY_PIXELS.index(case) % 3], training, "nhwc", dtype, "cpu")
 
 
 def check_values_and_gradients(case, activation, training, layout, dtype, device):
@@ -344,8 +361,9 @@ def test_activation_at_and_beyond_its_edges(activation, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("training", [False, True])
-def test_nan_and_inf_propagate(training, layout):
-    case = Case((2, 17, 13, 11), padding="same", dilation=2)
+@pytest.mark.parametrize("batch", [2, 230])  # by planes, by pixels
+def test_nan_and_inf_propagate(training, layout, batch):
+    case = Case((batch, 17, 13, 11), padding="same", dilation=2)
     inputs, statistics = random_block(case, torch.float32, layout)
     inputs[0].data[0, 0, 4, 4] = float("nan")
     inputs[0].data[1, 5, 0, 10] = float("inf")
@@ -594,7 +612,7 @@ def test_functional_call_and_transforms():
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("training", [False, True])
 def test_same_bits_with_any_number_of_threads(training, layout, dtype):
-    for case in [*FEW, *PIECES[:2]]:
+    for case in [*FEW, *PIECES[:2], *(BY_PIXELS[1:5] if layout == "nhwc" else [])]:
         inputs, statistics = random_block(case, DTYPES[dtype], layout)
         grad = torch.randn(case.out_size).to(DTYPES[dtype])
 
@@ -605,6 +623,23 @@ def test_same_bits_with_any_number_of_threads(training, layout, dtype):
             return out.detach(), *copied_statistics, *(t.grad for t in copies)
 
         assert_same_bits(results, (1, 2, 3, 4), case)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_chunks_of_channels(training):
+    """Channels that are taken in several parts, the last one no whole number of vectors: as in the other layout."""
+    case = Case((1, 131, 174, 190), padding="same", dilation=2)
+    inputs, statistics = random_block(case, torch.float32)
+    grad = torch.randn(case.out_size)
+    results = []
+    for layout in LAYOUTS.values():
+        copies, copied_statistics = leaves(*inputs), [s.clone() for s in statistics]
+        copies[0] = inputs[0].detach().to(memory_format=layout).requires_grad_()
+        out = ours(copies, copied_statistics, case, training=training, activation=None)
+        out.backward(grad)
+        results.append([out.detach(), *copied_statistics, *(t.grad for t in copies)])
+    for nchw, nhwc in zip(*results, strict=True):
+        torch.testing.assert_close(nhwc, nchw, atol=1e-5 * nchw.abs().max().item(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -644,9 +679,9 @@ def test_what_training_keeps_is_a_choice(layout):
         ours(inputs, (None, None), case, training=True, save_conv=1)
 
 
-# Shapes that run by planes, at both strides, with channels that fill no vector and maps that fill no cache.
-PRE_ACTIVATED = [*TRAINABLE, Case((2, 37, 34, 41), padding="same"), Case((2, 70, 33, 35), stride=2, padding="same"),
-                 Case((1, 40, 193, 190), padding="same", dilation=3),
+# Shapes that run by planes and by pixels, at both strides, with channels that fill no vector.
+PRE_ACTIVATED = [*TRAINABLE, Case((2, 37, 34, 41), padding="same"),
+                 Case((2, 70, 33, 35), stride=2, padding="same"), Case((1, 40, 193, 190), padding="same", dilation=3),
                  Case((1, 40, 193, 190), stride=2, padding=1)]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 // Chooses the instruction set and makes the plan; the kernels are in atrous_depthwise_kernels.h.
 #include "atrous_depthwise.h"
 
-#include "atrous_depthwise_isa.h"
+#include "atrous_depthwise_pixels_isa.h"
 #include "finite.h"
 #include "stored.h"
 
@@ -12,6 +12,19 @@ template <typename T, typename F>
 void with_depthwise(F&& f) {
   using S = typename Stored<T>::type;
   with_kernels<portable::Kernels<S>, avx2::Kernels<S>, avx512::Kernels<S>>(f);
+}
+
+// f(kernels) says whether training pixel by pixel serves.
+template <typename T, typename F>
+bool by_pixels(const DepthwiseShape& shape, F&& f) {
+  bool served = false;
+  if constexpr (sizeof(T) < sizeof(double)) {  // float64 is for checking gradients: it does without
+    using S = typename Stored<T>::type;
+    if (shape.channels_last)
+      with_kernels<portable::PixelKernels<S>, avx2::PixelKernels<S>, avx512::PixelKernels<S>>(
+          [&](auto kernels) { served = f(kernels); });
+  }
+  return served;
 }
 
 template <typename T>
@@ -30,6 +43,9 @@ bool weights_finite(const DepthwiseShape& shape, const T* weight) {
 template <typename T>
 void backward(const DepthwiseShape& shape, const BackwardTensors<typename Stored<T>::type>& tensors, const T* weight,
               const BatchNorm<acc_t<T>>* norm, bool batch_statistics, T* grad_weight, const Parallel& parallel) {
+  if (by_pixels<T>(shape,
+                   [&](auto kernels) { return kernels.backward(shape, tensors, norm, batch_statistics, parallel); }))
+    return;
   auto run = [&](bool exact) {
     const PlanBuilder builder = make_plan<T>(shape, Purpose::kBackward, exact);
     with_depthwise<T>(
@@ -75,6 +91,11 @@ void atrous_depthwise_bn_act_training(const DepthwiseShape& shape, const T* x, c
                                       const NormParameters<acc_t<T>>& norm, T* out, T* y, acc_t<T>* mean, acc_t<T>* var,
                                       Activation pre_activation, const Parallel& parallel) {
   const BatchNorm<acc_t<T>> batch_norm{norm.gamma, norm.beta, mean, var, norm.eps, norm.activation};
+  if (!y && by_pixels<T>(shape, [&](auto kernels) {
+        return kernels.training(shape, stored(x), stored(weight), batch_norm, stored(out), mean, var, pre_activation,
+                                parallel);
+      }))
+    return;
   const PlanBuilder builder = make_plan<T>(shape, Purpose::kTraining, !weights_finite(shape, weight));
   with_depthwise<T>([&](auto kernels) {
     kernels.training(builder.plan(), stored(x), stored(weight), batch_norm, stored(out), stored(y), mean, var,

@@ -14,6 +14,38 @@
 namespace deeplab_kernels::cpu {
 namespace {
 
+template <int kNumber>
+struct Number {
+  static constexpr int kValue = kNumber;
+};
+
+// Columns of results whose taps [first, first + taps) of each kernel row lie inside the image.
+struct ColumnSegment {
+  IndexRange columns;
+  int first, taps;
+};
+
+// Cuts the columns [0, count), of which tap v of a kernel row serves inside[v], into segments. Returns their number.
+DK_INLINE int cut_columns(const IndexRange (&inside)[3], int64_t count, ColumnSegment (&segments)[7]) {
+  int64_t cuts[8] = {0, count};
+  for (int v = 0; v < 3; ++v)
+    cuts[2 + 2 * v] = inside[v].begin, cuts[3 + 2 * v] = larger(inside[v].begin, inside[v].end);
+  for (int a = 1; a < 8; ++a)
+    for (int b = a; b > 0 && cuts[b - 1] > cuts[b]; --b) {
+      const int64_t greater = cuts[b - 1];
+      cuts[b - 1] = cuts[b], cuts[b] = greater;
+    }
+  int n = 0;
+  for (int k = 0; k < 7; ++k) {
+    if (cuts[k] == cuts[k + 1]) continue;
+    ColumnSegment segment{{cuts[k], cuts[k + 1]}, 0, 0};
+    for (int v = 2; v >= 0; --v)
+      if (inside[v].begin <= cuts[k] && cuts[k] < inside[v].end) segment.first = v, ++segment.taps;
+    segments[n++] = segment;
+  }
+  return n;
+}
+
 template <typename T>
 class Pixels {
  public:
@@ -73,17 +105,6 @@ class Pixels {
   static constexpr int64_t kFewestPieces = 32;
   static constexpr int64_t kVectorsOfLine = larger(1, 64 / int64_t(L * sizeof(T)));
 
-  template <int kNumber>
-  struct Number {
-    static constexpr int kValue = kNumber;
-  };
-
-  // Columns of results whose taps [first, first + taps) of each kernel row lie inside the image.
-  struct ColumnSegment {
-    IndexRange columns;
-    int first, taps;
-  };
-
   // What a block of results reads and writes; distances in values.
   struct Block {
     const T* x;        // first tap of the first result
@@ -105,24 +126,9 @@ class Pixels {
   int64_t channel(int64_t vector) const { return smaller(vector * L, s_.channels - L); }
 
   void count_segments() {
-    int64_t cuts[8] = {0, s_.out_w};
     IndexRange inside[3];
-    for (int v = 0; v < 3; ++v) {
-      inside[v] = tap_outputs(v, s_.stride_w, s_.rate_w, s_.pad_left, s_.in_w, s_.out_w);
-      cuts[2 + 2 * v] = inside[v].begin, cuts[3 + 2 * v] = larger(inside[v].begin, inside[v].end);
-    }
-    for (int a = 1; a < 8; ++a)
-      for (int b = a; b > 0 && cuts[b - 1] > cuts[b]; --b) {
-        const int64_t greater = cuts[b - 1];
-        cuts[b - 1] = cuts[b], cuts[b] = greater;
-      }
-    for (int k = 0; k < 7; ++k) {
-      if (cuts[k] == cuts[k + 1]) continue;
-      ColumnSegment segment{{cuts[k], cuts[k + 1]}, 0, 0};
-      for (int v = 2; v >= 0; --v)
-        if (inside[v].begin <= cuts[k] && cuts[k] < inside[v].end) segment.first = v, ++segment.taps;
-      segments_[segment_count_++] = segment;
-    }
+    for (int v = 0; v < 3; ++v) inside[v] = tap_outputs(v, s_.stride_w, s_.rate_w, s_.pad_left, s_.in_w, s_.out_w);
+    segment_count_ = cut_columns(inside, s_.out_w, segments_);
   }
 
   void row(int64_t i, const IndexRange& columns, const T* x, T* out) const {
@@ -262,7 +268,7 @@ class Pixels {
   Activation activation_;
   A *weights_, *scale_, *shift_;  // scale_ null: no normalisation
   ColumnSegment segments_[7];
-  int segment_count_ = 0;
+  int segment_count_;
 };
 
 }  // namespace
