@@ -464,13 +464,17 @@ class Planes {
     A* even = to + (q + 1) / 2;  // of the padded row; the image's column w is its column w + q
     A* odd = to + g_.x_odd + q / 2;
     A *first = q % 2 == 0 ? even : odd, *second = q % 2 == 0 ? odd : even;
-    int64_t w = 0;
-    for (; w + 2 * L <= s_.in_w; w += 2 * L) {
-      const V a = load(row + w), b = load(row + w + L);
-      store(first + w / 2, every_second<0>(a, b));
-      store(second + w / 2, every_second<1>(a, b));
-    }
-    for (; w < s_.in_w; ++w) (w % 2 == 0 ? first : second)[w / 2] = widen(row[w]);
+    const int64_t pairs = s_.in_w / 2;
+    auto vectors = [&](int64_t i) {
+      const V a = load(row + 2 * i), b = load(row + 2 * i + L);
+      store(first + i, every_second<0>(a, b));
+      store(second + i, every_second<1>(a, b));
+    };
+    int64_t i = 0;
+    for (; i + L <= pairs; i += L) vectors(i);
+    if (i < pairs && pairs >= L) vectors(pairs - L), i = pairs;
+    for (; i < pairs; ++i) first[i] = widen(row[2 * i]), second[i] = widen(row[2 * i + 1]);
+    if (s_.in_w % 2 == 1) first[pairs] = widen(row[2 * pairs]);
   }
 
   // A row of the planes, `distance` apart, to memory; each vector through f(v, plane, offset in the row, channels).
@@ -1150,7 +1154,8 @@ class Planes {
   }
 
   // Stride 2, odd rates. Padded row a of x met kernel rows 0 and 2 of the result rows a / 2 and a / 2 - rate if a is
-  // even, kernel row 1 of (a - rate) / 2 if it is odd; the same holds for columns.
+  // even, kernel row 1 of (a - rate) / 2 if it is odd; the same holds for columns. At rate 1 an even row and the odd
+  // one below share what they read (NCHW).
   void gradient_of_strided_x(const BackwardTensors<T>& z, int64_t n, Range rows, const A* grad) {
     const int64_t size = kNhwc ? both_size() : 0;
     for (int64_t h = rows.begin; h < rows.end; ++h) {
@@ -1160,87 +1165,116 @@ class Planes {
       for (int64_t p = 0; p < active_; ++p) {
         if (active_ > 1 || h == rows.begin) load_weights(z.weight, p);
         auto row = [&](int64_t i) { return i < 0 || i >= s_.out_h ? zeros_ : grad + p * plane_ + i * g_.pitch; };
-        const A* near = row(a % 2 == 0 ? a / 2 : (a - s_.rate_h) / 2);
-        const A* far = a % 2 == 0 ? row(a / 2 - s_.rate_h) : nullptr;
+        const bool even = a % 2 == 0;
+        const A* near = row(even ? a / 2 : (a - s_.rate_h) / 2);
+        const A* far = even ? row(a / 2 - s_.rate_h) : zeros_;
         if constexpr (kNhwc) {
-          A* even = both_ + 2 * p * size;
-          far ? strided_row<true>(near, far, even, even + size) : strided_row<false>(near, far, even, even + size);
+          A* both = both_ + 2 * p * size;
+          even ? strided_row<Parity::kEven>(near, far, both) : strided_row<Parity::kOdd>(near, far, both);
+        } else if (even && margins_ && h + 1 < rows.end) {
+          strided_row_to_memory<Parity::kPair>(near, far, to, x), ++h;
         } else {
-          far ? strided_row_to_memory<true>(near, far, to, x) : strided_row_to_memory<false>(near, far, to, x);
+          even ? strided_row_to_memory<Parity::kEven>(near, far, to, x)
+               : strided_row_to_memory<Parity::kOdd>(near, far, to, x);
         }
       }
       if constexpr (kNhwc) write_both(to, x);
     }
   }
+  enum class Parity { kEven, kOdd, kPair };
 
-  // Even and odd padded columns k, k + 1, ... of such a row. Result column j lies at left + j.
-  struct Both {
-    V even, odd;
+  // Of a padded row, or of an even one and the odd one below it: even columns 2k, 2k + 2, ... and odd columns 2k + 1,
+  // ... Result column j lies at left + j.
+  template <Parity kParity>
+  struct Strided {
+    static constexpr int kRows = kParity == Parity::kPair ? 2 : 1;
+    V even[kRows], odd[kRows];
   };
-  template <bool kTwoRows>
-  DK_INLINE Both both_at(const A* near, const A* far, int64_t k) const {
-    const int64_t left = g_.grad_left, half = s_.rate_w / 2 * kColumn;
-    constexpr int u = kTwoRows ? 0 : 3;
-    Both result{weights_[u] * load(near + k + left) + weights_[u + 2] * load(near + k),
-                weights_[u + 1] * load(near + k + left - half)};
-    if constexpr (kTwoRows) {
-      result.even += weights_[6] * load(far + k + left) + weights_[8] * load(far + k);
-      result.odd += weights_[7] * load(far + k + left - half);
+  template <Parity kParity>
+  DK_INLINE Strided<kParity> strided_at(const A* near, const A* far, int64_t k) const {
+    const int64_t left = g_.grad_left, half = kParity == Parity::kPair ? 0 : s_.rate_w / 2 * kColumn;
+    const V before = load(near + k), after = load(near + k + left), between = load(near + k + left - half);
+    Strided<kParity> result;
+    if constexpr (kParity != Parity::kOdd) {
+      const V far_before = load(far + k), far_after = load(far + k + left), far_between = load(far + k + left - half);
+      result.even[0] = weights_[0] * after + weights_[2] * before + weights_[6] * far_after + weights_[8] * far_before;
+      result.odd[0] = weights_[1] * between + weights_[7] * far_between;
+    }
+    if constexpr (kParity != Parity::kEven) {
+      constexpr int r = Strided<kParity>::kRows - 1;
+      result.even[r] = weights_[3] * after + weights_[5] * before;
+      result.odd[r] = weights_[4] * between;
     }
     return result;
   }
   // NCHW.
-  template <bool kTwoRows>
-  void strided_row_to_memory(const A* near, const A* far, T* to, const T* x) const {
+  template <Parity kParity>
+  DK_INLINE void strided_row_to_memory(const A* near, const A* far, T* to, const T* x) const {
+    if (pre_ == Activation::kNone)
+      strided_row_to_memory<kParity>(near, far, to, [](auto v, int64_t) { return v; });
+    else
+      strided_row_to_memory<kParity>(near, far, to, [&](auto v, int64_t k) {
+        if constexpr (sizeof(v) == sizeof(A))
+          return masked(v, A(widen(x[k])), pre_);
+        else
+          return before_pre_activation(v, x + k, L);
+      });
+  }
+  template <Parity kParity, typename F>
+  void strided_row_to_memory(const A* near, const A* far, T* to, const F& f) const {
+    constexpr int kRows = Strided<kParity>::kRows;
     const int64_t q = s_.pad_left, width = s_.in_w;
-    auto one = [&](A value, int64_t w) {
-      narrow(pre_ == Activation::kNone ? value : masked(value, A(widen(x[w])), pre_), to + w);
+    auto vectors = [&](int64_t w) {  // w: an even padded column
+      const auto v = strided_at<kParity>(near, far, (w + q) / 2);
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t k = r * width + w;
+        store(to + k, f(interleaved<0>(v.even[r], v.odd[r]), k));
+        store(to + k + L, f(interleaved<1>(v.even[r], v.odd[r]), k + L));
+      }
     };
-    auto pairs = [&](int64_t w) {  // w: an even padded column
-      const Both both = both_at<kTwoRows>(near, far, (w + q) / 2);
-      store(to + w, masked_row(interleaved<0>(both.even, both.odd), x, w, L));
-      store(to + w + L, masked_row(interleaved<1>(both.even, both.odd), x, w + L, L));
+    auto column = [&](int64_t w) {
+      const auto v = strided_at<kParity>(near, far, (w + q) / 2);
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t k = r * width + w;
+        narrow(f((w + q) % 2 == 0 ? v.even[r][0] : v.odd[r][0], k), to + k);
+      }
     };
     int64_t w = q % 2;
-    if (w == 1) one(both_at<kTwoRows>(near, far, q / 2).odd[0], 0);
-    for (; w + 2 * L <= width; w += 2 * L) pairs(w);
-    if (w + 1 < width && width >= 2 * L + q % 2) w = width - (width - q) % 2, pairs(w - 2 * L);
-    for (; w < width; ++w) {
-      const Both both = both_at<kTwoRows>(near, far, (w + q) / 2);
-      one((w + q) % 2 == 0 ? both.even[0] : both.odd[0], w);
-    }
+    if (w == 1) column(0);
+    for (; w + 2 * L <= width; w += 2 * L) vectors(w);
+    if (w + 1 < width && width >= 2 * L + q % 2) w = width - (width - q) % 2, vectors(w - 2 * L);
+    for (; w < width; ++w) column(w);
   }
   // Values of the even or the odd columns of a padded row of x.
   int64_t both_size() const { return rounded_up((s_.pad_left + s_.in_w + 1) / 2 * kColumn, L); }
 
-  template <bool kTwoRows>
-  DK_INLINE void strided_row(const A* near, const A* far, A* even, A* odd) const {
-    for (int64_t k = 0; k < both_size(); k += L) {
-      const Both both = both_at<kTwoRows>(near, far, k);
-      store(even + k, both.even), store(odd + k, both.odd);
+  // Even columns of a padded row, then the odd ones.
+  template <Parity kParity>
+  DK_INLINE void strided_row(const A* near, const A* far, A* both) const {
+    const int64_t size = both_size();
+    for (int64_t k = 0; k < size; k += L) {
+      const auto v = strided_at<kParity>(near, far, k);
+      store(both + k, v.even[0]), store(both + size + k, v.odd[0]);
     }
   }
 
   // Even and odd columns of the planes' padded row into the image's, masked by the row of x.
   void write_both(T* to, const T* x) const {
-    const int64_t size = both_size(), q = s_.pad_left;
-    const int64_t pixel = s_.channels;
-    {
-      whole_planes([&](auto planes_at_once, int64_t first) {
-        constexpr int P = decltype(planes_at_once)::value;
-        int64_t k = first * L;
-        for (int64_t w = 0; w < s_.in_w; ++w, k += pixel) {
-          const A* from = both_ + (2 * first + (w + q) % 2) * size + (w + q) / 2 * L;
+    const int64_t size = both_size(), q = s_.pad_left, pixel = s_.channels;
+    whole_planes([&](auto planes_at_once, int64_t first) {
+      constexpr int P = decltype(planes_at_once)::value;
+      int64_t k = first * L;
+      for (int64_t w = 0; w < s_.in_w; ++w, k += pixel) {
+        const A* from = both_ + (2 * first + (w + q) % 2) * size + (w + q) / 2 * L;
 #pragma GCC unroll 4
-          for (int p = 0; p < P; ++p) store(to + k + p * L, masked_row(load(from + 2 * p * size), x, k + p * L, L));
-        }
-      });
-      if (const int64_t rest = count_ % L) {
-        const int64_t p = count_ / L;
-        for (int64_t w = 0, k = p * L; w < s_.in_w; ++w, k += pixel)
-          store_part(to + k, masked_row(load(both_ + (2 * p + (w + q) % 2) * size + (w + q) / 2 * L), x, k, rest),
-                     rest);
+        for (int p = 0; p < P; ++p) store(to + k + p * L, masked_row(load(from + 2 * p * size), x, k + p * L, L));
       }
+    });
+    if (const int64_t rest = count_ % L) {
+      const int64_t p = count_ / L;
+      for (int64_t w = 0, k = p * L; w < s_.in_w; ++w, k += pixel)
+        store_part(to + k, masked_row(load(both_ + (2 * p + (w + q) % 2) * size + (w + q) / 2 * L), x, k, rest), rest);
     }
   }
   DK_INLINE V masked_row(V v, const T* x, int64_t k, int64_t channels) const {
@@ -1268,7 +1302,8 @@ class Planes {
   Sums<2>* sums_ = nullptr;
   Sums<9>* weight_sums_ = nullptr;
   V weights_[9] = {};
-  A tail_[L], lanes_[2 * L];  // 1 within the row's last vector, 0 beyond; the same after a whole vector
+  A tail_[L];       // 1 within a row's last vector, 0 beyond
+  A lanes_[2 * L];  // the same of any other vector and of the last
 };
 
 }  // namespace
