@@ -200,9 +200,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    measure.use_tuned_allocator()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    timing_options.apply(args)
     records: list[dict] = []
     statistic = "min_ms" if args.cpu_time else "median_ms"
     file = measure.results_folder() / FILE

@@ -160,9 +160,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    measure.use_tuned_allocator()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    timing_options.apply(args)
     results: list[Result] = []
     try:
         for case in tqdm(list(cases(args)), unit="case", dynamic_ncols=True):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+import measure
+import torch
+
 
 def parse(
     parser: argparse.ArgumentParser, arguments: list[str] | None, file: str | None, seconds: float
@@ -20,3 +23,10 @@ def parse(
         parser.error("--cpu-time needs --threads 1")
     args.no_write = file is None or args.no_write or args.cpu_time
     return args
+
+
+def apply(args: argparse.Namespace) -> None:
+    """The allocator of timings, and the threads asked for; starts the command again if need be."""
+    measure.use_tuned_allocator()
+    if args.threads:
+        torch.set_num_threads(args.threads)

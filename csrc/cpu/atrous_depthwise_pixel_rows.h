@@ -336,21 +336,7 @@ class PixelRows {
         V weights[kTaps];
 #pragma GCC unroll 3
         for (int v = 0; v < kTaps; ++v) weights[v] = load(w + v * weight_step);
-        if constexpr (kShared > 0) {
-#pragma GCC unroll 16
-          for (int column = 0; column < (B - 1) * kShared + kTaps; ++column) {
-            const V input = load(p + column * tap);
-#pragma GCC unroll 4
-            for (int b = 0; b < B; ++b)
-              if (column >= b * kShared && column < b * kShared + kTaps)
-                acc[b] += weights[column - b * kShared] * input;
-          }
-        } else {
-#pragma GCC unroll 4
-          for (int b = 0; b < B; ++b)
-#pragma GCC unroll 3
-            for (int v = 0; v < kTaps; ++v) acc[b] += weights[v] * load(p + b * result + v * tap);
-        }
+        add_taps<kTaps, kShared>(p, tap, result, weights, acc);
       }
       pass.template take<kTaps, kWhole>(acc, At{k, j, apart, source, tap, result, first}, lines);
     }

@@ -19,6 +19,26 @@ struct Number {
   static constexpr int kValue = kNumber;
 };
 
+// acc[b] += the kTaps taps of a kernel row of result b, which lie `tap` apart from p + b * result on. kShared: results
+// read the same pixels that many taps later, and each is loaded once; 0: they do not.
+template <int kTaps, int kShared, typename T, typename V, int kWeights, int B>
+DK_INLINE void add_taps(const T* p, int64_t tap, int64_t result, const V (&weights)[kWeights], V (&acc)[B]) {
+  if constexpr (kShared > 0) {
+#pragma GCC unroll 16
+    for (int column = 0; column < (B - 1) * kShared + kTaps; ++column) {
+      const V input = load(p + column * tap);
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b)
+        if (column >= b * kShared && column < b * kShared + kTaps) acc[b] += weights[column - b * kShared] * input;
+    }
+  } else {
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b)
+#pragma GCC unroll 3
+      for (int v = 0; v < kTaps; ++v) acc[b] += weights[v] * load(p + b * result + v * tap);
+  }
+}
+
 // Columns of results whose taps [first, first + taps) of each kernel row lie inside the image.
 struct ColumnSegment {
   IndexRange columns;
@@ -235,21 +255,7 @@ class Pixels {
         V weight[kTapsH > 0 ? kTapsH : 1];
 #pragma GCC unroll 3
         for (int v = 0; v < kTapsH; ++v) weight[v] = load(weights + (3 * u + v) * L);
-        if constexpr (kShared > 0) {
-#pragma GCC unroll 16
-          for (int column = 0; column < (B - 1) * kShared + kTapsH; ++column) {
-            const V input = load(p + column * block.tap);
-#pragma GCC unroll 4
-            for (int b = 0; b < B; ++b)
-              if (column >= b * kShared && column < b * kShared + kTapsH)
-                acc[b] += weight[column - b * kShared] * input;
-          }
-        } else {
-#pragma GCC unroll 4
-          for (int b = 0; b < B; ++b)
-#pragma GCC unroll 3
-            for (int v = 0; v < kTapsH; ++v) acc[b] += weight[v] * load(p + b * block.result + v * block.tap);
-        }
+        add_taps<kTapsH, kShared>(p, block.tap, block.result, weight, acc);
       }
 #pragma GCC unroll 4
       for (int b = 0; b < B; ++b) {

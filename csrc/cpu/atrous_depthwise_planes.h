@@ -352,32 +352,36 @@ class Planes {
     };
     ahead_[which] = {at(rows.begin), at(rows.end)};
   }
+  // What is worked on after piece i of image n: the next piece, image or channel.
+  struct Place {
+    int64_t channel, image, piece;
+  };
+  Place following(int64_t n, int64_t i) const {
+    if (i + 1 < pieces()) return {first_, n, i + 1};
+    if (n + 1 < s_.batch) return {first_, n + 1, 0};
+    return {first_ + 1, 0, 0};
+  }
   void fetch_for_forward(const T* x, int64_t n, int64_t i, const T* out) const {
     if (kNhwc || !cut_.resident) return;
-    if (i + 1 < pieces())
-      aim(0, x, first_, n, fresh_inputs(i + 1), s_.in_h, s_.in_w);
-    else if (n + 1 < s_.batch)
-      aim(0, x, first_, n + 1, fresh_inputs(0), s_.in_h, s_.in_w);
-    else
-      aim(0, x, first_ + 1, 0, fresh_inputs(0), s_.in_h, s_.in_w);
+    const Place next = following(n, i);
+    aim(0, x, next.channel, next.image, fresh_inputs(next.piece), s_.in_h, s_.in_w);
     if (n == 0 && i + 1 == pieces()) aim(1, out, first_, 0, piece(0), s_.out_h, s_.out_w);
   }
   void fetch_for_sums(const BackwardTensors<T>& z, int64_t n, int64_t i) const {
     if (kNhwc) return;
-    if (i + 1 == pieces() && n + 1 == s_.batch) return aim(0, z.grad_x, first_, 0, finished(0), s_.in_h, s_.in_w);
-    const int64_t image = i + 1 < pieces() ? n : n + 1, next = i + 1 < pieces() ? i + 1 : 0;
-    aim(0, z.x, first_, image, fresh_inputs(next), s_.in_h, s_.in_w);
-    aim(1, z.grad_out, first_, image, piece(next), s_.out_h, s_.out_w);
+    const Place next = following(n, i);
+    if (next.channel != first_) return aim(0, z.grad_x, first_, 0, finished(0), s_.in_h, s_.in_w);
+    aim_at_inputs(z, next);
   }
   void fetch_for_gradients(const BackwardTensors<T>& z, int64_t n, int64_t i) const {
     if (kNhwc) return;
-    if (i + 1 == pieces() && n + 1 == s_.batch) {
-      aim(0, z.x, first_ + 1, 0, fresh_inputs(0), s_.in_h, s_.in_w);
-      aim(1, z.grad_out, first_ + 1, 0, piece(0), s_.out_h, s_.out_w);
-    } else {
-      const int64_t image = i + 1 < pieces() ? n : n + 1, next = i + 1 < pieces() ? i + 1 : 0;
-      aim(0, z.grad_x, first_, image, finished(next), s_.in_h, s_.in_w);
-    }
+    const Place next = following(n, i);
+    if (next.channel != first_) return aim_at_inputs(z, next);
+    aim(0, z.grad_x, first_, next.image, finished(next.piece), s_.in_h, s_.in_w);
+  }
+  void aim_at_inputs(const BackwardTensors<T>& z, const Place& at) const {
+    aim(0, z.x, at.channel, at.image, fresh_inputs(at.piece), s_.in_h, s_.in_w);
+    aim(1, z.grad_out, at.channel, at.image, piece(at.piece), s_.out_h, s_.out_w);
   }
 
   // ---- between memory and planes

@@ -40,8 +40,8 @@ void run_nhwc(const SeparableJob<A>& job, const Parallel& parallel) {
     for (int64_t c = 0; c < depth; ++c)
       taps[t * depth + c] = job.tensors.depthwise_weight ? job.tensors.depthwise_weight[c * s.taps() + t] : A(1);
   parallel(panels, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p)
-      pack_panel(job.tensors.pointwise_weight, job.out_channels, depth, p, weights + p * kPanel<A> * depth);
+    Packer<kPanel<A>, A>({job.tensors.pointwise_weight, depth, 1, 0}, begin * kPanel<A>,
+                         smaller(job.out_channels, end * kPanel<A>), 0, depth, weights + begin * kPanel<A> * depth);
   });
   const TilePlan plan(s, job.out_channels, sizeof(A), kBlockRows, !in_place, parallel.threads());
   const int64_t runs = Terms::runs(depth), step_runs = plan.by_depth ? 1 : runs;

@@ -4,7 +4,7 @@
 // A tile is a run of consecutive pixels of one image, row after row.
 #pragma once
 
-#include "atrous_separable_gemm.h"
+#include "matrix_product.h"
 #include "scratch.h"
 
 namespace deeplab_kernels::cpu {

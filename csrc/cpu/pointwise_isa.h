@@ -1,19 +1,11 @@
 // The matrix products as each instruction set's file offers them to pointwise.cpp.
 #pragma once
 
+#include "factor.h"
 #include "instruction_set.h"
 #include "pointwise.h"
 
 namespace deeplab_kernels::cpu {
-
-// What stands in a product: element (i, k), k running along the sum, lies at data + i * outer + k * inner, and one of
-// the two distances is 1.
-template <typename A>
-struct Factor {
-  const A* data;
-  int64_t outer, inner;
-  int64_t next;  // from image to image
-};
 
 // out (rows, columns), dense, = the sum over k of left (i, k) right (j, k). Images are products of their own, next_out
 // apart, or all terms of one sum.

@@ -5,7 +5,7 @@
 // which stays in the second level cache, and kRowPanels panels of the left one at a time; a panel of the right one
 // stays in the first level cache while those pass by. Sums grow in the results' own memory. Packing costs two to five
 // per cent of the product and spares it every stride, misaligned line and page that a map may have.
-#include "atrous_separable_gemm.h"
+#include "matrix_product.h"
 #include "pointwise_isa.h"
 #include "scratch.h"
 #include "workspace.h"
@@ -17,83 +17,6 @@ namespace {
 constexpr int64_t kTileColumns = 256, kTileRows = 768, kFewest = 96, kRowPanels = 16;
 // A sum of this many terms is cut where there are few results; the partial sums are added up in the end.
 constexpr int64_t kLongSum = 1024, kMostChunks = 16, kFewResults = 1024 * 1024;
-
-// Panels of kWidth rows, (panels, end - begin, kWidth), of rows [first, last) and terms [begin, end). Whatever lies
-// beyond the last row is left to chance: no result is made of it.
-template <int kWidth, typename A>
-class Packer {
- public:
-  Packer(const Factor<A>& from, int64_t first, int64_t last, int64_t begin, int64_t end, A* to)
-      : from_(from), last_(last), begin_(begin), end_(end), to_(to) {
-    if (from.outer == 1)
-      for (int64_t k = begin; k < end; k += kTerms) panels(first, k, smaller(end, k + kTerms));
-    else
-      panels(first, begin, end);
-  }
-
- private:
-  static constexpr int64_t L = kLanes<A>;
-  // Rows of one term lie side by side: so many terms are read at a time, from as many pages.
-  static constexpr int64_t kTerms = 16;
-
-  void panels(int64_t first, int64_t k, int64_t end) const {
-    A* to = to_ + (k - begin_) * kWidth;
-    for (int64_t row = first; row < last_; row += kWidth, to += (end_ - begin_) * kWidth) {
-      part<0>(row, k, end, to);
-      if constexpr (L < kWidth) part<L>(row, k, end, to);
-      if constexpr (2 * L < kWidth) part<2 * L>(row, k, end, to);
-      static_assert(kWidth <= 3 * L);
-    }
-  }
-
-  // Rows [row + kFirst, ...), a vector or what is left of the panel's width.
-  template <int64_t kFirst>
-  DK_INLINE void part(int64_t row, int64_t k, int64_t end, A* to) const {
-    constexpr int64_t kCount = kWidth - kFirst < L ? kWidth - kFirst : L;
-    const int64_t count = smaller(kCount, last_ - row - kFirst);
-    if (count <= 0) return;
-    from_.outer == 1 ? copy<kFirst, kCount>(row + kFirst, count, k, end, to + kFirst)
-                     : transposed<kFirst, kCount>(row + kFirst, count, k, end, to + kFirst);
-  }
-
-  template <int64_t kFirst, int64_t kCount>
-  DK_INLINE void copy(int64_t row, int64_t count, int64_t k, int64_t end, A* to) const {
-    const A* p = from_.data + row;
-    // What lies beyond a row belongs to later terms, in memory and in the panel; behind the last term there is nothing.
-    const int64_t beyond = row + L - last_, ending = larger(1, (beyond + from_.inner - 1) / from_.inner);
-    for (const int64_t most = smaller(end, end_ - ending); k < most; ++k, to += kWidth)
-      put<kFirst, kCount>(to, load(p + k * from_.inner));
-    for (; k < end; ++k, to += kWidth) store_part(to, load_part(p + k * from_.inner, count), kCount);
-  }
-
-  template <int64_t kFirst, int64_t kCount>
-  DK_INLINE void transposed(int64_t row, int64_t count, int64_t k, int64_t end, A* to) const {
-    const A* p = from_.data + row * from_.outer;
-    for (; k + L <= end; k += L) {
-      Vec<A> block[L];
-#pragma GCC unroll 16
-      for (int64_t r = 0; r < L; ++r) block[r] = load(p + (r < count ? r : 0) * from_.outer + k);
-      transpose(block);
-#pragma GCC unroll 16
-      for (int64_t l = 0; l < L; ++l, to += kWidth) put<kFirst, kCount>(to, block[l]);
-    }
-    for (; k < end; ++k, to += kWidth)
-      for (int64_t r = 0; r < count; ++r) to[r] = p[r * from_.outer + k];
-  }
-
-  // A whole vector where what lies beyond the panel's row is written later.
-  template <int64_t kFirst, int64_t kCount>
-  DK_INLINE static void put(A* to, Vec<A> v) {
-    if constexpr (kCount == L || kFirst == 0)
-      store(to, v);
-    else
-      store_part(to, v, kCount);
-  }
-
-  const Factor<A>& from_;
-  int64_t last_, begin_, end_;
-  A* to_;
-};
 
 // R x kPanel results at out, kPanel or fewer columns of them, from one panel of each operand.
 template <typename A, int R>

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import reference
 from .._layout import output_memory_format
 from ._flops import register_flop_formula
 from .atrous_depthwise import _below_autograd, _needs_autograd, _transforms_active
@@ -52,25 +53,21 @@ class _Pointwise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         need_x, need_weight = ctx.needs_input_grad
+        by_torch = reference.pointwise_conv2d_backward
         if torch.is_grad_enabled():  # create_graph=True: torch's own can be differentiated again
-            return _torch_backward(grad, x, weight, need_x, need_weight)
-        grad_x = None
-        if need_x and _torch_is_faster(weight):
-            grad_x, need_x = _torch_backward(grad, x, weight, True, False)[0], False
-        own = _below_autograd(_ops.pointwise_conv2d_backward.default, grad, x, weight, need_x, need_weight)
-        return own[0] if need_x else grad_x, own[1] if need_weight else None
+            grad_x, grad_weight = by_torch(grad, x, weight, need_x, need_weight)
+        else:
+            own_x = need_x and not _torch_is_faster(weight)
+            own = _ops.pointwise_conv2d_backward.default
+            grad_x, grad_weight = _below_autograd(own, grad, x, weight, own_x, need_weight)
+            if need_x and not own_x:
+                grad_x, _ = by_torch(grad, x, weight, True, False)
+        return grad_x if need_x else None, grad_weight if need_weight else None
 
 
 def _torch_is_faster(weight: Tensor) -> bool:
     """For the convolution and the gradient of x."""
     return weight.dtype == torch.float32 and min(weight.shape[:2]) >= _MANY_CHANNELS
-
-
-def _torch_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    arguments = None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [need_x, need_weight, False]
-    return torch.ops.aten.convolution_backward(grad, x, weight, *arguments)[:2]  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake("deeplab_kernels::pointwise_conv2d")

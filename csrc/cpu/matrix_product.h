@@ -1,11 +1,13 @@
-// The matrix product of the separable convolution: rows of A as they lie in memory, panels of B of kPanel columns side
-// by side. A block of kBlockRows x kPanel results stays in registers over up to kDepth terms; what it needs of B stays
-// in the first level cache. For the per-instruction-set files only: everything here has internal linkage.
+// The matrix product of the separable convolution, rows of A as they lie in memory, panels of B of kPanel columns side
+// by side; and the packing of panels, which the 1 x 1 convolution shares. A block of kBlockRows x kPanel results stays
+// in registers over up to kDepth terms; what it needs of B stays in the first level cache. For the per-instruction-set
+// files only: everything here has internal linkage.
 //
 // Sums are formed in groups of kDepth terms whatever the cut into tiles, so that a result does not depend on the number
 // of threads.
 #pragma once
 
+#include "factor.h"
 #include "microkernels.h"
 
 namespace deeplab_kernels::cpu {
@@ -212,25 +214,82 @@ DK_INLINE void transpose(V (&rows)[kRows]) {
   if constexpr (2 * kSize < kRows) transpose<2 * kSize>(rows);
 }
 
-// Rows [kPanel * panel, ...) of w (rows, depth) as columns of a panel; those beyond the last are zero.
-template <typename A>
-void pack_panel(const A* w, int64_t rows, int64_t depth, int64_t panel, A* to) {
-  constexpr int64_t L = kLanes<A>, N = kPanel<A>;
-  for (int64_t half = 0; half < N; half += L) {
-    const int64_t first = panel * N + half, count = smaller(L, rows - first);
-    int64_t k = 0;
-    for (; k + L <= depth; k += L) {
+// Panels of kWidth rows, (panels, end - begin, kWidth), of rows [first, last) and terms [begin, end). Whatever lies
+// beyond the last row is left to chance: no result is made of it.
+template <int kWidth, typename A>
+class Packer {
+ public:
+  Packer(const Factor<A>& from, int64_t first, int64_t last, int64_t begin, int64_t end, A* to)
+      : from_(from), last_(last), begin_(begin), end_(end), to_(to) {
+    if (from.outer == 1)
+      for (int64_t k = begin; k < end; k += kTerms) panels(first, k, smaller(end, k + kTerms));
+    else
+      panels(first, begin, end);
+  }
+
+ private:
+  static constexpr int64_t L = kLanes<A>;
+  // Rows of one term lie side by side: so many terms are read at a time, from as many pages.
+  static constexpr int64_t kTerms = 16;
+
+  void panels(int64_t first, int64_t k, int64_t end) const {
+    A* to = to_ + (k - begin_) * kWidth;
+    for (int64_t row = first; row < last_; row += kWidth, to += (end_ - begin_) * kWidth) {
+      part<0>(row, k, end, to);
+      if constexpr (L < kWidth) part<L>(row, k, end, to);
+      if constexpr (2 * L < kWidth) part<2 * L>(row, k, end, to);
+      static_assert(kWidth <= 3 * L);
+    }
+  }
+
+  // Rows [row + kFirst, ...), a vector or what is left of the panel's width.
+  template <int64_t kFirst>
+  DK_INLINE void part(int64_t row, int64_t k, int64_t end, A* to) const {
+    constexpr int64_t kCount = kWidth - kFirst < L ? kWidth - kFirst : L;
+    const int64_t count = smaller(kCount, last_ - row - kFirst);
+    if (count <= 0) return;
+    from_.outer == 1 ? copy<kFirst, kCount>(row + kFirst, count, k, end, to + kFirst)
+                     : transposed<kFirst, kCount>(row + kFirst, count, k, end, to + kFirst);
+  }
+
+  template <int64_t kFirst, int64_t kCount>
+  DK_INLINE void copy(int64_t row, int64_t count, int64_t k, int64_t end, A* to) const {
+    const A* p = from_.data + row;
+    // What lies beyond a row belongs to later terms, in memory and in the panel; behind the last term there is nothing.
+    const int64_t beyond = row + L - last_, ending = larger(1, (beyond + from_.inner - 1) / from_.inner);
+    for (const int64_t most = smaller(end, end_ - ending); k < most; ++k, to += kWidth)
+      put<kFirst, kCount>(to, load(p + k * from_.inner));
+    for (; k < end; ++k, to += kWidth) store_part(to, load_part(p + k * from_.inner, count), kCount);
+  }
+
+  template <int64_t kFirst, int64_t kCount>
+  DK_INLINE void transposed(int64_t row, int64_t count, int64_t k, int64_t end, A* to) const {
+    const A* p = from_.data + row * from_.outer;
+    for (; k + L <= end; k += L) {
       Vec<A> block[L];
 #pragma GCC unroll 16
-      for (int64_t r = 0; r < L; ++r) block[r] = r < count ? load(w + (first + r) * depth + k) : Vec<A>{};
+      for (int64_t r = 0; r < L; ++r) block[r] = load(p + (r < count ? r : 0) * from_.outer + k);
       transpose(block);
 #pragma GCC unroll 16
-      for (int64_t l = 0; l < L; ++l) store(to + (k + l) * N + half, block[l]);
+      for (int64_t l = 0; l < L; ++l, to += kWidth) put<kFirst, kCount>(to, block[l]);
     }
-    for (; k < depth; ++k)
-      for (int64_t r = 0; r < L; ++r) to[k * N + half + r] = r < count ? w[(first + r) * depth + k] : A(0);
+    for (; k < end; ++k, to += kWidth)
+      for (int64_t r = 0; r < count; ++r) to[r] = p[r * from_.outer + k];
   }
-}
+
+  // A whole vector where what lies beyond the panel's row is written later.
+  template <int64_t kFirst, int64_t kCount>
+  DK_INLINE static void put(A* to, Vec<A> v) {
+    if constexpr (kCount == L || kFirst == 0)
+      store(to, v);
+    else
+      store_part(to, v, kCount);
+  }
+
+  const Factor<A>& from_;
+  int64_t last_, begin_, end_;
+  A* to_;
+};
 
 }  // namespace
 }  // namespace deeplab_kernels::cpu
