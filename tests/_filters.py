@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 NORMALIZATIONS = ("none", "before", "after", "symmetric")
@@ -23,3 +24,16 @@ def assert_near(ours: Tensor, exact: Tensor, tolerance: float, what: str) -> Non
     scale = exact.abs().max().item()
     error = (ours.double() - exact).abs().max().item()
     assert error <= tolerance * max(scale, 1e-3), f"{what}: error {error:.2e}, magnitude {scale:.2e}"
+
+
+def random(*size: int, dtype: torch.dtype = torch.float64, requires_grad: bool = False, scale: float = 1.0) -> Tensor:
+    return (torch.randn(size, dtype=torch.float64) * scale).to(dtype).requires_grad_(requires_grad)
+
+
+def assert_close(ours: Tensor, wanted: Tensor, tolerance: float, what: str = "", magnitude: float = 1.0) -> None:
+    """Largest error within ``tolerance`` of the largest result, or of ``magnitude`` if that is larger."""
+    assert ours.shape == wanted.shape, what
+    if ours.numel():
+        largest = max(wanted.abs().max().item(), magnitude)
+        error = (ours.double() - wanted.double()).abs().max().item()
+        assert error <= tolerance * largest, f"{what}: error {error:.2e} of {largest:.2e}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -22,6 +23,24 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert torch.empty(7).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def pydensecrf() -> ModuleType:
+    return pytest.importorskip(
+        "pydensecrf.densecrf",
+        reason="pydensecrf is not installed (requirements/peers.txt); its recorded outputs are used",
+    )
+
+
+@pytest.fixture
+def two_densecrf_threads() -> Iterator[None]:
+    """deeplab_kernels.densecrf has a thread pool of its own."""
+    densecrf = pytest.importorskip("deeplab_kernels.densecrf")
+    before = densecrf.get_num_threads()
+    densecrf.set_num_threads(2)
+    yield
+    densecrf.set_num_threads(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

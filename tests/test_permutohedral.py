@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 import torch
 from _cases import DEVICES
-from _filters import NORMALIZATIONS
+from _filters import NORMALIZATIONS, assert_close, random
 from _threads import assert_same_bits
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,21 +24,8 @@ from deeplab_kernels.reference import permutohedral as definition
 raw = torch.ops.deeplab_kernels
 
 
-def random(*size: int, dtype: torch.dtype = torch.float64, requires_grad: bool = False, scale: float = 1.0) -> Tensor:
-    return (torch.randn(size, dtype=torch.float64) * scale).to(dtype).requires_grad_(requires_grad)
-
-
 def exact(values: Tensor, features: Tensor) -> Tensor:
     return torch.einsum("bij,bcj->bci", torch.exp(-torch.cdist(features.mT, features.mT).square() / 2), values)
-
-
-def assert_close(ours: Tensor, wanted: Tensor, tolerance: float, what: str = "", magnitude: float = 1.0) -> None:
-    """Largest error within ``tolerance`` of the largest result, or of ``magnitude`` if that is larger."""
-    assert ours.shape == wanted.shape, what
-    if ours.numel():
-        largest = max(wanted.abs().max().item(), magnitude)
-        error = (ours.double() - wanted.double()).abs().max().item()
-        assert error <= tolerance * largest, f"{what}: error {error:.2e} of {largest:.2e}"
 
 
 def test_every_operator_has_a_compiled_kernel_here() -> None:

@@ -1,11 +1,9 @@
-"""Refinement by the CRF and the refine command: results against the definition, odd sizes, odd and damaged files."""
+"""The refine command: label maps and scores, odd sizes, odd and damaged files."""
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import math
 import re
 import runpy
 import subprocess
@@ -14,203 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from _commands import check_refusals
+from _refine import coarse_labels, save_palette, two_halves
 from deeplab_kernels.models import refinement
-from deeplab_kernels.models.data import LabelMap, read_annotation, voc_palette
-from deeplab_kernels.models.refinement import CRFParameters, energy_of_labels, energy_of_scores, refine
+from deeplab_kernels.models.data import voc_palette
 from PIL import Image
 
 from deeplab_kernels import cli
 from deeplab_kernels.commands import refine as refine_command
 from deeplab_kernels.commands.refine import comparison, resize_labels
-from deeplab_kernels.errors import UserError
-
-
-def two_halves(height: int = 24, width: int = 30) -> np.ndarray:
-    """A photograph, dark on the left and light on the right, with noise."""
-    image = np.full((height, width, 3), 60, np.uint8)
-    image[:, width // 2 :] = 190
-    return image + np.random.default_rng(0).integers(0, 12, image.shape).astype(np.uint8)
-
-
-def mean_field(image: np.ndarray, energy: np.ndarray, p: CRFParameters) -> np.ndarray:
-    """The definition with N x N matrices, in float64."""
-    labels, height, width = energy.shape
-    y, x = np.mgrid[:height, :width].reshape(2, -1).astype(float)
-    colour = image.reshape(-1, 3).astype(float)
-    square = (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2
-    different = ((colour[:, None] - colour) ** 2).sum(2)
-    kernels = [
-        p.appearance_weight * _normalised(
-            np.exp(-square / (2 * p.appearance_sigma**2) - different / (2 * p.color_sigma**2)), x, y, p
-        ),
-        p.smoothness_weight * _normalised(np.exp(-square / (2 * p.smoothness_sigma**2)), x, y, p),
-    ]  # fmt: skip
-    u = energy.reshape(labels, -1).astype(float)
-    q = _softmax(-u)
-    for _ in range(p.iterations):
-        q = _softmax(-u + q @ sum(kernels).T)
-    return q.reshape(energy.shape)
-
-
-def _normalised(kernel: np.ndarray, x: np.ndarray, y: np.ndarray, p: CRFParameters) -> np.ndarray:
-    if p.filter == "local":
-        far = np.maximum(np.abs(x[:, None] - x), np.abs(y[:, None] - y)) > p.window
-        kernel = np.where(far, 0, kernel)
-    n = kernel.sum(1)
-    return kernel / np.sqrt(n[:, None] * n)
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    e = np.exp(logits - logits.max(0))
-    return e / e.sum(0)
-
-
-# refine()
-
-
-@pytest.mark.parametrize("filter", refinement.FILTERS)
-@pytest.mark.parametrize("size", [(1, 1), (1, 33), (17, 5), (12, 13)])
-@pytest.mark.parametrize("labels", [1, 2, 5])
-def test_probabilities_against_the_definition(filter, size, labels):
-    rng = np.random.default_rng(labels)
-    image = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
-    energy = rng.normal(size=(labels, *size)).astype(np.float32)
-    p = CRFParameters(2.0, 10.0, 60.0, 1.5, 2.0, iterations=4, filter=filter, window=3)
-    steps: list[tuple[int, int]] = []
-    q = refine(image, energy, p, on_iteration=lambda done, total: steps.append((done, total)))
-    assert q.shape == energy.shape
-    assert q.dtype == np.float32
-    assert steps == [(i, 4) for i in range(1, 5)]
-    error = np.abs(q - mean_field(image, energy, p)).max()
-    assert error < (0.3 if filter == "permutohedral" else 1e-5), error  # the lattice approximates
-
-
-@pytest.mark.parametrize("filter", refinement.FILTERS)
-@pytest.mark.parametrize("weights", [(0.0, 0.0), (3.0, 0.0), (0.0, 3.0)])
-def test_a_weight_of_0_leaves_a_kernel_out(filter, weights):
-    image, energy = two_halves(9, 11), np.random.default_rng(1).normal(size=(3, 9, 11)).astype(np.float32)
-    p = CRFParameters(appearance_weight=weights[0], smoothness_weight=weights[1], iterations=2, filter=filter)
-    expected = mean_field(image, energy, p)
-    assert np.abs(refine(image, energy, p) - expected).max() < (0.15 if filter == "permutohedral" else 1e-5)
-
-
-def test_the_layer_gives_the_same():
-    """What a GPU would compute with: nn.DenseCRF, here on the CPU."""
-    image, energy = two_halves(), np.random.default_rng(1).normal(size=(3, 24, 30)).astype(np.float32)
-    for filter in refinement.FILTERS:
-        p = CRFParameters(iterations=3, filter=filter)
-        done: list[tuple[int, int]] = []
-        layer = refinement._on_device(image, energy, p, "cpu", lambda *step, done=done: done.append(step))
-        assert np.abs(layer - refine(image, energy, p)).max() < 2e-3
-        assert done == [(3, 3)]
-
-
-def test_inputs_are_left_alone_and_may_be_read_only_or_strided():
-    image, energy = two_halves(10, 12)[::-1], np.random.default_rng(1).normal(size=(10, 12, 2)).astype(np.float32)
-    energy = energy.transpose(2, 0, 1)
-    image.setflags(write=False)
-    for filter in refinement.FILTERS:
-        before = energy.copy()
-        refine(image, energy, CRFParameters(iterations=2, filter=filter))
-        assert np.array_equal(energy, before)
-
-
-def test_refine_with_wrong_arguments(monkeypatch):
-    image, energy = two_halves(4, 5), np.zeros((2, 4, 5), np.float32)
-    with pytest.raises(ValueError, match=r"one size, got \(4, 5, 3\), \(2, 5, 5\)"):
-        refine(image, np.zeros((2, 5, 5), np.float32))
-    for bad in (np.nan, np.inf):
-        with pytest.raises(ValueError, match="energy must be finite"):
-            refine(image, np.full_like(energy, bad))
-    monkeypatch.setattr(refinement, "available_memory", lambda: 1000)
-    with pytest.raises(UserError, match=r"2 labels on 5 x 4 pixels take about .* GB .*--max-side"):
-        refine(image, energy)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("appearance_weight", -1.0), ("smoothness_weight", math.inf), ("appearance_sigma", 0.0), ("color_sigma", -3.0),
-        ("smoothness_sigma", math.nan), ("iterations", 0), ("window", 0), ("filter", "box"),
-    ],
-)  # fmt: skip
-def test_wrong_parameters(name, value, capsys):
-    with pytest.raises(ValueError, match=f"^{name} must be"):
-        CRFParameters(**{name: value})
-    option = f"--{name.replace('_', '-')}"
-    if name != "filter":  # argparse checks the choices
-        assert cli.main(["refine", "a.png", "b.png", option, str(value)]) == 2
-        assert f"{option} must be" in capsys.readouterr().err
-
-
-def test_memory_that_is_available():
-    there = refinement.available_memory()
-    assert there is None or there > 2**20
-    assert refinement.required_memory(21, 4096, 4096) < 16 * 2**30
-
-
-# Energies
-
-
-def test_energy_of_labels():
-    labels = np.array([[0, 7, 255, 7]])
-    energy = energy_of_labels(labels, [0, 3, 7], 255, 0.6)
-    expected = np.array([[0.6, 0.2, 0.2], [0.2, 0.2, 0.6], [1 / 3] * 3, [0.2, 0.2, 0.6]])
-    assert np.allclose(np.exp(-energy[:, 0]).T, expected)
-    assert energy_of_labels(labels, [0, 7, 255], None, 0.6)[2, 0, 2] == pytest.approx(-math.log(0.6))
-    for confidence in (1 / 3, 0.1, 1.0):
-        with pytest.raises(UserError, match="confidence must be between 1/3"):
-            energy_of_labels(labels, [0, 3, 7], 255, confidence)
-
-
-def test_energy_of_scores():
-    logits = np.random.default_rng(0).normal(0, 3, (4, 5, 6))
-    probabilities = np.exp(logits) / np.exp(logits).sum(0)
-    for scores in (logits, probabilities, probabilities.astype(np.float16), np.asfortranarray(logits.astype(">f4"))):
-        assert _softmax(-energy_of_scores(scores)) == pytest.approx(probabilities, abs=1e-3)
-    assert energy_of_scores(np.array([[[0.0]], [[1.0]]])).ravel() == pytest.approx([-math.log(1e-5), 0])
-    huge = energy_of_scores(np.array([[[1e30]], [[-1e30]]]))
-    assert np.isfinite(huge).all()
-    as_logits = energy_of_scores(probabilities, kind="logits")
-    assert _softmax(-as_logits) == pytest.approx(_softmax(probabilities), abs=1e-6)
-
-
-@pytest.mark.parametrize("size", [(10, 12), (13, 15), (3, 4), (1, 1)])
-def test_scores_of_another_size_are_resized(size):
-    scores = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
-    energy = energy_of_scores(scores, size)
-    shrinks = size[0] < 5
-    expected = torch.nn.functional.interpolate(torch.from_numpy(scores)[None], size, mode="bilinear", antialias=shrinks)
-    assert energy.shape == (2, *size)
-    assert energy[1] - energy[0] == pytest.approx((expected[0, 0] - expected[0, 1]).numpy(), abs=1e-5)
-    flat = energy_of_scores(np.full((2, 5, 6), 0.5), size)
-    assert flat == pytest.approx(np.full((2, *size), math.log(2)))
-
-
-@pytest.mark.parametrize(
-    ("scores", "kind", "message"),
-    [
-        (np.zeros((3, 8)), "auto", r"shape \(L, H, W\), got \(3, 8\)"),
-        (np.zeros((1, 8, 9)), "auto", "at least 2 labels"),
-        (np.zeros((8, 9, 3)), "auto", "do not fit a photograph of 9 x 8 pixels; are the labels the last axis"),
-        (np.zeros((2, 9, 8)), "auto", "do not fit a photograph of 9 x 8"),
-        (np.full((2, 8, 9), np.nan), "auto", "finite"),
-        (np.full((2, 8, 9), np.inf), "logits", "finite"),
-        (np.full((2, 8, 9), -1.0), "probabilities", "negative"),
-    ],
-)
-def test_scores_that_are_refused(scores, kind, message):
-    with pytest.raises(UserError, match=message):
-        energy_of_scores(scores, (8, 9), kind)
-
-
-def test_most_probable_of_a_resized_map():
-    q = np.random.default_rng(0).random((3, 4, 5)).astype(np.float32)
-    assert np.array_equal(refinement.most_probable(q), q.argmax(0))
-    large = torch.nn.functional.interpolate(torch.from_numpy(q)[None], (9, 11), mode="bilinear")[0].numpy()
-    assert np.array_equal(refinement.most_probable(q, (9, 11)), large.argmax(0))
 
 
 def test_resize_labels_takes_the_nearest_centre():
@@ -219,79 +29,13 @@ def test_resize_labels_takes_the_nearest_centre():
     assert resize_labels(np.arange(9).reshape(1, 9), (1, 3)).tolist() == [[1, 4, 7]]
 
 
-# Reading annotations
+def run(*arguments: object) -> int:
+    return cli.main(["refine", *map(str, arguments)])
 
 
 @pytest.fixture
 def labels() -> np.ndarray:
-    out = np.zeros((24, 30), np.uint8)
-    out[4:, 12:] = 2
-    out[:3] = 255
-    return out
-
-
-def save_palette(path, labels, palette=((0, 0, 0), (9, 9, 9), (1, 200, 77))) -> None:
-    image = Image.fromarray(labels)
-    # All 256 colours: with fewer Pillow stores fewer bits per pixel than label 255 needs.
-    image.putpalette(np.array([*palette, *[(0, 0, 0)] * (256 - len(palette))], np.uint8).tobytes())
-    image.save(path)
-
-
-def test_palette_grey_bit_and_numpy_label_maps(tmp_path, labels):
-    save_palette(tmp_path / "p.png", labels)
-    read = read_annotation(tmp_path / "p.png")
-    assert np.array_equal(read.labels, labels)
-    assert read.palette[:3].tolist() == [[0, 0, 0], [9, 9, 9], [1, 200, 77]]
-    Image.fromarray(labels).save(tmp_path / "l.png")
-    assert np.array_equal(read_annotation(tmp_path / "l.png").labels, labels)
-    assert read_annotation(tmp_path / "l.png").palette is None
-    Image.fromarray(labels == 2).save(tmp_path / "bit.png")
-    assert np.array_equal(read_annotation(tmp_path / "bit.png").labels, labels == 2)
-    wide = labels.astype(np.uint16) * 100
-    Image.fromarray(wide).save(tmp_path / "wide.png")
-    assert np.array_equal(read_annotation(tmp_path / "wide.png").labels, wide)
-    np.save(tmp_path / "n.npy", labels.astype(np.int64))
-    assert np.array_equal(read_annotation(tmp_path / "n.npy").labels, labels)
-    np.save(tmp_path / "bool.npy", labels == 2)
-    assert np.array_equal(read_annotation(tmp_path / "bool.npy").labels, labels == 2)
-
-
-def test_annotations_are_turned_as_their_exif_data_say(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    labels = np.arange(6, dtype=np.uint8).reshape(2, 3)
-    Image.fromarray(labels).save(tmp_path / "x.png", exif=exif)
-    assert np.array_equal(read_annotation(tmp_path / "x.png").labels, np.rot90(labels, -1))
-
-
-def test_label_maps_as_images():
-    labels = np.array([[0, 1, 255]], np.uint8)
-    assert LabelMap(labels).to_image().mode == "L"
-    assert LabelMap(labels, voc_palette()).to_image().mode == "P"
-    short = LabelMap(labels, np.array([[7, 8, 9]], np.uint8))
-    file = io.BytesIO()
-    short.to_image().save(file, "PNG")
-    assert np.asarray(Image.open(file)).tolist() == labels.tolist()  # a short palette cuts no label off
-    wide = LabelMap(np.array([[0, 300]])).to_image()
-    assert np.asarray(wide).tolist() == [[0, 300]]
-    colours = LabelMap(labels, np.array([[7, 8, 9]], np.uint8)).colours()
-    assert colours[0].tolist() == [7, 8, 9]
-    assert colours[1].tolist() == voc_palette()[1].tolist()
-
-
-def test_voc_palette():
-    palette = voc_palette()
-    known = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 7: (128, 128, 128), 8: (64, 0, 0), 20: (0, 64, 128)}
-    assert {k: tuple(palette[k].tolist()) for k in known} == known
-    assert palette[255].tolist() == [224, 224, 192]
-    assert len(np.unique(palette, axis=0)) == 256
-
-
-# The command
-
-
-def run(*arguments: object) -> int:
-    return cli.main(["refine", *map(str, arguments)])
+    return coarse_labels()
 
 
 @pytest.fixture
