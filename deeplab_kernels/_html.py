@@ -50,4 +50,6 @@ code { font: .88em ui-monospace, monospace; overflow-wrap: anywhere; }
 .slower { color: var(--bad); }
 svg { width: 100%; height: auto; font-size: 12px; fill: var(--soft); }
 .grid { stroke: var(--line); }
+.whole { white-space: nowrap; }
+@media (max-width: 600px) { svg { font-size: 20px; } }
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from deeplab_kernels._html import escape, page
@@ -13,6 +13,7 @@ from .compare import Change, changes, other_machine
 from .rows import Results, Row
 
 LISTED = 60  # cases left out that are named
+_NUMBER = ' class="number"'  # of a cell
 Changes = Mapping[tuple[str, ...], Change]
 
 
@@ -49,12 +50,14 @@ def _header(now: Results, subjects: Sequence[str], found: Changes) -> str:
         slower = sum(c.now.ours and c.verdict == "slower" for c in found.values())
         tiles.append((str(slower), f"of ours slower than in the stored run, of {len(found)} compared"))
     cards = "".join(f"<div class=tile><b>{value}</b><span>{escape(label)}</span></div>" for value, label in tiles)
-    facts = ", ".join(_FACTS.get(key, key.replace("_", " ") + " {}").format(_fact(v)) for key, v in now.machine.items())
+    facts = ", ".join(_fact(key, value) for key, value in now.machine.items())
     dates = ", ".join(dict.fromkeys(entry["date"] for entry in now.provenance if entry["date"]))
     return (
         f"<header><h1>Benchmarks of deeplab_kernels</h1><p>{escape(facts)}. Measured {escape(dates) or 'at no date'}."
         "</p><p>Large figures: the fastest alternative's time over ours in fp32, geometric mean over all cases. "
-        f"Every case is in the tables.</p><div class=tiles>{cards}</div></header>"
+        "Every case is in the tables. A layer's case says channels and size of its input, s its stride and r its rate, "
+        "&minus;&gt; the block's results, N the batch; A12 and its like: ASPP at rate 12, M middle flow, D decoder, "
+        f"E entry flow, X exit flow.</p><div class=tiles>{cards}</div></header>"
     )
 
 
@@ -62,7 +65,7 @@ def _missed(now: Results) -> str:
     if not now.missed:
         return "<p>None of those that were measured.</p>"
     lines = [_line((m.case, m.what, m.source, m.subject)) for m in now.missed]
-    return _filterable("missed bars", ["case", "bar", "asked by", "subject"], lines, others=False)
+    return _filterable("missed bars", ["case", "bar", "asked by", "subject"], lines)
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -78,16 +81,16 @@ def _bars(now: Results) -> str:
         worst = "" if verdict.worst is None else f"{verdict.worst:.2f} at {verdict.where.removesuffix(', ')}"
         cells = [
             f"<td>{escape(demand.what)}</td>",
-            f"<td class=number>{'&ge;' if demand.at_least else '&le;'} {demand.limit:g}</td>",
-            f'<td class=number><b class="{tones[verdict.text]}">{verdict.text}</b></td>',
-            f"<td class=number>{f'{verdict.met} of {verdict.measured}' if verdict.measured else ''}</td>",
+            f"<td{_NUMBER}>{'&ge;' if demand.at_least else '&le;'} {demand.limit:g}</td>",
+            f'<td class=whole><b class="{tones[verdict.text]}">{verdict.text}</b></td>',
+            f"<td{_NUMBER}>{f'{verdict.met} of {verdict.measured}' if verdict.measured else ''}</td>",
             f"<td>{escape(worst)}</td>",
-            f"<td class=number>{escape(demand.source)}</td>",
+            f"<td class=whole>{escape(demand.source)}</td>",
             f"<td>{demand.device}</td>",
         ]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     heads = ["what", "bar", "verdict", "cases met", "furthest from it", "asked by", "on"]
-    return _filterable("bars", heads, lines, others=False)
+    return _filterable("bars", heads, lines, numbers=("bar", "cases met"))
 
 
 def _unavailable(now: Results) -> str:
@@ -95,7 +98,7 @@ def _unavailable(now: Results) -> str:
     if now.unavailable:
         lines = [_line((u.case, u.mode, u.contender, u.reason, u.subject)) for u in now.unavailable]
         heads = ["case", "mode", "what", "reason", "subject"]
-        parts.append(_filterable("what was not available", heads, lines, others=False))
+        parts.append(_filterable("what was not available", heads, lines))
     if now.left_out:
         cases = escape("; ".join(now.left_out[:LISTED]))
         more = f"; and {len(now.left_out) - LISTED} more" if len(now.left_out) > LISTED else ""
@@ -137,17 +140,8 @@ def _comparison(now: Results, before: Results, found: Changes) -> str:
 
 
 def _plots(now: Results) -> str:
-    roofline, latency = plots.roofline(now.rows), plots.latency(now.rows)
-    parts = []
-    if roofline:
-        parts.append(
-            f"{roofline}<p>Inputs read once and results written once, two FLOP a Multiply-Add. The ceilings were "
-            "measured: a copy of a tensor far larger than the caches, and the fastest fp32 matrix product. Tensors "
-            "that fit in the caches may lie above the slope.</p>"
-        )
-    if latency:
-        parts.append(latency)
-    return _section("Limits of the machine", "".join(parts)) if parts else ""
+    figures = plots.roofline(now.rows) + plots.latency(now.rows)
+    return _section("Limits of the machine", f"<div class=plots>{figures}</div>") if figures else ""
 
 
 # Tables that can be sorted and filtered.
@@ -206,17 +200,28 @@ def _table(name: str, rows: Sequence[Row], found: Changes) -> str:
         cells = []
         for column in columns:
             value = column.value(row) if column.value else None
-            number = ' class="number"' if column.value else ""
+            number = _NUMBER if column.value else ""
             sorted_by = "" if value is None else f' data-v="{value:.6g}"'
             cells.append(f"<td{number}{sorted_by}>{column.text(row)}</td>")
         lines.append(f"<tr{'' if row.ours else ' data-other'}>{''.join(cells)}</tr>")
-    return _filterable(name, [c.title for c in columns], lines, others=any(not row.ours for row in rows))
+    numbers = {c.title for c in columns if c.value}
+    return _filterable(
+        name, [c.title for c in columns], lines, others=any(not row.ours for row in rows), numbers=numbers
+    )
 
 
-def _filterable(name: str, titles: Sequence[str], lines: Sequence[str], *, others: bool) -> str:
-    """A table with sorting by column and a field to filter by; others: some ``lines`` show only when asked for."""
+def _filterable(
+    name: str, titles: Sequence[str], lines: Sequence[str], *, others: bool = False, numbers: Collection[str] = ()
+) -> str:
+    """A table with sorting by column and a field to filter by.
+
+    numbers: the titles of columns that hold such; others: some ``lines`` show only when asked for.
+    """
     label = escape(name)
-    head = "".join(f'<th scope="col"><button type="button">{escape(title)}</button></th>' for title in titles)
+    head = "".join(
+        f'<th scope="col"{_NUMBER * (title in numbers)}><button type="button">{escape(title)}</button></th>'
+        for title in titles
+    )
     both = ' <label><input type="checkbox"> rows of the alternatives, too</label>' if others else ""
     return (
         f'<div class=filterable><p class=controls><input type="search" placeholder="filter: words, all of them" '
@@ -248,8 +253,12 @@ def _provenance(now: Results) -> str:
     )
 
 
-def _fact(value: object) -> object:
-    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else value
+def _fact(key: str, value: object) -> str:
+    if isinstance(value, Mapping):
+        value = ", ".join(f"{k} {v}" for k, v in value.items())
+    if isinstance(value, int) and key.endswith("_bytes"):
+        value = f"{value / 2**20:g} MiB"
+    return _FACTS.get(key, key.replace("_", " ") + " {}").format(value)
 
 
 _FACTS = {
@@ -257,10 +266,10 @@ _FACTS = {
     "gpu": "{}",
     "cores": "{} cores",
     "threads": "{} threads",
-    "last_level_cache_bytes": "last level cache of {:,} bytes",
+    "last_level_cache_bytes": "last level cache of {}",
     "copy_gb_per_s": "copy bandwidth {} GB/s",
     "matrix_gflop_per_s": "matrix product {} GFLOP/s",
-    "matrix_gflop_per_s_of": "by dtype, GFLOP/s: {}",
+    "matrix_gflop_per_s_of": "matrix products by dtype {} GFLOP/s",
 }
 
 
@@ -278,10 +287,10 @@ def _percent(value: float | None) -> str:
 
 _STYLE = """
 main { max-width: 1340px; }
-.plot { margin: 0 0 14px; max-width: 760px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(520px, 100%), 1fr)); gap: 14px 36px; }
+.plot { margin: 0; max-width: 760px; }
 .plot figcaption { font-weight: 600; margin-bottom: 4px; }
-.plot svg { min-width: 520px; }
-.strong { fill: var(--ink); }
+.label { fill: var(--ink); stroke: var(--back); stroke-width: 5px; paint-order: stroke; }
 .ceiling { stroke: var(--ink); stroke-width: 1.5; stroke-dasharray: 6 4; }
 .tone0 { --tone: #2f7fd6; }
 .tone1 { --tone: #d98200; }
@@ -297,6 +306,8 @@ polyline { fill: none; stroke: var(--tone); stroke-width: 1.5; }
 polyline.hollow { stroke-dasharray: 3 3; }
 .legend i { border-radius: 50%; border: 2px solid var(--tone); }
 .legend i.solid { background: var(--tone); }
+.legend i.rule { width: 1.6em; height: 0; border: 0; border-top: 2px dashed var(--ink); border-radius: 0;
+  vertical-align: .25em; }
 .controls { display: flex; flex-wrap: wrap; gap: 6px 14px; align-items: center; margin: .4rem 0; max-width: none; }
 .controls input[type=search] { font: inherit; padding: 4px 8px; width: 17em; max-width: 100%; color: inherit;
   background: var(--card); border: 1px solid var(--line); border-radius: 6px; }
@@ -308,10 +319,12 @@ polyline.hollow { stroke-dasharray: 3 3; }
 .filterable td:first-child { font-weight: 600; min-width: 9em; overflow-wrap: break-word; position: sticky; left: 0;
   background: var(--back); }
 td.number { text-align: right; white-space: nowrap; }
-th button { font: inherit; color: inherit; background: none; border: 0; padding: 0; text-align: left; cursor: pointer; }
+th.number { text-align: right; }
+th button { font: inherit; color: inherit; background: none; border: 0; padding: 0; text-align: inherit;
+  cursor: pointer; }
 th[aria-sort=ascending] button::after { content: " \\25B2"; }
 th[aria-sort=descending] button::after { content: " \\25BC"; }
-@media (max-width: 600px) { .filterable td:first-child { min-width: 9em; max-width: 10em; } }
+@media (max-width: 600px) { .filterable td:first-child { min-width: 9em; max-width: 10em; } .plot circle { r: 7px; } }
 tr[data-other] { color: var(--soft); }
 """
 

@@ -11,7 +11,7 @@ from deeplab_kernels._html import escape
 from .rows import Row
 
 WIDTH, HEIGHT = 640, 440
-LEFT, RIGHT, TOP, BOTTOM = 62, 16, 12, 48
+LEFT, RIGHT, TOP, BOTTOM = 76, 16, 12, 48
 TONES = 6  # colours of the style sheet
 
 
@@ -61,7 +61,7 @@ class LogAxes:
         middle = (TOP + HEIGHT - BOTTOM) / 2
         parts.append(
             f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{self.titles[0]}</text>'
-            f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{self.titles[1]}</text>'
+            f'<text transform="translate(18 {middle}) rotate(-90)" text-anchor="middle">{self.titles[1]}</text>'
         )
         return "".join(parts)
 
@@ -84,8 +84,39 @@ def _ticks(ends: tuple[float, float]) -> list[float]:
     return [value for value in found if ends[0] <= value <= ends[1]]
 
 
-def figure(title: str, axes: LogAxes, series: Sequence[Series], before: str = "") -> str:
-    """A plot with its title and legend. before: SVG under the marks."""
+@dataclass(frozen=True)
+class Limits:
+    """What the machine reached: copy bandwidth in GB/s, matrix products in GFLOP/s; 0 where not measured."""
+
+    copy: float
+    matrix: float
+
+    @property
+    def text(self) -> str:
+        parts = [f"copy, {self.copy:g} GB/s (slope)"] * bool(self.copy)
+        parts += [f"matrix product, {self.matrix:.0f} GFLOP/s (level)"] * bool(self.matrix)
+        return f"limits: {'; '.join(parts) or 'not measured'}"
+
+    def draw(self, axes: LogAxes) -> str:
+        left, right = axes.x_range
+        bottom, top = axes.y_range
+        lines = []
+        if self.copy:
+            start, end = max(left, bottom / self.copy), min(right, (self.matrix or top) / self.copy, top / self.copy)
+            if start < end:
+                lines.append((start, start * self.copy, end, end * self.copy))
+        if self.matrix:
+            start = min(max(left, self.matrix / self.copy if self.copy else left), right)
+            lines.append((start, self.matrix, right, self.matrix))
+        return "".join(
+            f'<line x1="{axes.x(x1):.1f}" y1="{axes.y(y1):.1f}" x2="{axes.x(x2):.1f}" y2="{axes.y(y2):.1f}" '
+            'class="ceiling"/>'
+            for x1, y1, x2, y2 in lines
+        )
+
+
+def figure(title: str, axes: LogAxes, series: Sequence[Series], note: str, limits: Limits | None = None) -> str:
+    """A plot with its title, its legend and a note below."""
     marks = []
     for one in series:
         places = [(axes.x(p.x), axes.y(p.y), p) for p in one.points]
@@ -96,14 +127,17 @@ def figure(title: str, axes: LogAxes, series: Sequence[Series], before: str = ""
             tip = f"<title>{escape(point.tip)}</title>"
             marks.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" class="{one.tone}">{tip}</circle>')
             if point.text:
-                beside, anchor = (x - 9, "end") if x > 0.7 * WIDTH else (x + 9, "start")
-                place = f'x="{beside:.1f}" y="{y + 4:.1f}" text-anchor="{anchor}"'
-                marks.append(f"<text {place}>{escape(point.text)}</text>")
-    legend = "".join(f'<li><i class="{one.tone}"></i>{escape(one.name)}</li>' for one in series)
+                anchor = "end" if x > 0.7 * WIDTH else "start"
+                place = f'x="{x:.1f}" y="{y + 22:.1f}" text-anchor="{anchor}"'
+                marks.append(f'<text {place} class="label">{escape(point.text)}</text>')
+    keys = [(one.tone, one.name) for one in series]
+    if limits:
+        keys.append(("rule", limits.text))
+    legend = "".join(f'<li><i class="{style}"></i>{escape(name)}</li>' for style, name in keys)
     return (
-        f'<figure class=plot><figcaption>{escape(title)}</figcaption><div class=scroll><svg viewBox="0 0 {WIDTH} '
-        f'{HEIGHT}" role="img" aria-label="{escape(title)}">{axes.draw()}{before}{"".join(marks)}</svg></div>'
-        f"<ul class=legend>{legend}</ul></figure>"
+        f'<figure class=plot><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(title)}">{axes.draw()}{limits.draw(axes) if limits else ""}{"".join(marks)}</svg>'
+        f"<ul class=legend>{legend}</ul><p>{escape(note)}</p></figure>"
     )
 
 
@@ -138,30 +172,12 @@ def roofline(rows: Sequence[Row]) -> str:
     xs = [point.x for point in points]
     ys = [point.y for point in points] + ([matrix] if matrix else [])
     axes = LogAxes(xs, ys, "arithmetic intensity, FLOP per byte", "achieved speed, GFLOP/s")
-    return figure("Roofline: speed against arithmetic intensity", axes, series, _ceilings(axes, copy, matrix))
-
-
-def _ceilings(axes: LogAxes, copy: float, matrix: float) -> str:
-    """The slope of the copy bandwidth (GB/s) and the level of the matrix products (GFLOP/s)."""
-    parts = []
-    left, right = axes.x_range
-    bottom, top = axes.y_range
-    if copy:
-        start, end = max(left, bottom / copy), min(right, (matrix or top) / copy, top / copy)
-        if start < end:
-            parts.append(
-                f'<line x1="{axes.x(start):.1f}" y1="{axes.y(start * copy):.1f}" x2="{axes.x(end):.1f}" '
-                f'y2="{axes.y(end * copy):.1f}" class="ceiling"/>'
-            )
-        parts.append(f'<text x="{LEFT + 8}" y="{TOP + 30}" class="strong">slope: copy, {copy:g} GB/s</text>')
-    if matrix:
-        y = axes.y(matrix)
-        start = min(max(left, matrix / copy if copy else left), right)
-        parts.append(f'<line x1="{axes.x(start):.1f}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="ceiling"/>')
-        parts.append(
-            f'<text x="{LEFT + 8}" y="{TOP + 14}" class="strong">level: matrix product, {matrix:.0f} GFLOP/s</text>'
-        )
-    return "".join(parts)
+    note = (
+        "Inputs read once and results written once, two FLOP a Multiply-Add. The limits were measured: a copy of a "
+        "tensor far larger than the caches, and the fastest fp32 matrix product. Tensors that fit in the caches may "
+        "lie above the slope."
+    )
+    return figure("Roofline: speed against arithmetic intensity", axes, series, note, Limits(copy, matrix))
 
 
 def latency(rows: Sequence[Row]) -> str:
@@ -200,4 +216,5 @@ def latency(rows: Sequence[Row]) -> str:
     xs, ys = [point.x for point in points], [point.y for point in points]
     axes = LogAxes(xs, ys, "Multiply-Adds of the call, billions", "latency, ms")
     title = "Table 5's networks in inference: latency against Multiply-Adds"
-    return figure(f"{title} ({setting.strip(',/ ')})", axes, series)
+    note = "The networks of the DeepLab v3+ paper's table 5 that were measured, in the faster layout of each contender."
+    return figure(f"{title} ({setting.strip(',/ ')})", axes, series, note)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 
 if TYPE_CHECKING:
-    from ..demo.report import Results
+    from ..demo.results import Results
 
 HELP = "train a small DeepLab v3+ on drawn scenes, segment unseen ones and photographs, and write a report"
 

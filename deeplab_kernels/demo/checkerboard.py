@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..models.upsampling import Upsampling
 from .pictures import probability, side_by_side
-from .report import Figure
+from .results import Figure
 
 FACTOR, STEPS = 2, 2
 PERIOD = FACTOR**STEPS  # of what the steps leave together, in pixels

@@ -26,7 +26,8 @@ from ..models.weights import save_weights_file
 from . import checkerboard, crf, speed
 from .photographs import Photograph, bundled
 from .pictures import mistakes, side_by_side
-from .report import Figure, Results, render
+from .report import render
+from .results import Figure, Results
 
 MODEL = "deeplabv3plus_small"
 _SHOWN_SCENES = 6

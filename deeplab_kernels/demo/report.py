@@ -4,125 +4,13 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from .._html import escape, page
+from .charts import loss_curve, trimap_curve
 from .crf import WIDTHS, Comparison
+from .results import Figure, Results, mean
 from .speed import SpeedRow
-
-
-@dataclass
-class Figure:
-    """A picture with its caption. png: the file's bytes."""
-
-    png: bytes
-    caption: str
-    alt: str
-
-
-@dataclass
-class Results:
-    """Everything that the report tells."""
-
-    command: str
-    seed: int
-    quick: bool
-    model: str
-    parameters: int
-    class_names: Sequence[str]
-    palette: Sequence[Sequence[int]]
-    train_scenes: int
-    crop: int
-    batch_size: int
-    planned_steps: int
-    scene_size: int
-    losses: Sequence[float] = ()
-    test_scenes: int = 0
-    iou: Sequence[float] = ()
-    mean_iou: float = math.nan
-    pixel_accuracy: float = math.nan
-    background_only: float = math.nan  # mIoU of calling every pixel background
-    scenes: list[Figure] = field(default_factory=list)
-    photographs: list[Figure] = field(default_factory=list)
-    annotations: list[Figure] = field(default_factory=list)  # coarse ones of photographs, refined
-    crf: Comparison | None = None
-    refined_scenes: list[Figure] = field(default_factory=list)
-    refined_photographs: list[Figure] = field(default_factory=list)
-    madds: list[Mapping[str, Any]] = field(default_factory=list)
-    model_madds: int = 0
-    upsampling: Figure | None = None  # the checkerboard
-    speed: list[SpeedRow] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    machine: Mapping[str, str] = field(default_factory=dict)
-
-    def summary(self) -> dict[str, Any]:
-        """The figures as plain values, for JSON."""
-        return {
-            "command": self.command,
-            "seed": self.seed,
-            "quick": self.quick,
-            "model": self.model,
-            "parameters": self.parameters,
-            "training": {
-                "scenes": self.train_scenes,
-                "steps": len(self.losses),
-                "planned_steps": self.planned_steps,
-                "batch_size": self.batch_size,
-                "crop": self.crop,
-                "final_loss": _mean(self.losses[-20:]),
-            },
-            "evaluation": {
-                "scenes": self.test_scenes,
-                "mean_iou": self.mean_iou,
-                "pixel_accuracy": self.pixel_accuracy,
-                "background_only_mean_iou": self.background_only,
-                "iou": {n: None if math.isnan(v) else v for n, v in zip(self.class_names, self.iou, strict=True)},
-            },
-            "crf": None if self.crf is None else _crf_summary(self.crf),
-            "madds": [dict(row) for row in self.madds],
-            "model_madds": self.model_madds,
-            "speed": [
-                {
-                    "layer": row.layer.name,
-                    "channels": row.layer.channels,
-                    "size": row.layer.size,
-                    "rate": row.layer.rate,
-                    "layout": row.layout,
-                    "task": row.task,
-                    "ours_ms": row.ours_ms,
-                    "torch_ms": row.torch_ms,
-                    "ratio": row.ratio,
-                    "relative_difference": row.error,
-                }
-                for row in self.speed
-            ],
-            "seconds": self.seconds,
-            "machine": dict(self.machine),
-        }
-
-
-def _crf_summary(comparison: Comparison) -> dict[str, Any]:
-    return {
-        "validation_scenes": comparison.validation_scenes,
-        "trimap_widths": list(WIDTHS),
-        "rows": [
-            {
-                "name": row.name,
-                "parameters": None if row.parameters is None else asdict(row.parameters),
-                "candidates": row.tried,
-                "validation_mean_iou": _or_none(row.validation),
-                "mean_iou": _or_none(row.mean_iou),
-                "trimap_mean_iou": [_or_none(value) for value in row.trimap],
-            }
-            for row in comparison.rows
-        ],
-    }
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 def render(results: Results) -> str:
@@ -251,7 +139,7 @@ def _crf(r: Results, comparison: Comparison) -> str:
         f"{comparison.validation_scenes} other scenes, drawn from a seed of their own; the figures are of the "
         f"{r.test_scenes} unseen scenes. b: mean IoU of the pixels within b of a boundary between true labels "
         "(trimap).</p>"
-        f"{_verdict(comparison)}{_table(head, rows)}{_trimap_curve(comparison)}"
+        f"{_verdict(comparison)}{_table(head, rows)}{trimap_curve(comparison)}"
         "<p>The first scenes, not the best ones. Once the labels, and once the probability of not being background."
         f"</p>{scenes}{_figures(r.refined_scenes)}{photographs}"
     )
@@ -278,73 +166,12 @@ def _points(difference: float) -> str:
     return "no value" if math.isnan(difference) else f"{100 * difference:+.1f} points"
 
 
-def _trimap_curve(comparison: Comparison) -> str:
-    """Mean IoU over the width of the band, one line for each row; the widths are evenly spaced."""
-    values = [v for row in comparison.rows for v in row.trimap if not math.isnan(v)]
-    if not values:
-        return ""
-    width, height, left, right, bottom = 720, 300, 44, 8, 30
-    low, high = math.floor(10 * min(values)) / 10, math.ceil(10 * max(values)) / 10
-    span = max(high - low, 0.1)
-
-    def place(index: int, value: float) -> tuple[float, float]:
-        x = left + index / (len(WIDTHS) - 1) * (width - left - right)
-        return x, 8 + (1 - (value - low) / span) * (height - bottom - 8)
-
-    parts = []
-    for k in range(round(10 * span) + 1):
-        y = place(0, low + k / 10)[1]
-        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{100 * low + 10 * k:.0f} %</text>')
-    for index, b in enumerate(WIDTHS):
-        anchor = "start" if index == 0 else "end" if index == len(WIDTHS) - 1 else "middle"
-        x = place(index, low)[0]
-        parts.append(f'<text x="{x:.1f}" y="{height - 10}" text-anchor="{anchor}">b = {b}</text>')
-    for number, row in enumerate(comparison.rows):
-        points = [place(i, v) for i, v in enumerate(row.trimap) if not math.isnan(v)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline points="{path}" class="line line{number}"/>')
-    legend = "".join(
-        f'<li><i class="key line{number}"></i>{escape(row.name)}</li>' for number, row in enumerate(comparison.rows)
-    )
-    picture = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="trimap mean IoU">{"".join(parts)}</svg>'
-    return f"{picture}<ul class=legend>{legend}</ul>"
-
-
 def _training(r: Results) -> str:
     steps = f"{len(r.losses)} steps" + (f" of {r.planned_steps} planned" if len(r.losses) < r.planned_steps else "")
     return (
         f"<p>{escape(r.model)}, {steps} of {r.batch_size} crops of {r.crop} &times; {r.crop} pixels from "
         f"{r.train_scenes} scenes, mirrored half of the time; SGD with momentum 0.9 and the poly learning rate; "
-        f"cross entropy.</p>{_curve(r.losses)}"
-    )
-
-
-def _curve(losses: Sequence[float]) -> str:
-    if len(losses) < 2:
-        return ""
-    width, height, left, bottom = 720, 220, 44, 28
-    window = max(1, len(losses) // 60)
-    smooth = [_mean(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
-    top = math.ceil(2 * max(losses)) / 2 or 1.0
-
-    def points(values: Sequence[float]) -> str:
-        x = [left + i / (len(values) - 1) * (width - left - 8) for i in range(len(values))]
-        return " ".join(
-            f"{a:.1f},{8 + (1 - v / top) * (height - bottom - 8):.1f}" for a, v in zip(x, values, strict=True)
-        )
-
-    ticks = "".join(
-        f'<line x1="{left}" x2="{width - 8}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>'
-        f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.2f}</text>'
-        for value, y in ((top * k / 4, 8 + (1 - k / 4) * (height - bottom - 8)) for k in range(5))
-    )
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="loss over steps">{ticks}'
-        f'<polyline points="{points(losses)}" class="faint"/><polyline points="{points(smooth)}" class="strong"/>'
-        f'<text x="{left}" y="{height - 8}">step 1</text>'
-        f'<text x="{width - 8}" y="{height - 8}" text-anchor="end">step {len(losses)}</text>'
-        f'<text x="{(left + width) / 2}" y="{height - 8}" text-anchor="middle">training loss</text></svg>'
+        f"cross entropy.</p>{loss_curve(r.losses)}"
     )
 
 
@@ -394,7 +221,7 @@ def _speed(r: Results) -> str:
     rows = [
         [
             escape(row.layer.name),
-            f"{row.layer.channels} &times; {row.layer.size} &times; {row.layer.size}",
+            f"<span class=whole>{row.layer.channels} &times; {row.layer.size} &times; {row.layer.size}</span>",
             row.layout,
             row.task,
             _milliseconds(row.ours_ms),
@@ -460,12 +287,8 @@ def _milliseconds(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
-
-
 def _geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(_mean([math.log(value) for value in values]))
+    return math.exp(mean([math.log(value) for value in values]))
 
 
 _STYLE = """
@@ -483,7 +306,8 @@ figcaption { margin-top: 4px; }
 .line4 { --tone: #3aa06a; }
 .legend .key { height: .25em; border: 0; vertical-align: .2em; background: var(--tone); }
 td small { white-space: nowrap; color: var(--soft); }
-.bar { display: block; width: 220px; height: 10px; margin-top: 8px; background: var(--line); border-radius: 5px; }
+.bar { display: block; width: min(220px, 36vw); height: 10px; margin-top: 8px; border-radius: 5px;
+  background: var(--line); }
 .bar i { display: block; height: 100%; background: var(--mark); border-radius: 5px; }
 .faint, .strong { fill: none; stroke: var(--mark); }
 .faint { opacity: .3; }
