@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import bench_atrous_separable
-import bench_models
 import depthwise
 import measure
+import networks
 import torch
 import torch.nn.functional as F
 from deeplab_kernels.models.heads.aspp import ASPP
@@ -69,11 +69,9 @@ def _ours(subject: str, what: str) -> nn.Module:
     raise ValueError(f"{subject} has no module of its own")
 
 
-def network_case(case: Case) -> bench_models.Case:
+def network_case(case: Case) -> networks.Case:
     c = case.computation
-    return bench_models.Case(
-        case.mode, c.output_stride, case.batch, size=c.size, decoder=c.decoder, separable=c.separable
-    )
+    return networks.Case(case.mode, c.output_stride, case.batch, size=c.size, decoder=c.decoder, separable=c.separable)
 
 
 def module(case: Case, ours: bool, dtype: torch.dtype | None = None) -> nn.Module:
@@ -83,12 +81,12 @@ def module(case: Case, ours: bool, dtype: torch.dtype | None = None) -> nn.Modul
     """
     training = case.mode == "training"
     if case.subject == "models":
-        made = bench_models.build(network_case(case), bench_models.OURS if ours else bench_models.EAGER)
+        made = networks.build(network_case(case), networks.OURS if ours else networks.EAGER)
     else:
         made = copy.deepcopy(_ours(case.subject, case.what)).train(training)
         if not ours:
             made = _plain(made).train(training)
-            made = made if training else bench_models.fold(made)
+            made = made if training else networks.fold(made)
     return in_dtype(made.requires_grad_(training), dtype or TORCH_DTYPES[case.dtype])
 
 
@@ -105,7 +103,7 @@ def in_dtype(made: nn.Module, dtype: torch.dtype) -> nn.Module:
 def _plain(made: nn.Module) -> nn.Module:
     if isinstance(made, Depthwise):
         return nn.Sequential(made.depthwise, made.norm, nn.ReLU())
-    return bench_models.to_plain(nn.Sequential(made))
+    return networks.to_plain(nn.Sequential(made))
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,7 @@ def check(case: Case, device: str) -> float:
         measure.CheckFailed: it is more than twice PyTorch's own error in the same dtype.
     """
     if case.subject == "models" and case.mode == "training":
-        return bench_models.check(network_case(case))  # in float64 on a small image
+        return networks.check(network_case(case))  # in float64 on a small image
     network = case.subject == "models"
     exact_dtype = torch.float32 if network or case.element_size == 2 else torch.float64
     few = inputs(case, 1 if case.mode == "inference" else 2)
