@@ -1,7 +1,9 @@
-// Chooses the instruction set and makes the plan; the kernels are in atrous_depthwise_kernels.h.
+// Chooses the instruction set, and by planes, pixel by pixel or row by row. Each has its own files of kernels, included
+// by those of the instruction sets (_portable, _avx2, _avx512).
 #include "atrous_depthwise.h"
 
 #include "atrous_depthwise_pixels_isa.h"
+#include "atrous_depthwise_planes_isa.h"
 #include "finite.h"
 #include "stored.h"
 
@@ -14,17 +16,24 @@ void with_depthwise(F&& f) {
   with_kernels<portable::Kernels<S>, avx2::Kernels<S>, avx512::Kernels<S>>(f);
 }
 
-// f(kernels) says whether training pixel by pixel serves.
-template <typename T, typename F>
-bool by_pixels(const DepthwiseShape& shape, F&& f) {
+// f(kernels) says whether these kernels, pixel by pixel or by planes, serve.
+template <template <typename> typename Portable, template <typename> typename Avx2, template <typename> typename Avx512,
+          typename T, typename F>
+bool served_by(F&& f) {
   bool served = false;
   if constexpr (sizeof(T) < sizeof(double)) {  // float64 is for checking gradients: it does without
     using S = typename Stored<T>::type;
-    if (shape.channels_last)
-      with_kernels<portable::PixelKernels<S>, avx2::PixelKernels<S>, avx512::PixelKernels<S>>(
-          [&](auto kernels) { served = f(kernels); });
+    with_kernels<Portable<S>, Avx2<S>, Avx512<S>>([&](auto kernels) { served = f(kernels); });
   }
   return served;
+}
+template <typename T, typename F>
+bool by_pixels(const DepthwiseShape& shape, F&& f) {
+  return shape.channels_last && served_by<portable::PixelKernels, avx2::PixelKernels, avx512::PixelKernels, T>(f);
+}
+template <typename T, typename F>
+bool by_planes(F&& f) {
+  return served_by<portable::PlaneKernels, avx2::PlaneKernels, avx512::PlaneKernels, T>(f);
 }
 
 template <typename T>
@@ -47,6 +56,9 @@ void backward(const DepthwiseShape& shape, const BackwardTensors<typename Stored
                    [&](auto kernels) { return kernels.backward(shape, tensors, norm, batch_statistics, parallel); }))
     return;
   auto run = [&](bool exact) {
+    if (!exact && !tensors.y &&
+        by_planes<T>([&](auto kernels) { return kernels.backward(shape, tensors, norm, batch_statistics, parallel); }))
+      return;
     const PlanBuilder builder = make_plan<T>(shape, Purpose::kBackward, exact);
     with_depthwise<T>(
         [&](auto kernels) { kernels.backward(builder.plan(), tensors, norm, batch_statistics, parallel); });
@@ -57,13 +69,25 @@ void backward(const DepthwiseShape& shape, const BackwardTensors<typename Stored
   if (!exact && grad_weight && !weights_finite(shape, grad_weight)) run(true);
 }
 
+// norm null: the convolution alone.
+template <typename T>
+void forward(const DepthwiseShape& shape, const T* x, const T* weight, const BatchNorm<acc_t<T>>* norm, T* out,
+             const Parallel& parallel) {
+  const bool exact = !weights_finite(shape, weight);
+  if (!exact && by_planes<T>([&](auto kernels) {
+        return kernels.forward(shape, stored(x), stored(weight), norm, stored(out), parallel);
+      }))
+    return;
+  const PlanBuilder builder = make_plan<T>(shape, Purpose::kInference, exact);
+  with_depthwise<T>(
+      [&](auto kernels) { kernels.forward(builder.plan(), stored(x), stored(weight), norm, stored(out), parallel); });
+}
+
 }  // namespace
 
 template <typename T>
 void atrous_depthwise_conv2d(const DepthwiseShape& shape, const T* x, const T* weight, T* y, const Parallel& parallel) {
-  const PlanBuilder builder = make_plan<T>(shape, Purpose::kInference, !weights_finite(shape, weight));
-  with_depthwise<T>(
-      [&](auto kernels) { kernels.forward(builder.plan(), stored(x), stored(weight), nullptr, stored(y), parallel); });
+  forward<T>(shape, x, weight, nullptr, y, parallel);
 }
 
 template <typename T>
@@ -80,10 +104,7 @@ void atrous_depthwise_bn_act_inference(const DepthwiseShape& shape, const T* x, 
                                        const NormParameters<acc_t<T>>& norm, const acc_t<T>* mean, const acc_t<T>* var,
                                        T* out, const Parallel& parallel) {
   const BatchNorm<acc_t<T>> batch_norm{norm.gamma, norm.beta, mean, var, norm.eps, norm.activation};
-  const PlanBuilder builder = make_plan<T>(shape, Purpose::kInference, !weights_finite(shape, weight));
-  with_depthwise<T>([&](auto kernels) {
-    kernels.forward(builder.plan(), stored(x), stored(weight), &batch_norm, stored(out), parallel);
-  });
+  forward<T>(shape, x, weight, &batch_norm, out, parallel);
 }
 
 template <typename T>
@@ -96,7 +117,13 @@ void atrous_depthwise_bn_act_training(const DepthwiseShape& shape, const T* x, c
                                 parallel);
       }))
     return;
-  const PlanBuilder builder = make_plan<T>(shape, Purpose::kTraining, !weights_finite(shape, weight));
+  const bool exact = !weights_finite(shape, weight);
+  if (!y && !exact && by_planes<T>([&](auto kernels) {
+        return kernels.training(shape, stored(x), stored(weight), batch_norm, stored(out), mean, var, pre_activation,
+                                parallel);
+      }))
+    return;
+  const PlanBuilder builder = make_plan<T>(shape, Purpose::kTraining, exact);
   with_depthwise<T>([&](auto kernels) {
     kernels.training(builder.plan(), stored(x), stored(weight), batch_norm, stored(out), stored(y), mean, var,
                      pre_activation, parallel);

@@ -37,7 +37,6 @@ class Pyramid : private Planes<T, kNhwc> {
   using Base::x_size_;
   using Base::y_planes_;
   using typename Base::Moments;
-  using typename Base::Range;
   using typename Base::V;
 
  public:
@@ -62,7 +61,7 @@ class Pyramid : private Planes<T, kNhwc> {
     const int64_t n = task / cut_.bands % s_.batch, b = task % cut_.bands;
     this->select(task / (cut_.bands * s_.batch));
     use(widest_);
-    const Range rows = this->band(b, s_.out_h);
+    const IndexRange rows = this->band(b, s_.out_h);
     const A* packed = this->pack_x(x, n, this->inputs_of(rows));
     if (sums) add_up(packed, rows, sums + (n * cut_.bands + b) * s_.channels);
     for (int64_t r = 0; r < shape_.count; ++r) {
@@ -162,7 +161,7 @@ class Pyramid : private Planes<T, kNhwc> {
   // All images, into planes; sums as in inference().
   void pack(const T* x, double* sums) {
     use(widest_);
-    const Range rows{0, s_.in_h};
+    const IndexRange rows{0, s_.in_h};
     for (int64_t n = 0; n < s_.batch; ++n) {
       const A* packed = this->pack_x(x, n, rows);
       if (sums) add_up(packed, rows, sums + n * s_.channels);
@@ -170,11 +169,11 @@ class Pyramid : private Planes<T, kNhwc> {
   }
 
   // packed: row 0 of the first plane.
-  void add_up(const A* packed, Range rows, double* sums) const {
+  void add_up(const A* packed, IndexRange rows, double* sums) const {
     const int64_t whole = (g_.in_vectors - 1) * L;
     const V tail = load(this->tail_);
     for (int64_t p = 0; p < active_; ++p) {
-      typename Base::template Sums<1> total;
+      LaneSums<A, kNhwc, 1> total;
       for (int64_t h = rows.begin; h < rows.end; ++h) {
         const A* row = packed + p * x_plane_ + h * g_.x_pitch + g_.x_begin;
         V sum[4] = {within(load(row + whole), tail)};
@@ -218,7 +217,7 @@ class Pyramid : private Planes<T, kNhwc> {
     const int64_t last = kNhwc || !kLast ? (g_.in_vectors - 1) * L : s_.in_w - L;
     const A* grad = this->grad_planes_ + n * size_ + g_.grad_begin - g_.grad_left;
     if (active_ == 1) this->load_flipped_weights(weight, 0);
-    this->tiles({0, s_.in_h}, g_.in_vectors, [&](auto rows_at_once, int64_t row, int64_t count, Range columns) {
+    this->tiles({0, s_.in_h}, g_.in_vectors, [&](auto rows_at_once, int64_t row, int64_t count, IndexRange columns) {
       constexpr int R = decltype(rows_at_once)::value;
       T* to = kLast ? grad_x + this->offset(n, row, s_.in_h, s_.in_w) : nullptr;
       for (int64_t p = 0; p < active_; ++p) {

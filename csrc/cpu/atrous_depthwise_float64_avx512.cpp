@@ -1,0 +1,3 @@
+#define DK_ISA avx512
+#define DK_FLOAT64
+#include "atrous_depthwise_kernels.h"

@@ -1,0 +1,2 @@
+#define DK_ISA avx512
+#include "atrous_depthwise_planes_kernels.h"

@@ -1,0 +1,2 @@
+#define DK_ISA portable
+#include "atrous_depthwise_planes_kernels.h"
