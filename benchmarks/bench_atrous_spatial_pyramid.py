@@ -31,10 +31,10 @@ import tables
 import timing_options
 import torch
 import torch.nn.functional as F
-from deeplab_kernels.models.heads.aspp import ASPP
 from torch import Tensor, nn
 
 from deeplab_kernels import ops
+from deeplab_kernels.models.heads.aspp import ASPP
 from deeplab_kernels.timing import interleaved, thread_clock
 
 FILE = "atrous_spatial_pyramid.json"

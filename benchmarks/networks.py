@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import measure
 import torch
 import torch.nn.functional as F
-from deeplab_kernels.models.layers import ConvNormAct
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from deeplab_kernels import models
+from deeplab_kernels.models.layers import ConvNormAct
 from deeplab_kernels.nn import AtrousSeparableConv2d
 
 OURS, EAGER, COMPILED = "ours", "eager", "compiled"

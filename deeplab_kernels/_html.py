@@ -48,7 +48,7 @@ th { color: var(--soft); font-weight: 600; }
 code { font: .88em ui-monospace, monospace; overflow-wrap: anywhere; }
 .faster { color: var(--good); }
 .slower { color: var(--bad); }
-svg { width: 100%; height: auto; font-size: 12px; fill: var(--soft); }
+svg { width: 100%; height: auto; margin-top: .6rem; font-size: 12px; fill: var(--soft); }
 .grid { stroke: var(--line); }
 .whole { white-space: nowrap; }
 @media (max-width: 600px) { svg { font-size: 20px; } }

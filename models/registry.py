@@ -26,6 +26,19 @@ def list_models() -> list[str]:
     return sorted(_BUILDERS)
 
 
+def checked_name(name: str, argument: str = "name") -> str:
+    """``name``, one of :func:`list_models`.
+
+    Raises:
+        ValueError: it is none of them; the message calls it ``argument``, and gives close ones.
+    """
+    if isinstance(name, str) and name in _BUILDERS:
+        return name
+    close = difflib.get_close_matches(str(name), _BUILDERS, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {', '.join(list_models())}"
+    raise ValueError(f"{argument} must be the name of a model, got {name!r}; {hint}")
+
+
 def build(
     name: str,
     num_classes: int = 21,
@@ -53,11 +66,7 @@ def build(
         ValueError: unknown name (the message gives close ones), or a value that is not allowed.
         TypeError: an option that the model does not have, or a value of the wrong type.
     """
-    builder = _BUILDERS.get(name) if isinstance(name, str) else None
-    if builder is None:
-        close = difflib.get_close_matches(str(name), _BUILDERS, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {', '.join(list_models())}"
-        raise ValueError(f"name must be the name of a model, got {name!r}; {hint}")
+    builder = _BUILDERS[checked_name(name)]
     if not isinstance(num_classes, int) or isinstance(num_classes, bool):
         raise TypeError(f"num_classes must be an int, got {num_classes!r}")
     if num_classes < 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from deeplab_kernels.models import build
 from deeplab_kernels.models.data import CLASS_NAMES, PALETTE
 from deeplab_kernels.models.weights import save_weights_file

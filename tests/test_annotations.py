@@ -6,8 +6,9 @@ import io
 
 import numpy as np
 from _refine import coarse_labels, save_palette
-from deeplab_kernels.models.data import LabelMap, read_annotation, voc_palette
 from PIL import Image
+
+from deeplab_kernels.models.data import LabelMap, read_annotation, voc_palette
 
 
 def test_palette_grey_bit_and_numpy_label_maps(tmp_path):

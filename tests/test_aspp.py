@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from _cases import LAYOUTS
-from deeplab_kernels.models.heads.aspp import ASPP
 from torch import Tensor, nn
 
 from deeplab_kernels import ops
+from deeplab_kernels.models.heads.aspp import ASPP
 from deeplab_kernels.nn import AtrousSeparableConv2d, AtrousSpatialPyramid
 
 CHANNELS = 64

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from _commands import small_weights
-from deeplab_kernels.models.data import CLASS_NAMES, SceneDataset
-from deeplab_kernels.models.segmenter import Segmenter
 from PIL import Image
 from torch import nn
 
 from deeplab_kernels import cli
+from deeplab_kernels.models.data import CLASS_NAMES, SceneDataset
+from deeplab_kernels.models.segmenter import Segmenter
 
 RGB = SceneDataset(1, (40, 56), seed=3)[0].image
 

@@ -69,7 +69,10 @@ def test_wrong_arguments_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2
-    assert "usage: deeplab_kernels" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert captured.err.startswith("deeplab_kernels: error: ")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from deeplab_kernels.models.crf_stage import DEEPLAB_CRF, DenseCRFStage, with_crf
-from deeplab_kernels.models.system import IMAGENET
 from torch import Tensor, nn
 
 from deeplab_kernels import models
+from deeplab_kernels.models.crf_stage import DEEPLAB_CRF, DenseCRFStage, with_crf
+from deeplab_kernels.models.system import IMAGENET
 from deeplab_kernels.nn import DenseCRF
 
 

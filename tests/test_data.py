@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
+from deeplab_kernels.errors import UserError
 from deeplab_kernels.models.data import (
     CLASS_NAMES,
     IGNORE,
@@ -21,9 +24,6 @@ from deeplab_kernels.models.data import (
     voc_palette,
     write_generated_dataset,
 )
-from PIL import Image
-
-from deeplab_kernels.errors import UserError
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from deeplab_kernels.models.data import IGNORE, Augmentation, Scene, SceneDataset, transforms
 from torch.nn import functional as F
+
+from deeplab_kernels.models.data import IGNORE, Augmentation, Scene, SceneDataset, transforms
 
 kornia = pytest.importorskip("kornia", reason="extra: train")
 

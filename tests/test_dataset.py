@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from deeplab_kernels.models.data import PascalVOC, add_sbd, generated_dataset, write_generated_dataset
 from PIL import Image
 
 from deeplab_kernels import cli
 from deeplab_kernels.errors import UserError
+from deeplab_kernels.models.data import PascalVOC, add_sbd, generated_dataset, write_generated_dataset
 
 
 def test_write_and_check(tmp_path, capsys):

@@ -6,13 +6,13 @@ import pytest
 import torch
 from _models import randomise, relative_error
 from _systems import check_any_size, check_compile, check_training
-from deeplab_kernels.models.deeplabv2 import ASPP_L, ASPP_S
-from deeplab_kernels.models.layers import resize_bilinear
-from deeplab_kernels.models.multi_scale import max_over_scales, scaled_size, score_maps
 from torch import nn
 from torch.nn import functional as F
 
 from deeplab_kernels import models
+from deeplab_kernels.models.deeplabv2 import ASPP_L, ASPP_S
+from deeplab_kernels.models.layers import resize_bilinear
+from deeplab_kernels.models.multi_scale import max_over_scales, scaled_size, score_maps
 
 
 def small(**options: object) -> nn.Module:

@@ -10,11 +10,11 @@ import torch
 from _models import copy_aspp, copy_backbone, copy_parameters, randomise, relative_error
 from _peers import peer
 from _systems import check_training
-from deeplab_kernels.models.layers import ConvNormAct, resize_bilinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deeplab_kernels import models
+from deeplab_kernels.models.layers import ConvNormAct, resize_bilinear
 from deeplab_kernels.nn import AtrousSeparableConv2d
 
 

@@ -10,13 +10,13 @@ import torch
 from _models import assert_same_gradients, copy_aspp, copy_backbone, copy_parameters, randomise, relative_error
 from _peers import peer
 from _systems import check_training
-from deeplab_kernels.models.heads import ASPP
-from deeplab_kernels.models.layers import ConvNormAct
 from torch import nn
 from torch.export import Dim
 from torch.nn import functional as F
 
 from deeplab_kernels import models
+from deeplab_kernels.models.heads import ASPP
+from deeplab_kernels.models.layers import ConvNormAct
 from deeplab_kernels.nn import AtrousSeparableConv2d
 
 

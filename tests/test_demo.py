@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 from _html_page import Page, check_self_contained
-from deeplab_kernels.models import Segmenter
-from deeplab_kernels.models.data import Scene
 from PIL import Image
 
 from deeplab_kernels import cli
 from deeplab_kernels.demo import crf, main_job, photographs, report, speed
 from deeplab_kernels.demo.pictures import mistakes, probability, side_by_side
 from deeplab_kernels.errors import UserError
+from deeplab_kernels.models import Segmenter
+from deeplab_kernels.models.data import Scene
 
 
 def test_quick_demo(tmp_path, capsys):
@@ -28,7 +28,9 @@ def test_quick_demo(tmp_path, capsys):
     Image.new("LA", (30, 9), (200, 128)).save(photo)
     out = tmp_path / "demo"
     threads = torch.get_num_threads()
-    arguments = ["demo", "--quick", "--output", out, "--seed", 3, "--steps", 3, "--photo", photo]
+    # The time limit is not what this test is about: a busy machine must not shorten its training.
+    limits = ["--steps", 3, "--time-limit", 600]
+    arguments = ["demo", "--quick", "--output", out, "--seed", 3, *limits, "--photo", photo]
     assert cli.main([str(a) for a in arguments]) == 0
     assert torch.get_num_threads() == threads
     printed = capsys.readouterr().out
@@ -107,6 +109,13 @@ def test_wrong_options(arguments, message, capsys):
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_a_photograph_that_is_none_is_refused_before_the_training(tmp_path, capsys):
+    (tmp_path / "photo.jpg").write_text("no image")
+    assert cli.main(["demo", "--photo", str(tmp_path / "photo.jpg"), "--output", str(tmp_path / "demo")]) == 2
+    assert "photo.jpg: not an image" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
 
 
 def test_output_that_is_a_file(tmp_path):

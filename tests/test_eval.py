@@ -12,6 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from _commands import check_not_imported, check_refusals, small_weights
+from PIL import Image
+
+from deeplab_kernels import cli
+from deeplab_kernels.commands import eval as eval_command
 from deeplab_kernels.models.data import (
     CLASS_NAMES,
     IGNORE,
@@ -25,10 +29,6 @@ from deeplab_kernels.models.evaluation.pictures import WorstImages, boundary_pic
 from deeplab_kernels.models.inference import PAPER_SCALES, Inference
 from deeplab_kernels.models.refinement import CRFParameters
 from deeplab_kernels.models.weights import build_from_file
-from PIL import Image
-
-from deeplab_kernels import cli
-from deeplab_kernels.commands import eval as eval_command
 
 DATA = "generated:length=3,size=49"
 
@@ -152,7 +152,7 @@ def test_errors_are_one_line_with_exit_code_2(weights, tmp_path, capsys):
         ([*good, "--save-predictions"], "--save-predictions needs --output"),
         ([*good, "-o", tmp_path / "file"], "not a folder"),
         ([*good, "-o", tmp_path / "file" / "below"], "not a folder"),
-        ([*good, "--device", "abacus"], "--device abacus"),
+        ([*good, "--device", "abacus"], "--device must be cpu, cuda or cuda:N, got"),
     ]
     check_refusals(run_eval, cases, capsys)
 

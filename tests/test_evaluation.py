@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from _peers import peer
+from torch import nn
+
 from deeplab_kernels.models.data import IGNORE, Scene, SceneDataset
 from deeplab_kernels.models.evaluation import ConfusionMatrix, TrimapCurve, boundary_distance, evaluate, trimap_miou
 from deeplab_kernels.models.inference import Inference
 from deeplab_kernels.models.refinement import CRFParameters
-from torch import nn
 
 
 @pytest.mark.parametrize("classes", [1, 2, 7, 21])

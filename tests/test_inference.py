@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 from _models import randomise
+from torch import nn
+from torch.nn import functional as F
+
 from deeplab_kernels.models import build
 from deeplab_kernels.models.crf_stage import with_crf
 from deeplab_kernels.models.data import SceneDataset, to_input
@@ -13,8 +16,6 @@ from deeplab_kernels.models.inference import PAPER_SCALES, Inference, predict_la
 from deeplab_kernels.models.madds import PAPER_SCALED_SIZES
 from deeplab_kernels.models.refinement import CRFParameters, energy_of_scores, refine
 from deeplab_kernels.models.system import IMAGENET, Normalization
-from torch import nn
-from torch.nn import functional as F
 
 IMAGE = SceneDataset(1, (50, 67), seed=4)[0].image
 NOISE = np.random.default_rng(0).integers(0, 256, (150, 101, 3)).astype(np.uint8)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from deeplab_kernels.models.data import IGNORE
 from deeplab_kernels.models.losses import CrossEntropy, segmentation_loss
-from torch.nn import functional as F
 
 K = 4
 

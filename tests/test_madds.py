@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from deeplab_kernels.models.madds import PAPER_SCALED_SIZES
 from torch import nn
 
 from deeplab_kernels import models
 from deeplab_kernels.cli import main
+from deeplab_kernels.models.madds import PAPER_SCALED_SIZES
 from deeplab_kernels.nn import AtrousSeparableConv2d
 
 # (eval output stride, decoder, SC): billions in the paper and by independent arithmetic: recomputed, true, then six
@@ -219,9 +219,9 @@ def test_command_for_one_model(capsys: pytest.CaptureFixture[str]) -> None:
         (["--size", "65"], "--size needs --model"),
         (["--model", "deeplabv3plus_smal"], "did you mean 'deeplabv3plus_small'"),
         (["--model", "deeplabv3plus_small", "--size", "1", "2", "3"], "--size takes one number or two"),
-        (["--model", "deeplabv3plus_small", "--size", "0"], "input_size must be a positive int"),
+        (["--model", "deeplabv3plus_small", "--size", "0"], "--size must be at least 1, got 0"),
+        (["--model", "deeplabv3plus_small", "--num-classes", "0"], "--num-classes must be at least 1, got 0"),
         (["--model", "deeplabv3plus_small", "--output-stride", "4"], "output_stride must be 8, 16 or 32, got 4"),
-        (["--model", "deeplabv3plus_small", "--num-classes", "0"], "num_classes must be at least 1, got 0"),
     ],
 )
 def test_command_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,11 +7,11 @@ import torch
 from _backbones import backward_of_equals, check_dense_features
 from _models import assert_same_gradients, copy_parameters, randomise, relative_error
 from _peers import peer
-from deeplab_kernels.models.backbones import MobileNetV2
-from deeplab_kernels.models.backbones.mobilenetv2 import divisible
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deeplab_kernels.models.backbones import MobileNetV2
+from deeplab_kernels.models.backbones.mobilenetv2 import divisible
 from deeplab_kernels.nn import AtrousSeparableConv2d
 
 EPS = {"eps": 1e-5}  # of the ports; the official code has 1e-3

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from _commands import check_refusals
 from _refine import coarse_labels, save_palette, two_halves
-from deeplab_kernels.models import refinement
-from deeplab_kernels.models.data import voc_palette
 from PIL import Image
 
 from deeplab_kernels import cli
 from deeplab_kernels.commands import refine as refine_command
 from deeplab_kernels.commands.refine import comparison, resize_labels
+from deeplab_kernels.models import refinement
+from deeplab_kernels.models.data import voc_palette
 
 
 def test_resize_labels_takes_the_nearest_centre():
@@ -294,7 +294,7 @@ def test_other_errors_are_one_line_with_exit_code_2(photo, labels, tmp_path, cap
         ([photo, scores, "--confidence", "0.9"], "--confidence is for label maps"),
         ([photo, scores, "--keep-void"], "--keep-void is for label maps"),
         ([photo, coarse, "--palette", coarse], "has no palette"),
-        ([photo, coarse, "--device", "abacus"], "--device abacus"),
+        ([photo, coarse, "--device", "abacus"], "--device must be cpu, cuda or cuda:N, got"),
     ]
     monkeypatch.chdir(tmp_path)
     check_refusals(run, cases, capsys)

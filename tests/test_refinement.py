@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from _refine import two_halves
-from deeplab_kernels.models import refinement
-from deeplab_kernels.models.refinement import CRFParameters, energy_of_labels, energy_of_scores, refine
 
 from deeplab_kernels import cli
 from deeplab_kernels.errors import UserError
+from deeplab_kernels.models import refinement
+from deeplab_kernels.models.refinement import CRFParameters, energy_of_labels, energy_of_scores, refine
 
 
 def mean_field(image: np.ndarray, energy: np.ndarray, p: CRFParameters) -> np.ndarray:

@@ -7,9 +7,10 @@ import torch
 from _backbones import backward_of_equals, check_dense_features
 from _models import copy_parameters, randomise, relative_error
 from _peers import peer
+from torch import nn
+
 from deeplab_kernels.models.backbones import ResNet, resnet18, resnet50, resnet101, resnet_small
 from deeplab_kernels.models.backbones.resnet import BasicBlock, Bottleneck
-from torch import nn
 
 TINY = {"units": (2, 2, 3, 3), "width": 4}
 DILATION = {32: (False, False, False), 16: (False, False, True), 8: (False, True, True)}

@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from deeplab_kernels.errors import UserError
 from deeplab_kernels.models.data import (
     CLASS_NAMES,
     PALETTE,
@@ -15,9 +18,6 @@ from deeplab_kernels.models.data import (
     to_input,
     to_rgb,
 )
-from PIL import Image
-
-from deeplab_kernels.errors import UserError
 
 
 def test_a_scene_depends_on_seed_and_index_alone():

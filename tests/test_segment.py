@@ -14,6 +14,12 @@ import numpy as np
 import pytest
 import torch
 from _commands import SMALL, check_not_imported, check_refusals, small_weights
+from PIL import Image
+from torch import nn
+
+from deeplab_kernels import cli
+from deeplab_kernels.commands import segment as segment_command
+from deeplab_kernels.errors import UserError
 from deeplab_kernels.models import build
 from deeplab_kernels.models import segmenter as segmenter_module
 from deeplab_kernels.models.data import CLASS_NAMES, SceneDataset
@@ -22,12 +28,6 @@ from deeplab_kernels.models.segmenter import Segmenter, colourise, overlay
 from deeplab_kernels.models.weights import LoadReport
 from deeplab_kernels.models.weights.adopt import Adopted, check_complete
 from deeplab_kernels.models.weights.sources import Known
-from PIL import Image
-from torch import nn
-
-from deeplab_kernels import cli
-from deeplab_kernels.commands import segment as segment_command
-from deeplab_kernels.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,7 @@ def test_command_errors_are_one_line_with_exit_code_2(photo, weights, tmp_path, 
         ([photo, "--weights", weights, "-o", tmp_path / "x.jpg"], "--output must be a .png"),
         ([photo, "--weights", weights, "-o", tmp_path / "no" / "x.png"], "there is no folder"),
         ([photo, "--weights", weights, "--max-side", "0"], "--max-side"),
-        ([photo, "--weights", weights, "--device", "abacus"], "--device abacus"),
+        ([photo, "--weights", weights, "--device", "abacus"], "--device must be cpu, cuda or cuda:N, got 'abacus'"),
         ([photo, "--weights", weights, "--crf-iterations", "5"], "--crf-iterations needs --crf"),
         ([photo, "--weights", weights, "--crf", "--crf-iterations", "0"], "--crf-iterations must be at least 1"),
         ([photo, "--weights", weights, "--crf", "--crf-color-sigma", "nan"], "--crf-color-sigma must be finite"),

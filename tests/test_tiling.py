@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from deeplab_kernels.models.tiling import windows
 
 

@@ -8,6 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from deeplab_kernels.models.data import Scene, SceneDataset
 from deeplab_kernels.models.training import (
     TrainingConfig,
@@ -17,7 +19,6 @@ from deeplab_kernels.models.training import (
     train,
     trainer,
 )
-from torch import nn
 
 
 def small_net() -> nn.Module:

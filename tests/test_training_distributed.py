@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch import nn
+
 from deeplab_kernels.models import build
 from deeplab_kernels.models.data import SceneDataset
 from deeplab_kernels.models.training import Trainer, TrainingConfig
 from deeplab_kernels.models.training.distributed import SyncBatchNorm2d, process_group, synchronised_batch_norm
-from torch import nn
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 

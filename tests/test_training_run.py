@@ -17,15 +17,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+
+from deeplab_kernels import cli
+from deeplab_kernels.commands import train as command
 from deeplab_kernels.models import Segmenter, build
 from deeplab_kernels.models.data import IGNORE, SceneDataset, write_generated_dataset
 from deeplab_kernels.models.training import Stage, Trainer, TrainingConfig, checkpoint, run, settings
 from deeplab_kernels.models.training.logs import COLUMNS, Log
 from deeplab_kernels.models.weights import build_from_file
-from PIL import Image
-
-from deeplab_kernels import cli
-from deeplab_kernels.commands import train as command
 
 TINY = {
     "data": "generated:length=4,size=40",
@@ -279,6 +279,10 @@ def test_resume_needs_only_the_folder(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["steps_of_this_call"] == 0
 
 
+def test_resume_of_no_run(tmp_path, capsys):
+    fails(["train", "--resume", "--output", str(tmp_path)], "--resume: there is no", capsys)
+
+
 def test_a_failing_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     trainer = Trainer(build("deeplabv3plus_small", 7), SceneDataset(2, 40), TrainingConfig(steps=2, crop=33))
     path = tmp_path / "checkpoint.pt"
@@ -340,7 +344,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_old_checkpoint(tmp_path, capsys
         ({"batch_size": 1}, "at least 2 images in a batch, got 1"),
         ({"class_weights": "[1, 2]"}, "one value for each of the 7 classes, got 2"),
         ({"learning_rate": 1e30}, r"the loss is (nan|inf) at step \d: lower the learning rate"),
-        ({"device": "abacus"}, "--device abacus: "),
+        ({"device": "abacus"}, "--device must be cpu, cuda or cuda:N, got"),
         ({"workers": -1}, "workers must not be negative, got -1"),
         ({"init": "nowhere.pt"}, "nowhere.pt"),
         ({"head_multiplier": 0}, "head_multiplier must be positive, got 0.0"),

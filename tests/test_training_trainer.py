@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
+from deeplab_kernels.errors import UserError
 from deeplab_kernels.models import build
 from deeplab_kernels.models.data import IGNORE, Scene, SceneDataset
 from deeplab_kernels.models.system import SegmentationModel
@@ -25,9 +28,6 @@ from deeplab_kernels.models.training import (
     samples,
     train,
 )
-from torch import nn
-
-from deeplab_kernels.errors import UserError
 
 BASE = TrainingConfig(steps=6, batch_size=2, crop=17, learning_rate=0.05, warmup_steps=2)
 

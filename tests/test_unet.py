@@ -7,11 +7,11 @@ import torch
 from _models import copy_parameters, randomise, relative_error
 from _peers import peer
 from _systems import check_any_size, check_compile, check_output_stride, check_training
-from deeplab_kernels.models.upsampling import MODES
 from torch import nn
 from torch.nn import functional as F
 
 from deeplab_kernels import models
+from deeplab_kernels.models.upsampling import MODES
 
 
 def small(**options: object) -> nn.Module:

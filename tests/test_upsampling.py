@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from _models import relative_error
-from deeplab_kernels.models.upsampling import MODES, BilinearDeconvolution, Upsampling, resize_centred
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from deeplab_kernels.models.upsampling import MODES, BilinearDeconvolution, Upsampling, resize_centred
 
 
 def identity(mode: str, factor: int = 2) -> Upsampling:

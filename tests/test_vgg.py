@@ -8,10 +8,11 @@ import pytest
 import torch
 from _models import randomise, relative_error
 from _peers import peer
-from deeplab_kernels.models.backbones import VGG, vgg16, vgg16_bn, vgg_small
-from deeplab_kernels.models.backbones.vgg import classifier_convolutions
 from torch import nn
 from torch.nn import functional as F
+
+from deeplab_kernels.models.backbones import VGG, vgg16, vgg16_bn, vgg_small
+from deeplab_kernels.models.backbones.vgg import classifier_convolutions
 
 
 @pytest.mark.parametrize("norm", [False, True])

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from _commands import small_weights
-from deeplab_kernels.models.data.video import Frame, VideoWriter, read_video
-from deeplab_kernels.models.segmenter import Segmenter
 from PIL import Image
 
 from deeplab_kernels import cli
 from deeplab_kernels.errors import UserError
+from deeplab_kernels.models.data.video import Frame, VideoWriter, read_video
+from deeplab_kernels.models.segmenter import Segmenter
 
 av = pytest.importorskip("av")
 

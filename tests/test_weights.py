@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from deeplab_kernels.models import build, known_weights, list_models, load_weights
-from deeplab_kernels.models.crf_stage import with_crf
-from deeplab_kernels.models.system import IMAGENET, SYMMETRIC
-from deeplab_kernels.models.weights import load, origins, save_weights_file
 from torch import nn
 
 from deeplab_kernels import cli
 from deeplab_kernels.errors import UserError
+from deeplab_kernels.models import build, known_weights, list_models, load_weights
+from deeplab_kernels.models.crf_stage import with_crf
+from deeplab_kernels.models.system import IMAGENET, SYMMETRIC
+from deeplab_kernels.models.weights import load, origins, save_weights_file
 from deeplab_kernels.nn import DenseCRF
 
 NAME = "deeplabv3plus_small"

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 from _peers import peer
+from torch import nn
+
+from deeplab_kernels import cli
 from deeplab_kernels.models import build, list_models
 from deeplab_kernels.models.segmenter import Segmenter
 from deeplab_kernels.models.system import IMAGENET, SYMMETRIC
@@ -15,9 +18,6 @@ from deeplab_kernels.models.weights import build_from_file, read_weights_file
 from deeplab_kernels.models.weights.adopt import _suggestion
 from deeplab_kernels.models.weights.load import LAYOUTS
 from deeplab_kernels.models.weights.sources import Loaded
-from torch import nn
-
-from deeplab_kernels import cli
 
 NAME = "deeplabv3plus_small"
 
@@ -94,7 +94,7 @@ def test_own_weights(own, tmp_path, capsys) -> None:
     ("arguments", "message"),
     [
         ((), "its names do not tell the model; give it (--model)"),
-        (("--model", "deeplabv9"), "name must be the name of a model"),
+        (("--model", "deeplabv9"), "--model must be the name of a model"),
         (("--model", NAME, "--num-classes", 5), "the weights are for 3 classes, the model has 5"),
         (("--model", NAME, "--class-names", "voc"), "the weights are for 3 classes, the model has 21"),
         (("--model", NAME, "--class-names", "voc", "--num-classes", 5), "has 21 names, --num-classes is 5"),

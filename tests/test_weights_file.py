@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
+from deeplab_kernels.errors import UserError
 from deeplab_kernels.models import build
 from deeplab_kernels.models.data import CLASS_NAMES, PALETTE
 from deeplab_kernels.models.system import IMAGENET, SYMMETRIC, Normalization
 from deeplab_kernels.models.weights import build_from_file, read_weights_file, save_weights_file
-from torch import nn
-
-from deeplab_kernels.errors import UserError
 
 NAME = "deeplabv3plus_small"
 CLASSES = {"name": NAME, "class_names": CLASS_NAMES, "palette": PALETTE}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from _peers import peer
 from _weights import assert_same_function, random_twin
+
 from deeplab_kernels.models import build, load_weights
 from deeplab_kernels.models.pspnet import SMP_OPTIONS
 from deeplab_kernels.models.system import IMAGENET

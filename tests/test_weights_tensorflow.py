@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from _peers import peer
-from deeplab_kernels.models import build, load_weights
-from deeplab_kernels.models.system import SYMMETRIC
-from deeplab_kernels.models.weights.file import norm_eps
 from torch import nn
 
 from deeplab_kernels.errors import UserError
+from deeplab_kernels.models import build, load_weights
+from deeplab_kernels.models.system import SYMMETRIC
+from deeplab_kernels.models.weights.file import norm_eps
 
 TABLE = Path(__file__).parent / "data" / "tensorflow_deeplab_layers.txt"
 NORM = ("gamma", "beta", "moving_mean", "moving_variance")

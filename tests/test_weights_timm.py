@@ -7,6 +7,7 @@ import torch
 from _models import relative_error
 from _peers import peer
 from _weights import random_twin
+
 from deeplab_kernels.models import build, load_weights
 from deeplab_kernels.models.system import SYMMETRIC
 

@@ -11,10 +11,10 @@ import torch
 from _backbones import backward_of_equals
 from _models import randomise, relative_error
 from _peers import peer
-from deeplab_kernels.models.backbones import Xception, xception41, xception65, xception71, xception_small
-from deeplab_kernels.models.backbones.xception import BlockConfig
 from torch import Tensor, nn
 
+from deeplab_kernels.models.backbones import Xception, xception41, xception65, xception71, xception_small
+from deeplab_kernels.models.backbones.xception import BlockConfig
 from deeplab_kernels.nn import AtrousSeparableConv2d
 
 BUILDERS = {"xception41": xception41, "xception65": xception65, "xception71": xception71}

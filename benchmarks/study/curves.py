@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from deeplab_kernels.models.evaluation import PAPER_WIDTHS
 
 from .experiments import NETWORKS

@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from deeplab_kernels import models
+from deeplab_kernels._files import written_whole
+from deeplab_kernels.demo import crf
+from deeplab_kernels.demo.speed import keep_freed_memory
 from deeplab_kernels.models.data import Scene, SceneDataset
 from deeplab_kernels.models.evaluation import PAPER_WIDTHS, evaluate
 from deeplab_kernels.models.inference import Inference, predict_scores
 from deeplab_kernels.models.refinement import CRFParameters, energy_of_scores
 from deeplab_kernels.models.system import SegmentationModel
 from deeplab_kernels.models.training import TrainingConfig, start_near_identity, train
-
-from deeplab_kernels import models
-from deeplab_kernels._files import written_whole
-from deeplab_kernels.demo import crf
-from deeplab_kernels.demo.speed import keep_freed_memory
 
 from .experiments import NETWORKS, Job, Settings
 

@@ -14,10 +14,10 @@ import measure
 import networks
 import torch
 import torch.nn.functional as F
-from deeplab_kernels.models.heads.aspp import ASPP
 from torch import Tensor, nn
 
 from deeplab_kernels import models
+from deeplab_kernels.models.heads.aspp import ASPP
 from deeplab_kernels.nn._halves import conv_norm_act
 
 from .cases import Case

@@ -49,6 +49,13 @@ def check(args: argparse.Namespace) -> None:
     scales(args)
 
 
+def model(args: argparse.Namespace) -> str | None:
+    """The name that --model gives, if any."""
+    from ..models.registry import checked_name
+
+    return None if args.model is None else checked_name(args.model, "--model")
+
+
 def scales(args: argparse.Namespace) -> tuple[float, ...]:
     if args.scales is None:
         return (1.0,)

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="of the model, such as output_stride=8 (may be repeated; the value in JSON)",
     )
-    parser.add_argument("--origin", help="the library, where the names of the tensors do not tell it")
+    parser.add_argument("--origin", metavar="NAME", help="the library, where the names of the tensors do not tell it")
     parser.add_argument("--skip-classifier", action="store_true", help="take everything but the last layer")
     parser.add_argument("--sha256", metavar="HEX", help="checksum of the file, or its beginning")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="of downloads (default: torch.hub's)")
@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--num-classes must be at least 1, got {args.num_classes}")
 
     from ..models.data.classes import named_classes
+    from ..models.registry import checked_name
     from ..models.weights import known_weights, save_weights_file
     from ..models.weights.adopt import adopt, class_names_of
 
@@ -59,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     names = named_classes(classes)[0] if classes else ()
     if names and args.num_classes not in (None, len(names)):
         raise UserError(f"--class-names has {len(names)} names, --num-classes is {args.num_classes}")
+    if args.model is not None:
+        checked_name(args.model, "--model")
     adopted = adopt(
         args.source,
         args.model,

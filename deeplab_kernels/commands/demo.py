@@ -17,8 +17,12 @@ HELP = "train a small DeepLab v3+ on drawn scenes, segment unseen ones and photo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder to write into (default: demo)")
-    parser.add_argument("--seed", type=int, default=0, help="of the scenes, the weights and the crops (default: 0)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo"), metavar="DIR", help="folder to write into (default: demo)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the scenes, the weights and the crops (default: 0)"
+    )
     parser.add_argument("--quick", action="store_true", help="only check that every part runs; the figures mean little")
     parser.add_argument("--steps", type=int, metavar="N", help="training steps instead of the default")
     parser.add_argument(

@@ -140,7 +140,7 @@ def _model(args: argparse.Namespace, class_names: Sequence[str]) -> Any:
     from ..models.weights.adopt import adopt, check_complete
     from .segment import device
 
-    adopted = adopt(args.weights, args.model)
+    adopted = adopt(args.weights, _inference_options.model(args))
     check_complete(adopted)
     if adopted.model.num_classes != len(class_names):
         raise UserError(

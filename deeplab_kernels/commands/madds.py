@@ -15,12 +15,14 @@ HELP = "print the Multiply-Adds of DeepLab v3+ beside the paper's, or those of o
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print a JSON list; counts are multiply-adds, not billions")
     parser.add_argument("--per-layer", action="store_true", help="also list every convolution at one scale")
-    parser.add_argument("--model", help="count this model instead of the paper's table (its name, see models.build)")
+    parser.add_argument(
+        "--model", metavar="NAME", help="count this model instead of the paper's table (its name, see models.build)"
+    )
     parser.add_argument(
         "--size", type=int, nargs="+", metavar="N", help="with --model: height and width (default: 513)"
     )
-    parser.add_argument("--output-stride", type=int, help="with --model: 8, 16 or 32 (default: 16)")
-    parser.add_argument("--num-classes", type=int, help="with --model (default: 21)")
+    parser.add_argument("--output-stride", type=int, metavar="N", help="with --model: 8, 16 or 32 (default: 16)")
+    parser.add_argument("--num-classes", type=int, metavar="K", help="with --model (default: 21)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,6 +36,10 @@ def run(args: argparse.Namespace) -> int:
                 )
     if args.size is not None and len(args.size) > 2:
         raise UserError(f"--size takes one number or two (height width), got {len(args.size)}")
+    for option, values in (("--size", args.size or ()), ("--num-classes", (args.num_classes,))):
+        for value in values:
+            if value is not None and value < 1:
+                raise UserError(f"{option} must be at least 1, got {value}")
     rows = _table(args.per_layer) if args.model is None else [_model_row(args)]
     if args.json:
         print(json.dumps(rows, indent=2))
@@ -62,7 +68,9 @@ def _table(per_layer: bool) -> list[dict[str, Any]]:
 def _model_row(args: argparse.Namespace) -> dict[str, Any]:
     from ..models import build
     from ..models.madds import PAPER_SIZE, row
+    from ..models.registry import checked_name
 
+    checked_name(args.model, "--model")
     size = tuple(args.size) if args.size else (PAPER_SIZE,)
     options = {"num_classes": args.num_classes, "output_stride": args.output_stride}
     model = build(args.model, device="meta", **{k: v for k, v in options.items() if v is not None})

@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if args.confidence is not None and not 0 < args.confidence < 1:
         raise UserError(f"--confidence must be between 0 and 1, got {args.confidence}")
     target, overlay_path, comparison_path = output_paths(args)
+    where = device(args.device)
 
     import numpy as np
     from tqdm import tqdm
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
     def refined(energy: NDArray[np.float32]) -> NDArray[np.float32]:
         with bar:
-            return refinement.refine(small, energy, parameters, device=device(args.device), on_iteration=shown_by(bar))
+            return refinement.refine(small, energy, parameters, device=where, on_iteration=shown_by(bar))
 
     start = time.perf_counter()
     probabilities: NDArray[np.float32] | None = None

@@ -96,7 +96,7 @@ def _segmenter(args: argparse.Namespace) -> Segmenter:
 
     options = {"tile": args.window, "margin": args.window // 8, **_inference_options.settings(args)}
     where = {"classes": args.classes or "", "device": device(args.device)}
-    return Segmenter.from_pretrained(args.weights, args.model, **where, **options)
+    return Segmenter.from_pretrained(args.weights, _inference_options.model(args), **where, **options)
 
 
 class Target(NamedTuple):
@@ -314,7 +314,11 @@ def device(name: str) -> str:
     import torch
 
     try:
-        torch.empty(1, device=name)
+        kind = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from None
+    try:
+        torch.empty(1, device=kind)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return name

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
+
 HELP = "train a model on a dataset; writes logs, checkpoints and a weights file for 'segment' and 'eval' into a folder"
 
 # Name, kind ("toml" is a list or table) and description of every setting; a setting in a file has the same name.
@@ -116,6 +118,8 @@ def _values(args: argparse.Namespace) -> dict[str, Any]:
     values = read_toml(args.config) if args.config is not None else {}
     if args.resume and args.config is None:
         continued = Path(given.get("output", "training")) / "config.toml"
+        if not continued.exists() and "data" not in given:
+            raise UserError(f"--resume: there is no {continued}, the settings of the run to continue")
         values = read_toml(continued) if continued.exists() else {}
     for one, other in (("steps", "stages"), ("stages", "steps")):
         if one in given and other not in given:

@@ -10,7 +10,7 @@ from .._html import escape
 from .crf import WIDTHS, Comparison
 from .results import mean
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 56, 8, 8, 30
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 56, 8, 14, 30
 
 
 @dataclass(frozen=True)

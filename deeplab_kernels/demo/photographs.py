@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
+from ..models.data import read_image
 
 
 @dataclass(frozen=True)
@@ -40,4 +41,5 @@ def given(path: Path) -> Photograph:
     """A photograph of the user's own."""
     if not path.is_file():
         raise UserError(f"--photo: there is no file {path}")
+    read_image(path)  # before anything is trained: an error if it is none
     return Photograph(path, f"{path.name}, a photograph of yours.")

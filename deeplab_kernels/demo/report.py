@@ -120,7 +120,7 @@ def _crf(r: Results, comparison: Comparison) -> str:
         iou = ["&ndash;" if math.isnan(v) else f"{100 * v:.1f}" for v in (row.mean_iou, *row.trimap)]
         note = "<br>".join([*kernels, chosen] if chosen else kernels)
         rows.append([escape(row.name), f"<b>{iou[0]}</b>", *iou[1:], f"<small>{note}</small>"])
-    head = ["", "mean IoU, %", *(f"b = {width}" for width in WIDTHS), "kernels"]
+    head = ["", "mean IoU, %", *(f"b\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{width}" for width in WIDTHS), "kernels"]
     scenes = columns.format("five", _spans("input", "labels", "network", "short-range", "fully connected"))
     photographs = (
         f"<h3>A photograph</h3>{_figures(r.refined_photographs)}<p>Pixels that are near and of like colour outvote "

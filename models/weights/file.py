@@ -191,4 +191,4 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:160]
+    return (str(error) or type(error).__name__).strip().splitlines()[0].split(". ")[0][:160]
