@@ -7,6 +7,7 @@
 // are loaded once for these four. Taps in the padding are left out, never multiplied.
 #pragma once
 
+#include "last_level_cache.h"
 #include "microkernels.h"
 #include "scratch.h"
 #include "workspace.h"
@@ -66,12 +67,22 @@ DK_INLINE int cut_columns(const IndexRange (&inside)[3], int64_t count, ColumnSe
   return n;
 }
 
+// Whether to write pixels past the caches: x and the output together exceed them, and pixels are whole lines, so that
+// none is written in parts.
+template <typename T>
+DK_INLINE bool streams(const T* to, const DepthwiseShape& s) {
+  const int64_t pixel = s.channels * int64_t(sizeof(T));
+  return reinterpret_cast<uintptr_t>(to) % 64 == 0 && pixel % 64 == 0 &&
+         s.batch * pixel * (s.in_h * s.in_w + s.out_h * s.out_w) > last_level_cache_bytes();
+}
+
 template <typename T>
 class Pixels {
  public:
   using A = acc_t<T>;
   using V = Vec<A>;
   static constexpr int64_t L = kLanes<A>;
+  static constexpr int64_t kVectorsOfLine = larger(1, 64 / int64_t(L * sizeof(T)));
 
   static bool serve(const DepthwiseShape& s) {
     return s.channels_last && s.kernel_h == 3 && s.kernel_w == 3 && s.multiplier == 1 && s.channels >= L;
@@ -106,7 +117,8 @@ class Pixels {
   }
 
   // The pieces [begin, end), which are the rows of one tile of one image after another.
-  void run(const Cut& cut, int64_t begin, int64_t end, const T* x, T* out) const {
+  void run(const Cut& cut, int64_t begin, int64_t end, const T* x, T* out) {
+    streams_ = streams(out, s_);
     while (begin < end) {
       const int64_t strip = begin / s_.out_h, first = begin % s_.out_h;
       const int64_t last = smaller(s_.out_h, first + end - begin);
@@ -119,11 +131,13 @@ class Pixels {
           row(i, columns, x_image, out_image + i * s_.out_w * s_.channels);
       begin += last - first;
     }
+    if (streams_) finish_streams();
   }
 
  private:
   static constexpr int64_t kFewestPieces = 32;
-  static constexpr int64_t kVectorsOfLine = larger(1, 64 / int64_t(L * sizeof(T)));
+  static constexpr int64_t kParked = 16;
+  static constexpr int kTogether = kVectorBytes < 64 ? 2 : 1;
 
   // What a block of results reads and writes; distances in values.
   struct Block {
@@ -134,10 +148,15 @@ class Pixels {
     int64_t next;      // from one result to the next
     const A* weights;  // of the first tap
     const T* ahead;    // pixels, `result` apart, that the next row of results reads first; null: none
+    const A *scale, *shift;
+    Activation activation;
+    A* parked;  // null: results go through the caches
+    int64_t vectors, last_channel;
   };
 
   void allocate(Arena& arena, bool with_norm) {
     weights_ = arena.take<A>(vectors_ * 9 * L);
+    parked_ = arena.take<A>(4 * kParked * L);
     scale_ = with_norm ? arena.take<A>(vectors_ * L) : nullptr;
     shift_ = with_norm ? arena.take<A>(vectors_ * L) : nullptr;
   }
@@ -213,7 +232,13 @@ class Pixels {
               out + j * c,
               apart * c,
               weights_ + (3 * first + segment.first) * L,
-              more ? x + (new_h * s_.in_w + w) * c : nullptr};
+              more ? x + (new_h * s_.in_w + w) * c : nullptr,
+              scale_,
+              shift_,
+              activation_,
+              streams_ ? parked_ : nullptr,
+              vectors_,
+              c - L};
     };
     int64_t j = segment.columns.begin;
     // Results whose taps fall on each other's share what they read: a rate apart at stride 1, any at stride 2, rate 1.
@@ -236,42 +261,73 @@ class Pixels {
   // B results whose taps lie kShared taps apart (0: anywhere).
   template <int kTapsV, int kTapsH, int B, int kShared>
   void compute(const Block& given) const {
-    // Copies, which the compiler knows that no store changes.
+    // A copy, which the compiler knows that no store changes.
     const Block block = given;
-    const A *scale = scale_, *shift = shift_;
-    const Activation activation = activation_;
-    const int64_t vectors = vectors_, last_channel = s_.channels - L;
-    for (int64_t k = 0; k < vectors; ++k) {
-      const int64_t c = smaller(k * L, last_channel);
-      if (block.ahead && k % kVectorsOfLine == 0) {
+    int64_t k = 0;
+    for (; k + kTogether <= block.vectors; k += kTogether) at_vectors<kTapsV, kTapsH, B, kShared, kTogether>(block, k);
+    for (; k < block.vectors; ++k) at_vectors<kTapsV, kTapsH, B, kShared, 1>(block, k);
+  }
+
+  // Vectors k ... k + N - 1: of a kernel row all N, while its cache lines are there. Pixels of a multiple of 4 KB
+  // compete for eight places.
+  template <int kTapsV, int kTapsH, int B, int kShared, int N>
+  DK_INLINE void at_vectors(const Block& block, int64_t k) const {
+    int64_t c[N];
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) c[n] = smaller((k + n) * L, block.last_channel);
+    if (block.ahead && k % kVectorsOfLine == 0) {
 #pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) __builtin_prefetch(block.ahead + b * block.result + c, 0, 2);
-      }
-      const A* weights = block.weights + k * 9 * L;
-      V acc[B] = {};
+      for (int b = 0; b < B; ++b) __builtin_prefetch(block.ahead + b * block.result + c[0], 0, 2);
+    }
+    V acc[N][B] = {};
 #pragma GCC unroll 3
-      for (int u = 0; u < kTapsV; ++u) {
-        const T* p = block.x + u * block.row + c;
+    for (int u = 0; u < kTapsV; ++u) {
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) {
+        const A* weights = block.weights + ((k + n) * 9 + 3 * u) * L;
         V weight[kTapsH > 0 ? kTapsH : 1];
 #pragma GCC unroll 3
-        for (int v = 0; v < kTapsH; ++v) weight[v] = load(weights + (3 * u + v) * L);
-        add_taps<kTapsH, kShared>(p, block.tap, block.result, weight, acc);
-      }
-#pragma GCC unroll 4
-      for (int b = 0; b < B; ++b) {
-        T* out = block.out + b * block.next + c;
-        if (scale)
-          store(out, activated(acc[b] * load(scale + k * L) + load(shift + k * L), activation));
-        else
-          store(out, acc[b]);
+        for (int v = 0; v < kTapsH; ++v) weight[v] = load(weights + v * L);
+        add_taps<kTapsH, kShared>(block.x + u * block.row + c[n], block.tap, block.result, weight, acc[n]);
       }
     }
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) {
+      if (block.scale) {
+        const V factor = load(block.scale + (k + n) * L), summand = load(block.shift + (k + n) * L);
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) acc[n][b] = activated(V(acc[n][b] * factor + summand), block.activation);
+      }
+    }
+    if (block.parked) {
+      const int64_t at = k % kParked;
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) store(block.parked + (b * kParked + at + n) * L, acc[n][b]);
+      if (at + N == kParked || k + N == block.vectors)
+        send<B>(block.parked, block.out + (k - at) * L, block.next, at + N);
+    } else {
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b)
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) store(block.out + b * block.next + c[n], acc[n][b]);
+    }
+  }
+
+  // `count` parked vectors of each of B results, `next` apart, past the caches.
+  template <int B>
+  static __attribute__((noinline)) void send(const A* parked, T* out, int64_t next, int64_t count) {
+    for (int b = 0; b < B; ++b)
+      for (int64_t k = 0; k < count; ++k) stream(out + b * next + k * L, load(parked + (b * kParked + k) * L));
   }
 
   DepthwiseShape s_;
   int64_t vectors_;
   int64_t row_step_;  // rows of results that read the same rows of x lie this far apart
   Activation activation_;
+  bool streams_ = false;
+  A* parked_;                     // up to four results' vectors on their way past the caches
   A *weights_, *scale_, *shift_;  // scale_ null: no normalisation
   ColumnSegment segments_[7];
   int segment_count_;

@@ -50,7 +50,9 @@ class TrainingPixels : private PixelRows<acc_t<T>> {
     };
     auto second = [&](int64_t begin, int64_t end) {
       TrainingPixels pixels(s, cut, x, weight, pre);
+      pixels.streams_ = streams(out, s);
       for (int64_t p = begin; p < end; ++p) pixels.outputs(p, norm, mean, var, out);
+      if (pixels.streams_) finish_streams();
     };
     run(cut, cut, parallel, first, join, second, [](int64_t) {});
   }
@@ -86,8 +88,10 @@ class TrainingPixels : private PixelRows<acc_t<T>> {
     };
     auto second = [&](int64_t begin, int64_t end) {
       TrainingPixels pixels(s, cut, z.x, z.weight, z.pre_activation, true);
+      pixels.streams_ = streams(z.grad_x, s);
       for (int64_t p = begin; p < end; ++p)
         pixels.gradients(p, z, norm, norm && batch_statistics ? mean_grad : nullptr, mean_dot, partial(p));
+      if (pixels.streams_) finish_streams();
     };
     auto join_weights = [&](int64_t chunk) {
       if (!z.grad_weight) return;
@@ -122,7 +126,8 @@ class TrainingPixels : private PixelRows<acc_t<T>> {
     Cut(const DepthwiseShape& s, int64_t rows) : channel_count(s.channels), images(s.batch), row_count(rows) {
       const int64_t vectors = (s.channels + L - 1) / L, fits = kRowBytes / (s.in_w * int64_t(sizeof(A)));
       chunks = larger(1, vectors * L / larger(kFewestChannels, smaller(fits, kMostChannels)));
-      most = (vectors + chunks - 1) / chunks;
+      most = bound(1);
+      for (int64_t chunk = 1; chunk < chunks; ++chunk) most = larger(most, bound(chunk + 1) - bound(chunk));
       parts = larger(1, smaller(rows / 4, (kFewestPieces + chunks * images - 1) / (chunks * images)));
       if (rows == 0) images = 0;
     }
@@ -133,8 +138,13 @@ class TrainingPixels : private PixelRows<acc_t<T>> {
       return {p / pieces_of_chunk(), p / parts % images, row_count * part / parts, row_count * (part + 1) / parts};
     }
     Channels channels(int64_t chunk) const {
-      const int64_t all = (channel_count + L - 1) / L, begin = all * chunk / chunks, end = all * (chunk + 1) / chunks;
+      const int64_t begin = bound(chunk), end = bound(chunk + 1);
       return {begin * L, end - begin, smaller(end * L, channel_count) - begin * L - L};
+    }
+    // The first vector of a chunk: one that begins a cache line, where pixels do.
+    int64_t bound(int64_t chunk) const {
+      const int64_t of_line = Pixels<T>::kVectorsOfLine, all = (channel_count + L - 1) / L;
+      return smaller(all, (all + of_line - 1) / of_line * chunk / chunks * of_line);
     }
     // Calls f(lane, its channel).
     template <typename F>
@@ -242,11 +252,16 @@ class TrainingPixels : private PixelRows<acc_t<T>> {
     });
   }
 
-  // A packed row to memory; each vector through f(v, where it goes).
+  // A packed row to memory, past the caches where streams_ says so; each vector through f(v, where it goes).
   template <typename F>
   void unpack(const A* from, int64_t columns, T* to, const F& f) const {
     const int64_t vectors = channels_.vectors, last = channels_.last;
     for (int64_t w = 0; w < columns; ++w, from += pixel_, to += s_.channels) {
+      if (streams_) {
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < vectors; ++k) stream(to + k * L, f(load(from + k * L), to + k * L));
+        continue;
+      }
 #pragma GCC unroll 4
       for (int64_t k = 0; k < vectors - 1; ++k) store(to + k * L, f(load(from + k * L), to + k * L));
       store(to + last, f(load(from + (vectors - 1) * L), to + last));
@@ -359,6 +374,7 @@ class TrainingPixels : private PixelRows<acc_t<T>> {
   const Activation pre_;  // of x
   Activation activation_ = Activation::kNone;
   int64_t row_step_;  // rows of results that read the same rows of x lie this far apart
+  bool streams_ = false;
   int64_t chunk_ = -1, image_ = -1;
   A *weights_, *now_, *scale_, *shift_, *mean_, *slope_, *constant_;
   typename Base::Ring x_rows_, grad_rows_;

@@ -65,16 +65,40 @@ DK_INLINE void store(A* p, Vec<A> v) {
   *reinterpret_cast<typename VectorOf<A, kLanes<A>>::unaligned*>(p) = v;
 }
 
-// Rounds to nearest, ties to even; NaN stays NaN.
-DK_INLINE void store(BFloat16Bits* p, Vec<float> v) {
+// To the nearest bfloat16, ties to even; NaN stays NaN.
+DK_INLINE auto rounded_to_bfloat16(Vec<float> v) {
   constexpr int n = kLanes<float>;
-  using Narrow = VectorOf<uint16_t, n>;
   using Wide = typename VectorOf<uint32_t, n>::type;
   const Wide bits = reinterpret_cast<Wide>(v);
   const Wide rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Wide quiet = (v != v) ? Wide{} + 0x7fc0 : rounded;
-  *reinterpret_cast<typename Narrow::unaligned*>(p) = __builtin_convertvector(quiet, typename Narrow::type);
+  return __builtin_convertvector(quiet, typename VectorOf<uint16_t, n>::type);
 }
+DK_INLINE void store(BFloat16Bits* p, Vec<float> v) {
+  *reinterpret_cast<typename VectorOf<uint16_t, kLanes<float>>::unaligned*>(p) = rounded_to_bfloat16(v);
+}
+
+// Past the caches where the CPU can, to an address aligned to what is written; finish_streams() before others read it.
+template <typename T>
+DK_INLINE void stream(T* p, Vec<acc_t<T>> v) {
+  store(p, v);
+}
+DK_INLINE void finish_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+#if defined(__AVX512F__)
+DK_INLINE void stream(float* p, Vec<float> v) { _mm512_stream_ps(p, reinterpret_cast<__m512>(v)); }
+DK_INLINE void stream(BFloat16Bits* p, Vec<float> v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(rounded_to_bfloat16(v)));
+}
+#elif defined(__AVX2__)
+DK_INLINE void stream(float* p, Vec<float> v) { _mm256_stream_ps(p, reinterpret_cast<__m256>(v)); }
+DK_INLINE void stream(BFloat16Bits* p, Vec<float> v) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(rounded_to_bfloat16(v)));
+}
+#endif
 
 template <typename A>
 DK_INLINE A widen(A value) {
