@@ -363,10 +363,14 @@ def test_same_bits_with_any_number_of_threads(training, layout, dtype):
         assert_same_bits(results, (1, 2, 3, 4), case)
 
 
+@pytest.mark.parametrize("channels", [131, 144])
 @pytest.mark.parametrize("training", [False, True])
-def test_chunks_of_channels(training):
-    """Channels that are taken in several parts, the last one no whole number of vectors: as in the other layout."""
-    case = Case((1, 131, 174, 190), padding="same", dilation=2)
+def test_chunks_of_channels(training, channels):
+    """Channels that are taken in several parts, the last one no whole number of vectors: as in the other layout.
+
+    144 channels are whole cache lines of an image beyond most last-level caches, which is written past them.
+    """
+    case = Case((1, channels, 174, 190), padding="same", dilation=2)
     inputs, statistics = random_block(case, torch.float32)
     grad = torch.randn(case.out_size)
     results = []
