@@ -8,12 +8,14 @@ measured in the same run.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import random
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gpu_report import Report, step_main
@@ -214,42 +216,62 @@ class LayerBenchmark:
         return found
 
 
-def benchmark(report: Report, rehearse: bool) -> None:
+def measured(row: dict[str, Any], make: Callable[[], Any], timer: Timer, bandwidth: float) -> dict[str, Any]:
+    """``row`` with the errors, times and floors of the case that ``make`` gives, or with why there are none: one case
+    must not cost the others."""
+    try:
+        case = make()
+        row["errors"] = case.check()
+        for mode, size in case.bytes.items():
+            row[mode] = timer.compare(case.candidates(mode))
+            row[mode]["floor_us"] = round(size / bandwidth / 1e3, 2)
+    except Exception as error:
+        row["failed"] = f"{type(error).__name__}: {error}"
+        row["traceback"] = traceback.format_exc()[-2000:]
+    return row
+
+
+def publish(report: Report, key: str, row: dict[str, Any]) -> None:
+    """Adds ``row`` to the list ``key`` of the report, writes that, and prints the row's medians."""
+    report.data[key].append(row)
+    report.flush()
+    medians = {
+        mode: {k: v["median_us"] for k, v in times.items() if k != "floor_us"}
+        for mode, times in row.items()
+        if isinstance(times, dict) and "floor_us" in times
+    }
+    named = [str(value) for value in row.values() if isinstance(value, (str, int))][:4]
+    print(*named, row.get("failed", ""), json.dumps(medians), flush=True)
+
+
+def sweep(report: Report, what: str, cases: Mapping[str, Any], make: Callable[..., Any], rehearse: bool) -> None:
+    """Measures ``make(case, batch, dtype, layout, device)`` of every case, most important first, while time is left."""
     import torch
 
     import deeplab_kernels.ops  # noqa: F401  # registers the operators
 
     device = "cpu" if rehearse else "cuda"
     timer = Timer(device, rounds=3 if rehearse else 25)
-    report.data["layers"] = []
+    report.data[f"{what}s"] = []
     bandwidth = timer.copy_bandwidth()
     report.data["copy_gb_per_s"] = round(bandwidth, 1)
     torch.backends.cudnn.benchmark = True
-    batches = (1,) if rehearse else (8, 1)
-    for batch in batches:
-        for dtype in ("bfloat16", "float32"):
-            for name in ORDER:
-                layer = Layer(16, 17, NAMED[name].stride, min(NAMED[name].rate, 4)) if rehearse else NAMED[name]
-                for layout in ("nhwc", "nchw"):
-                    if report.left < 15:
-                        report.step("layers", ok=True, cut="out of time")
-                        return
-                    row: dict[str, Any] = {"layer": name, "batch": batch, "dtype": dtype, "layout": layout}
-                    try:
-                        case = LayerBenchmark(layer, batch, dtype, layout, device)
-                        row["errors"] = case.check()
-                        for mode, size in case.bytes.items():
-                            row[mode] = timer.compare(case.candidates(mode))
-                            row[mode]["floor_us"] = round(size / bandwidth / 1e3, 2)
-                    except Exception as error:  # one layer must not cost the others
-                        row["failed"] = f"{type(error).__name__}: {error}"
-                        row["traceback"] = traceback.format_exc()[-2000:]
-                    report.data["layers"].append(row)
-                    report.flush()
-                    summary = {m: {k: v["median_us"] for k, v in row[m].items() if k != "floor_us"}
-                               for m in ("inference", "forward", "backward") if m in row}  # fmt: skip
-                    print(name, batch, dtype, layout, row.get("failed", ""), json.dumps(summary), flush=True)
-    report.step("layers", ok=True)
+    axes = ((1,) if rehearse else (8, 1), ("bfloat16", "float32"), cases.items(), ("nhwc", "nchw"))
+    for batch, dtype, (name, case), layout in itertools.product(*axes):
+        if report.left < 15:
+            report.step(f"{what}s", ok=True, cut="out of time")
+            return
+        row = {what: name, "batch": batch, "dtype": dtype, "layout": layout}
+        build = functools.partial(make, case, batch, dtype, layout, device)
+        publish(report, f"{what}s", measured(row, build, timer, bandwidth))
+    report.step(f"{what}s", ok=True)
+
+
+def benchmark(report: Report, rehearse: bool) -> None:
+    cases = {name: NAMED[name] for name in ORDER}
+    if rehearse:
+        cases = {name: Layer(16, 17, layer.stride, min(layer.rate, 4)) for name, layer in cases.items()}
+    sweep(report, "layer", cases, LayerBenchmark, rehearse)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,10 @@ A pyramid whose result differs from float64 is not timed. Times as in gpu_layers
 
 from __future__ import annotations
 
-import json
-import traceback
 from collections.abc import Callable
 from typing import Any
 
-from gpu_layers import Timer, torch_kernels, with_kernel
+from gpu_layers import sweep, torch_kernels, with_kernel
 from gpu_report import Report, step_main
 from suite.cases import PYRAMIDS, Pyramid
 
@@ -186,41 +184,10 @@ class PyramidBenchmark:
 
 
 def benchmark(report: Report, rehearse: bool) -> None:
-    import torch
-
-    import deeplab_kernels.ops  # noqa: F401  # registers the operators
-
-    device = "cpu" if rehearse else "cuda"
-    timer = Timer(device, rounds=3 if rehearse else 25)
-    report.data["pyramids"] = []
-    bandwidth = timer.copy_bandwidth()
-    torch.backends.cudnn.benchmark = True
-    for batch in (1,) if rehearse else (8, 1):
-        for dtype in ("bfloat16", "float32"):
-            for pyramid in PYRAMIDS:
-                for layout in ("nhwc", "nchw"):
-                    if report.left < 15:
-                        report.step("pyramids", ok=True, cut="out of time")
-                        return
-                    row: dict[str, Any] = {
-                        "pyramid": pyramid.name, "batch": batch, "dtype": dtype, "layout": layout,
-                    }  # fmt: skip
-                    try:
-                        tiny = Pyramid(16, 13, tuple(rate // 6 for rate in pyramid.rates))
-                        case = PyramidBenchmark(tiny if rehearse else pyramid, batch, dtype, layout, device)
-                        row["errors"] = case.check()
-                        for mode, size in case.bytes.items():
-                            row[mode] = timer.compare(case.candidates(mode))
-                            row[mode]["floor_us"] = round(size / bandwidth / 1e3, 2)
-                    except Exception as error:  # one pyramid must not cost the others
-                        row["failed"] = f"{type(error).__name__}: {error}"
-                        row["traceback"] = traceback.format_exc()[-2000:]
-                    report.data["pyramids"].append(row)
-                    report.flush()
-                    summary = {m: {k: v["median_us"] for k, v in row[m].items() if k != "floor_us"}
-                               for m in OPERATORS if m in row}  # fmt: skip
-                    print(pyramid.name, batch, dtype, layout, row.get("failed", ""), json.dumps(summary), flush=True)
-    report.step("pyramids", ok=True)
+    cases = {pyramid.name: pyramid for pyramid in PYRAMIDS}
+    if rehearse:
+        cases = {name: Pyramid(16, 13, tuple(r // 6 for r in pyramid.rates)) for name, pyramid in cases.items()}
+    sweep(report, "pyramid", cases, PyramidBenchmark, rehearse)
 
 
 if __name__ == "__main__":

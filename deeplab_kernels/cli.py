@@ -26,10 +26,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def command_names() -> list[str]:
+    """The subcommands: the modules of deeplab_kernels.commands."""
     return sorted(m.name for m in pkgutil.iter_modules(commands.__path__) if not m.name.startswith("_"))
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; imports none of what they need to run."""
     parser = Parser(
         prog="deeplab_kernels",
         description="Fused atrous separable convolution, fully connected CRF and DeepLab models for PyTorch.",

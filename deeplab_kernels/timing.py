@@ -43,6 +43,7 @@ class Timing:
         return high - low
 
     def summary(self) -> dict[str, float]:
+        """For JSON: statistics of the samples in milliseconds, and how many there are."""
         return {
             "median_ms": self.median,
             "min_ms": self.minimum,
@@ -97,6 +98,9 @@ def interleaved(
 
     Returns:
         name -> :class:`Timing`, in the order of ``candidates``.
+
+    Raises:
+        ValueError: fewer than one round.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")

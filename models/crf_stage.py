@@ -81,6 +81,9 @@ def with_crf(
         crf: the CRF; or options of :class:`deeplab_kernels.nn.DenseCRF` (iterations, filter, trainable ...), given as a
             mapping here or as keyword arguments, which replace those of :data:`DEEPLAB_CRF`. Unless ``trainable`` says
             so, none of its parameters is trained. False returns ``model`` itself.
+
+    Raises:
+        TypeError: ``crf`` is none of these, or options are given to a CRF that is already built.
     """
     if crf is False:
         return model

@@ -229,7 +229,12 @@ def colourise(labels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> Image.Im
 
 
 def overlay(rgb: NDArray[np.uint8], labels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> Image.Image:
-    """``rgb`` (H, W, 3) with every pixel whose label is not 0 tinted in the colour of its class."""
+    """``rgb`` (H, W, 3) with every pixel whose label in ``labels`` (H, W) is not 0 tinted in the colour of its class,
+    a row of ``palette`` (labels, 3).
+
+    Raises:
+        ValueError: ``rgb`` and ``labels`` are of different sizes.
+    """
     if rgb.shape[:2] != labels.shape:
         raise ValueError(f"image {rgb.shape[:2]} and labels {labels.shape} must have the same size")
     out = rgb.copy()
@@ -256,7 +261,11 @@ def legend(class_names: Sequence[str], palette: NDArray[np.uint8]) -> Image.Imag
 
 
 def shrunk(rgb: NDArray[np.uint8], max_side: int | None) -> NDArray[np.uint8]:
-    """``rgb``, or a smaller copy whose longer side is ``max_side``."""
+    """``rgb`` (H, W, 3), or a smaller copy whose longer side is ``max_side``; None leaves it as it is.
+
+    Raises:
+        ValueError: ``max_side`` is below 1.
+    """
     if max_side is not None and max_side < 1:
         raise ValueError(f"max_side must be at least 1, got {max_side}")
     height, width = rgb.shape[:2]

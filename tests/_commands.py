@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from _processes import run_python
 
 from deeplab_kernels.models import build
 from deeplab_kernels.models.data import CLASS_NAMES, PALETTE
@@ -45,5 +44,4 @@ def check_refusals(
 def check_not_imported(code: str, modules: Sequence[str]) -> None:
     """None of ``modules`` is imported by ``code``, in an interpreter of its own."""
     code = f"{code}; import sys; print([name for name in {tuple(modules)} if name in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    assert run_python(code).strip() == "[]"

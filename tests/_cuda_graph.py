@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,3 +27,13 @@ def captured(call: Callable[[], Any], *, synchronises: bool = True) -> tuple[tor
             return graph, call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def assert_replays(
+    graph: torch.cuda.CUDAGraph, out: Sequence[torch.Tensor], wanted: Callable[[], Sequence[torch.Tensor]]
+):
+    """A replay of ``graph`` writes into ``out``, to the bit, what ``wanted`` computes anew from the changed inputs."""
+    graph.replay()
+    torch.cuda.synchronize()
+    for replayed, computed in zip(out, wanted(), strict=True):
+        assert torch.equal(replayed, computed)

@@ -81,6 +81,17 @@ class Run:
         self.data = results.read_bytes()
 
 
+def assert_barriers_needed(run: Callable[..., Run], barriers: Sequence[str]) -> None:
+    """Removing any one of ``barriers`` from the sources changes a result of ``run(order, dropped=barrier)``: the
+    emulator would find it missing."""
+    assert barriers
+    baseline = run("forward")
+    for barrier in barriers:
+        runs = (run(order, dropped=barrier) for order in ("forward", "reverse"))
+        unnoticed = all(found.data == baseline.data and not found.error for found in runs)
+        assert not unnoticed, f"without the barrier at {barrier} every result stays the same"
+
+
 def case_name(case: Any, default: Any, leading: int, text: Callable[[str, Any], str]) -> str:
     """Operator, dtype, layout where the case has one, and what differs from ``default`` after the first ``leading``
     fields, as ``text`` of its name and value."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -24,6 +28,34 @@ def assert_near(ours: Tensor, exact: Tensor, tolerance: float, what: str) -> Non
     scale = exact.abs().max().item()
     error = (ours.double() - exact).abs().max().item()
     assert error <= tolerance * max(scale, 1e-3), f"{what}: error {error:.2e}, magnitude {scale:.2e}"
+
+
+by_needed = pytest.mark.parametrize("needs", [(True, False), (False, True)])
+by_opcheck_utility = pytest.mark.parametrize(
+    "utility", ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+)
+by_dtypes = pytest.mark.parametrize(
+    "dtypes", [(torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16, torch.float32)], ids=str
+)
+
+
+def assert_parts(backward: Callable[[bool, bool], Sequence[Tensor]], needs: Sequence[bool]) -> None:
+    """What is not needed of ``backward(need_grad_values, need_grad_features)`` is empty, the rest as ever."""
+    for one, both, needed in zip(backward(*needs), backward(True, True), needs, strict=True):
+        if needed:
+            torch.testing.assert_close(one, both)
+        else:
+            assert one.shape == (0,)
+
+
+def assert_compiles(function: Callable[..., Tensor], values: Tensor, features: Tensor, *arguments: Any) -> None:
+    """In one graph, with the values and gradients of eager mode."""
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    results = []
+    for call in (compiled, function):
+        out = call(values, features, *arguments)
+        results.append((out.detach(), *torch.autograd.grad(out.square().sum(), (values, features))))
+    torch.testing.assert_close(*results)
 
 
 def random(*size: int, dtype: torch.dtype = torch.float64, requires_grad: bool = False, scale: float = 1.0) -> Tensor:

@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from _processes import run_python
 
 from deeplab_kernels import __version__, cli
 from deeplab_kernels.errors import UserError
@@ -42,11 +43,10 @@ def test_help_lists_every_command_and_imports_no_torch():
         "heavy = [m for m in ('torch', 'numpy', 'PIL', 'skimage', 'deeplab_kernels.ops') if m in sys.modules];"
         "assert not heavy, f'--help imports {heavy}'"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
+    shown = run_python(code)
     assert "info" in cli.command_names()
     for name in cli.command_names():
-        assert f"\n    {name} " in result.stdout
+        assert f"\n    {name} " in shown
 
 
 @pytest.mark.parametrize("name", cli.command_names())

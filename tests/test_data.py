@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from _processes import run_python
 from PIL import Image
 
 from deeplab_kernels.errors import UserError
@@ -354,5 +353,4 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path):
         "for i in range(150): dataset[i]\n"
         "print(json.dumps(peak() - before))\n"
     )
-    result = subprocess.run([sys.executable, "-c", code, root], capture_output=True, text=True, check=True)
-    assert json.loads(result.stdout) < 20
+    assert json.loads(run_python(code, root)) < 20

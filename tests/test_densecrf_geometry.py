@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from _processes import run_python
 
 from deeplab_kernels.densecrf import lattice_embed
 from deeplab_kernels.densecrf.lattice import MAX_DIMENSION
@@ -153,6 +152,4 @@ def test_imports_no_torch():
         "from deeplab_kernels.densecrf import lattice_embed\n"
         "print(lattice_embed([[0.3, 0.4]])[1].sum())"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
-    assert float(result.stdout) == pytest.approx(1)
+    assert float(run_python(code)) == pytest.approx(1)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from _densecrf import model
+from _processes import run_python
 
 import deeplab_kernels.densecrf as dcrf
 
@@ -112,14 +112,6 @@ def test_a_forked_child_computes() -> None:
         "assert np.array_equal(case(dcrf)['q'], expected)\n"
     )
     run_python(code)
-
-
-def run_python(code: str, **environment: str) -> str:
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    environment = {**os.environ, "PYTHONPATH": path, **environment}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_no_torch_is_imported() -> None:

@@ -6,11 +6,21 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from _filters import NORMALIZATIONS, assert_near, weighted_sums
+from _filters import (
+    NORMALIZATIONS,
+    assert_compiles,
+    assert_near,
+    assert_parts,
+    by_dtypes,
+    by_needed,
+    by_opcheck_utility,
+    weighted_sums,
+)
 from _instruction_sets import run_tests_with
 from _threads import assert_same_bits
 from torch.utils.flop_counter import FlopCounterMode
@@ -102,25 +112,14 @@ def test_gradgradcheck(normalization):
     assert torch.autograd.gradgradcheck(lambda v, f: gaussian_filter(v, f, normalization), (values, features))
 
 
-@pytest.mark.parametrize("needs", [(True, False), (False, True)])
+@by_needed
 def test_one_gradient(needs):
     values, features = (t.detach() for t in points((2, 3, 40, 2)))
-    grad = torch.randn_like(values)
-    both = BACKWARD(grad, values, features, True, True)
-    one = BACKWARD(grad, values, features, *needs)
-    for i in range(2):
-        if needs[i]:
-            torch.testing.assert_close(one[i], both[i])
-        else:
-            assert one[i].shape == (0,)
+    assert_parts(partial(BACKWARD, torch.randn_like(values), values, features), needs)
 
 
-@pytest.mark.parametrize(
-    "utility", ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-)
-@pytest.mark.parametrize(
-    "dtypes", [(torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16, torch.float32)], ids=str
-)
+@by_opcheck_utility
+@by_dtypes
 def test_opcheck(dtypes, utility):
     values, features = points((2, 3, 17, 2))
     values, features = (
@@ -133,13 +132,7 @@ def test_opcheck(dtypes, utility):
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_compile(normalization):
-    values, features = points((1, 3, 20, 2))
-    eager = gaussian_filter(values, features, normalization)
-    expected = torch.autograd.grad(eager.square().sum(), (values, features))
-    compiled = torch.compile(gaussian_filter, fullgraph=True, backend="aot_eager")(values, features, normalization)
-    torch.testing.assert_close(compiled, eager)
-    for ours, theirs in zip(torch.autograd.grad(compiled.square().sum(), (values, features)), expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    assert_compiles(gaussian_filter, *points((1, 3, 20, 2)), normalization)
 
 
 def test_autocast_computes_in_single_precision():

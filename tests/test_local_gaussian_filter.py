@@ -3,11 +3,21 @@ does around an operator."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from _filters import NORMALIZATIONS, assert_near, weighted_sums
+from _filters import (
+    NORMALIZATIONS,
+    assert_compiles,
+    assert_near,
+    assert_parts,
+    by_dtypes,
+    by_needed,
+    by_opcheck_utility,
+    weighted_sums,
+)
 from _instruction_sets import run_tests_with
 from _threads import assert_same_bits
 from torch.utils.flop_counter import FlopCounterMode
@@ -110,25 +120,14 @@ def test_gradgradcheck(normalization):
     assert torch.autograd.gradgradcheck(lambda v, f: local_gaussian_filter(v, f, 1, normalization), (values, features))
 
 
-@pytest.mark.parametrize("needs", [(True, False), (False, True)])
+@by_needed
 def test_one_gradient(needs):
     values, features = (t.detach() for t in images((2, 3, 6, 7), 2))
-    grad = torch.randn_like(values)
-    both = BACKWARD(grad, values, features, [2, 1], True, True)
-    one = BACKWARD(grad, values, features, [2, 1], *needs)
-    for i in range(2):
-        if needs[i]:
-            torch.testing.assert_close(one[i], both[i])
-        else:
-            assert one[i].shape == (0,)
+    assert_parts(partial(BACKWARD, torch.randn_like(values), values, features, [2, 1]), needs)
 
 
-@pytest.mark.parametrize(
-    "utility", ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-)
-@pytest.mark.parametrize(
-    "dtypes", [(torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16, torch.float32)], ids=str
-)
+@by_opcheck_utility
+@by_dtypes
 def test_opcheck(dtypes, utility):
     inputs = zip(images((2, 3, 4, 5), 2), dtypes, strict=True)
     values, features = (t.detach().to(dtype).requires_grad_() for t, dtype in inputs)
@@ -140,14 +139,7 @@ def test_opcheck(dtypes, utility):
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_compile(normalization):
-    values, features = images((1, 3, 5, 6), 2)
-    eager = local_gaussian_filter(values, features, (1, 2), normalization)
-    expected = torch.autograd.grad(eager.square().sum(), (values, features))
-    compiled = torch.compile(local_gaussian_filter, fullgraph=True, backend="aot_eager")
-    out = compiled(values, features, (1, 2), normalization)
-    torch.testing.assert_close(out, eager)
-    for ours, theirs in zip(torch.autograd.grad(out.square().sum(), (values, features)), expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    assert_compiles(local_gaussian_filter, *images((1, 3, 5, 6), 2), (1, 2), normalization)
 
 
 def test_autocast_computes_in_single_precision():

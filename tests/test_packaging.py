@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tomllib
+from _processes import run_python
 
 import deeplab_kernels
 from deeplab_kernels import _artefacts
@@ -94,8 +95,7 @@ def test_import_is_lazy():
         "unwanted = [m for m in heavy if m in sys.modules]\n"
         "assert not unwanted, unwanted\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
+    run_python(code)
 
 
 def test_flop_formulas_are_there_when_the_counter_is():
@@ -114,8 +114,7 @@ def test_flop_formulas_are_there_when_the_counter_is():
             "    deeplab_kernels.ops.atrous_depthwise_conv2d(torch.ones(1, 2, 5, 5), torch.ones(2, 1, 3, 3))\n"
             "assert counter.get_total_flops() == 2 * 2 * 9 * 9\n"
         )
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-        assert result.returncode == 0, result.stderr
+        run_python(code)
 
 
 def test_public_names():

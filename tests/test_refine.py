@@ -6,13 +6,12 @@ import argparse
 import json
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from _commands import check_refusals
+from _processes import run_python
 from _refine import coarse_labels, save_palette, two_halves
 from PIL import Image
 
@@ -343,11 +342,9 @@ def test_example_of_the_layer(capsys):
 
 def test_example_written_for_pydensecrf_imports_no_torch():
     code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__'); assert 'torch' not in sys.modules"
-    command = [sys.executable, "-c", code, str(ROOT / "examples" / "pydensecrf_import.py")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    before, after = (float(v) for v in re.findall(r"(?:annotation|refined) (\d\.\d+)", result.stdout))
+    printed = run_python(code, ROOT / "examples" / "pydensecrf_import.py")
+    before, after = (float(v) for v in re.findall(r"(?:annotation|refined) (\d\.\d+)", printed))
     assert before < 0.7
     assert after > 0.99
-    energies = [float(v) for v in re.findall(r"divergence (\S+)", result.stdout)]
+    energies = [float(v) for v in re.findall(r"divergence (\S+)", printed)]
     assert energies == sorted(energies, reverse=True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from _processes import run_python
 
 from deeplab_kernels import models
 
@@ -95,4 +94,4 @@ def test_import_builds_nothing() -> None:
         "import deeplab_kernels.models\n"
         "assert not made, made"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    run_python(code)

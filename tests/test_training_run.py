@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from _processes import run_python
 from PIL import Image
 
 from deeplab_kernels import cli
@@ -476,8 +477,5 @@ def test_memory_does_not_grow_with_the_dataset():
         "train(torch.nn.Conv2d(3, 7, 1), Scenes(), TrainingConfig(steps=40, batch_size=4, crop=33))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)\n"
     )
-    peaks = [
-        float(subprocess.run([sys.executable, "-c", code, n], capture_output=True, text=True, check=True).stdout)
-        for n in ("4", "100000")
-    ]
+    peaks = [float(run_python(code, images)) for images in (4, 100000)]
     assert abs(peaks[1] - peaks[0]) < 15  # the 160 images of the 40 steps take 100 MB

@@ -7,14 +7,13 @@ test here or elsewhere sees the variable. On a machine with a GPU the same cases
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from _processes import run_python
 from _triton import compiled_here, needs_interpreter, run_cases
 
 TESTS = Path(__file__).parent
@@ -103,16 +102,13 @@ def test_backend_of_cuda_devices_can_be_chosen(wanted: str, serving: str) -> Non
         "from deeplab_kernels import _library; from deeplab_kernels.ops import _backends;"
         "print(_backends.cuda_backend(), _library.missing()['cuda'])"
     )
-    environment = os.environ | {"DEEPLAB_KERNELS_CUDA_BACKEND": wanted}
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert result.stdout.split() == [serving, f"DEEPLAB_KERNELS_CUDA_BACKEND={wanted}"], result.stderr
+    printed = run_python(script, DEEPLAB_KERNELS_CUDA_BACKEND=wanted)
+    assert printed.split() == [serving, f"DEEPLAB_KERNELS_CUDA_BACKEND={wanted}"]
 
 
 def test_unknown_backend_is_refused() -> None:
-    environment = os.environ | {"DEEPLAB_KERNELS_CUDA_BACKEND": "metal"}
-    command = [sys.executable, "-c", "import deeplab_kernels.ops"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert "must be one of cuda, triton, reference, got 'metal'" in result.stderr
+    with pytest.raises(AssertionError, match="must be one of cuda, triton, reference, got 'metal'"):
+        run_python("import deeplab_kernels.ops", DEEPLAB_KERNELS_CUDA_BACKEND="metal")
 
 
 def test_one_backend_can_be_called() -> None:

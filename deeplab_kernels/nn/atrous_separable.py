@@ -280,6 +280,7 @@ class AtrousSeparableConv2d(nn.Module):
 
     @property
     def execution(self) -> str:
+        """Of inference: "auto", "whole" (one kernel) or "two_kernels"."""
         return self._execution
 
     @execution.setter

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..ops import _validation, dense_crf_mean_field
 from ..ops.dense_crf import check_filter
-from ..ops.permutohedral import check_floating, normalization_code
 
 TRAINABLE = (
     "appearance_weight", "appearance_sigma", "color_sigma", "smoothness_weight", "smoothness_sigma", "compatibility",
@@ -85,7 +84,7 @@ class DenseCRF(nn.Module):
                 raise TypeError(f"{name} must be an int, got {value!r}")
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        normalization_code(normalization)
+        _validation.normalization_code(normalization)
         check_filter(filter)
         # Annotated, since register_parameter tells type checkers nothing.
         self.appearance_weight: nn.Parameter | None
@@ -131,7 +130,7 @@ class DenseCRF(nn.Module):
     def forward(self, logits: Tensor, image: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Refined logits; ``image`` may be None where there is no appearance kernel. Pixels where ``mask`` is False
         send and receive nothing, and keep their logits."""
-        check_floating(logits, "logits")
+        _validation.floating(logits, "logits")
         if logits.dim() not in (4, 5) or logits.shape[1] != self.num_classes:
             raise ValueError(
                 f"logits must have shape (B, {self.num_classes}, H, W) or (B, {self.num_classes}, D, H, W), "
@@ -196,7 +195,7 @@ def _scalar(name: str, value: float | None, trainable: bool, logarithm: bool = F
 
 def _initial_compatibility(compatibility: str | Tensor, labels: int) -> Tensor | None:
     if isinstance(compatibility, Tensor):
-        check_floating(compatibility, "compatibility")
+        _validation.floating(compatibility, "compatibility")
         if compatibility.shape not in ((labels,), (labels, labels)):
             raise ValueError(
                 f"compatibility must have shape ({labels},) or ({labels}, {labels}), got {tuple(compatibility.shape)}"

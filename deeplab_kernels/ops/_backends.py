@@ -48,6 +48,11 @@ _autocast_impl = torch.library.Library(NAMESPACE, "IMPL")
 _on_triton: set[str] = set()  # operators that Triton serves on CUDA devices
 
 
+def transforms_active() -> bool:
+    """Whether torch.func's transforms (vmap, grad, jvp ...) or forward-mode differentiation are at work."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 def _lazy_triton(stem: str, name: str) -> Callable[..., Any]:
     # Triton is imported at the first call: the import takes longer than that of the rest of the package.
     def kernel(*args: Any) -> Any:

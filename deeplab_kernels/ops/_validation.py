@@ -14,6 +14,7 @@ Sides = tuple[int, int, int, int]
 ACTIVATIONS = {None: 0, "none": 0, "relu": 1, "relu6": 2}
 ACTIVATION_NAMES = (None, "relu", "relu6")  # by code
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+NORMALIZATIONS = {"none": 0, "before": 1, "after": 2, "symmetric": 3}  # of the Gaussian filters
 
 # Bound of stride, padding and dilation: index arithmetic in 64 bits then cannot overflow (csrc/torch/tensors.h).
 LARGEST = 2**31 - 1
@@ -93,7 +94,17 @@ class Geometry:
     dilation: Pair
 
 
-def _dense(tensor: Tensor, name: str) -> None:
+def normalization_code(normalization: str) -> int:
+    allowed = ", ".join(f'"{name}"' for name in NORMALIZATIONS)
+    if not isinstance(normalization, str):
+        raise TypeError(f"normalization must be one of {allowed}, got {normalization!r}")
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"normalization must be one of {allowed}, got {normalization!r}")
+    return NORMALIZATIONS[normalization]
+
+
+def floating(tensor: Tensor, name: str, shape: str = "") -> None:
+    """``tensor`` is a dense floating-point tensor, with as many dimensions as ``shape``, such as "(B, C, N)", names."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in DTYPES:
@@ -101,13 +112,13 @@ def _dense(tensor: Tensor, name: str) -> None:
     if tensor.layout != torch.strided or tensor.is_nested:
         given = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise TypeError(f"{name} must be a dense tensor, got {given}")
+    if shape and tensor.dim() != len(shape.split(",")):
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
 
 
 def image(x: Tensor, name: str = "x") -> None:
     """Checks a tensor of shape (N, C, H, W)."""
-    _dense(x, name)
-    if x.dim() != 4:
-        raise ValueError(f"{name} must have shape (N, C, H, W), got {tuple(x.shape)}")
+    floating(x, name, "(N, C, H, W)")
 
 
 def residual(residual: Tensor, x: Tensor, out_size: tuple[int, ...], name: str = "x") -> None:
@@ -129,8 +140,8 @@ def depthwise(
     name: str = "weight",
 ) -> Geometry:
     """Checks the arguments of an atrous depthwise convolution and normalises its geometry; ``name`` is the weight's."""
-    _dense(x, "x")
-    _dense(weight, name)
+    floating(x, "x")
+    floating(weight, name)
     image(x)
     if weight.dim() != 4 or weight.shape[1] != 1:
         raise ValueError(f"{name} must have shape (C * multiplier, 1, kh, kw), got {tuple(weight.shape)}")

@@ -18,6 +18,7 @@ from .. import reference
 from .._layout import output_memory_format
 from ..reference.atrous_depthwise import _activate
 from . import _backends, _validation
+from ._backends import transforms_active as _transforms_active
 from ._flops import register_flop_formula
 
 _ops = torch.ops.deeplab_kernels
@@ -29,11 +30,6 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _needs_autograd(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _transforms_active() -> bool:
-    """Whether torch.func's transforms (vmap, grad, jvp ...) or forward-mode differentiation are at work."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _call(name: str, tensors: Sequence[Tensor | None], *args: Any, cast_arguments: int = 2) -> Any:

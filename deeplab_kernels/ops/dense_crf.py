@@ -19,19 +19,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import reference
-from . import _backends
+from . import _backends, _validation
+from ._backends import transforms_active
 from ._flops import register_flop_formula
 from .gaussian_filter import gaussian_filter
 from .local_gaussian_filter import local_gaussian_filter
 from .permutohedral import (
-    NORMALIZATIONS,
     PermutohedralLattice,
     call,
     check_dimension,
-    check_floating,
     differentiate,
-    normalization_code,
-    transforms_active,
 )
 
 _ops = torch.ops.deeplab_kernels
@@ -85,7 +82,7 @@ def dense_crf_mean_field(
         ValueError, TypeError: an argument is not as above; the message names it. In a compiled function NaN and
             such raise RuntimeError.
     """
-    check_floating(unary, "unary")
+    _validation.floating(unary, "unary")
     if unary.dim() not in (3, 4, 5):
         raise ValueError(f"unary must have shape (B, L, N), (B, L, H, W) or (B, L, D, H, W), got {tuple(unary.shape)}")
     if unary.shape[1] < 1:
@@ -169,7 +166,7 @@ def _check_features(
                 raise TypeError(f"{name} must be a lattice of {dtype} features, got {f.features.dtype}")
             device = f.features.device
         else:
-            check_floating(f, name)
+            _validation.floating(f, name)
             if f.dim() < 3 or f.shape[0] != unary.shape[0] or f.shape[2:] not in (unary.shape[2:], (points,)):
                 raise ValueError(
                     f"{name} must have unary's batch and size, ({unary.shape[0]}, d, "
@@ -201,7 +198,7 @@ def _check_compatibility(
                 raise ValueError(f"{name} must be finite, got {c}")
             matrices.append(torch.eye(labels, dtype=dtype, device=unary.device) * -c)
             continue
-        check_floating(c, name)
+        _validation.floating(c, name)
         if c.shape not in ((), (labels,), (labels, labels)):
             raise ValueError(f"{name} must have shape (), ({labels},) or ({labels}, {labels}), got {tuple(c.shape)}")
         if c.device != unary.device:
@@ -215,8 +212,8 @@ def _check_compatibility(
 
 def _check_normalization(normalization: str | Sequence[str], kernels: int) -> list[int]:
     if isinstance(normalization, str):
-        return [normalization_code(normalization)] * kernels
-    codes = [normalization_code(n) for n in _as_list(normalization, str, "normalization", "a string")]
+        return [_validation.normalization_code(normalization)] * kernels
+    codes = [_validation.normalization_code(n) for n in _as_list(normalization, str, "normalization", "a string")]
     if len(codes) != kernels:
         raise ValueError(f"normalization must be one string or one for each of the {kernels} kernels, got {len(codes)}")
     return codes
@@ -292,15 +289,15 @@ def _normalised(
 ) -> Callable[[Tensor], Tensor]:
     """F of K, with n = K m and no message to or from points where ``present`` is 0."""
     m = like.new_ones(like.shape[0], 1, *like.shape[2:]) if present is None else present
-    if code == NORMALIZATIONS["none"]:
+    if code == _validation.NORMALIZATIONS["none"]:
         before = after = None if present is None else m
     else:
         sums = torch.where(m != 0, kernel(m), 1)
-        if code == NORMALIZATIONS["symmetric"]:
+        if code == _validation.NORMALIZATIONS["symmetric"]:
             before = after = m * sums.rsqrt()
         else:
             inverse = m / sums
-            before, after = (inverse, m) if code == NORMALIZATIONS["before"] else (m, inverse)
+            before, after = (inverse, m) if code == _validation.NORMALIZATIONS["before"] else (m, inverse)
 
     def apply(values: Tensor) -> Tensor:
         out = kernel(values if before is None else before * values)

@@ -18,11 +18,11 @@ from torch import Tensor
 from .. import reference
 from ..reference.gaussian_filter import accumulation_dtype
 from . import _backends, _validation
+from ._backends import transforms_active
 from ._flops import register_flop_formula
 
 _ops = torch.ops.deeplab_kernels
 
-NORMALIZATIONS = ("none", "before", "after", "symmetric")
 MAX_DIMENSIONS = 16
 
 
@@ -53,28 +53,10 @@ def gaussian_filter(values: Tensor, features: Tensor, normalization: str = "none
     return normalised(lambda v: call("gaussian_filter", v, features), values, normalization)
 
 
-def check_normalization(normalization: str) -> None:
-    allowed = ", ".join(f'"{name}"' for name in NORMALIZATIONS)
-    if not isinstance(normalization, str):
-        raise TypeError(f"normalization must be one of {allowed}, got {normalization!r}")
-    if normalization not in NORMALIZATIONS:
-        raise ValueError(f"normalization must be one of {allowed}, got {normalization!r}")
-
-
 def check_points(values: Tensor, features: Tensor, *, shape: str = "N") -> tuple[Tensor, Tensor]:
     """Checks the two tensors of a filter, (B, C, *shape) and (B, d, *shape); casts them as autocast wants."""
-    sizes = shape.split(", ")
-    for name, tensor in (("values", values), ("features", features)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _validation.DTYPES:
-            raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
-        if tensor.layout != torch.strided or tensor.is_nested:
-            given = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
-            raise TypeError(f"{name} must be a dense tensor, got {given}")
-        if tensor.dim() != 2 + len(sizes):
-            first = "C" if name == "values" else "d"
-            raise ValueError(f"{name} must have shape (B, {first}, {shape}), got {tuple(tensor.shape)}")
+    _validation.floating(values, "values", f"(B, C, {shape})")
+    _validation.floating(features, "features", f"(B, d, {shape})")
     if features.shape[0] != values.shape[0] or features.shape[2:] != values.shape[2:]:
         raise ValueError(
             f"features must have the B and {shape} of values {tuple(values.shape)}, got {tuple(features.shape)}"
@@ -102,21 +84,16 @@ def _autocast(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-def _transforms_active() -> bool:
-    """Whether torch.func's transforms (vmap, grad, jvp ...) or forward-mode differentiation are at work."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-
-
 def _may_look(t: Tensor) -> bool:
     """Whether the numbers of ``t`` can be looked at for the price of reading them: not on a GPU, nor while tracing."""
-    if t.device.type != "cpu" or torch.compiler.is_compiling() or _transforms_active():
+    if t.device.type != "cpu" or torch.compiler.is_compiling() or transforms_active():
         return False
     return torch._C._len_torch_dispatch_stack() == 0
 
 
 def normalised(kernel: Callable[[Tensor], Tensor], values: Tensor, normalization: str) -> Tensor:
     """``values`` under ``kernel`` (linear, returns the accumulation dtype) normalised by what it makes of ones."""
-    check_normalization(normalization)
+    _validation.normalization_code(normalization)
     dtype = values.dtype
     ones = values.new_ones((values.shape[0], 1, *values.shape[2:]))
     if normalization == "none":
@@ -133,7 +110,7 @@ def normalised(kernel: Callable[[Tensor], Tensor], values: Tensor, normalization
 
 
 def call(name: str, values: Tensor, features: Tensor, *args: Any) -> Tensor:
-    if _transforms_active():  # the operator has no rules for them and would drop tangents silently; its definition has
+    if transforms_active():  # the operator has no rules for them and would drop tangents silently; its definition has
         function: Callable[..., Tensor] = getattr(reference, name)
     else:
         function = getattr(_ops, name).default

@@ -19,33 +19,10 @@ from torch import Tensor
 from .. import reference
 from ..reference.permutohedral import MAX_DIMENSION
 from . import _backends, _validation
+from ._backends import transforms_active
 from ._flops import register_flop_formula
 
 _ops = torch.ops.deeplab_kernels
-
-NORMALIZATIONS = {"none": 0, "before": 1, "after": 2, "symmetric": 3}
-
-
-def normalization_code(normalization: str) -> int:
-    allowed = ", ".join(f'"{name}"' for name in NORMALIZATIONS)
-    if not isinstance(normalization, str):
-        raise TypeError(f"normalization must be one of {allowed}, got {normalization!r}")
-    if normalization not in NORMALIZATIONS:
-        raise ValueError(f"normalization must be one of {allowed}, got {normalization!r}")
-    return NORMALIZATIONS[normalization]
-
-
-def check_floating(tensor: Tensor, name: str, dims: int | None = None, shape: str = "") -> None:
-    """``tensor`` is a dense floating-point tensor, with ``dims`` dimensions if given."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in _validation.DTYPES:
-        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
-    if tensor.layout != torch.strided or tensor.is_nested:
-        given = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
-        raise TypeError(f"{name} must be a dense tensor, got {given}")
-    if dims is not None and tensor.dim() != dims:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
 
 
 def check_dimension(features: Tensor, name: str = "features") -> None:
@@ -61,11 +38,6 @@ def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
             yield arg
         elif isinstance(arg, (list, tuple)):
             yield from _tensors(arg)
-
-
-def transforms_active() -> bool:
-    """Whether torch.func's transforms (vmap, grad, jvp ...) or forward-mode differentiation are at work."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def call(name: str, *args: Any) -> Any:
@@ -112,13 +84,13 @@ def permutohedral_filter(values: Tensor, features: Tensor, normalization: str = 
         ValueError, TypeError: an argument is not as above, or features are so large that a lattice coordinate exceeds
             int32; the message names it.
     """
-    check_floating(values, "values", 3, "(B, C, N)")
-    check_floating(features, "features", 3, "(B, d, N)")
+    _validation.floating(values, "values", "(B, C, N)")
+    _validation.floating(features, "features", "(B, d, N)")
     check_dimension(features)
     _check_matching(values, features.shape[0], features.shape[2], features.device)
     return call(
         "permutohedral_filter",
-        values, features.to(_compute_dtype(values)), None, normalization_code(normalization), False,
+        values, features.to(_compute_dtype(values)), None, _validation.normalization_code(normalization), False,
     )  # fmt: skip
 
 
@@ -146,7 +118,7 @@ class PermutohedralLattice:
     """
 
     def __init__(self, features: Tensor) -> None:
-        check_floating(features, "features", 3, "(B, d, N)")
+        _validation.floating(features, "features", "(B, d, N)")
         check_dimension(features)
         self.features = features.to(_compute_dtype(features))
         self.packed: Tensor = call("permutohedral_lattice", self.features.detach())
@@ -170,13 +142,12 @@ class PermutohedralLattice:
 
     def __call__(self, values: Tensor, normalization: str = "none") -> Tensor:
         """``values`` (B, C, N), filtered as by :func:`permutohedral_filter`, in their dtype."""
-        check_floating(values, "values", 3, "(B, C, N)")
+        _validation.floating(values, "values", "(B, C, N)")
         _check_matching(values, self.batch, self.points, self.features.device)
         if values.dtype == torch.float64 and self.features.dtype != torch.float64:
             raise TypeError("values are float64: build the lattice from float64 features, got float32")
-        return call(
-            "permutohedral_filter", values, self.features, self.packed, normalization_code(normalization), False
-        )
+        code = _validation.normalization_code(normalization)
+        return call("permutohedral_filter", values, self.features, self.packed, code, False)
 
     def __repr__(self) -> str:
         return (

@@ -34,6 +34,7 @@ class LabelMap:
         return colours
 
     def with_labels(self, labels: NDArray[np.integer[Any]]) -> LabelMap:
+        """Other labels (H, W) with the same palette."""
         return replace(self, labels=labels)
 
     def to_image(self) -> Image.Image:

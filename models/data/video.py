@@ -127,6 +127,11 @@ class VideoWriter:
         return self
 
     def write(self, frame: Frame) -> None:
+        """Appends a frame, at its time.
+
+        Raises:
+            ValueError: it is of another size than the first.
+        """
         image = frame.image
         odd = [n % 2 for n in image.shape[:2]]
         image = np.pad(image, ((0, odd[0]), (0, odd[1]), (0, 0)), mode="edge") if any(odd) else image

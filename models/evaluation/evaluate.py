@@ -24,9 +24,11 @@ class Quality:
 
     @classmethod
     def empty(cls, num_classes: int, widths: Sequence[int] = ()) -> Quality:
+        """Before the first image; widths: of the trimap, in pixels."""
         return cls(ConfusionMatrix(num_classes), TrimapCurve(num_classes, widths))
 
     def update(self, prediction: Any, target: Any) -> None:
+        """Counts a pair of label maps (H, W) of integers."""
         self.matrix.update(prediction, target)
         if self.trimap.widths:
             self.trimap.update(prediction, target)

@@ -44,6 +44,7 @@ class ConfusionMatrix:
         return float(np.mean(iou[~np.isnan(iou)])) if not np.isnan(iou).all() else float("nan")
 
     def pixel_accuracy(self) -> float:
+        """Share of the counted pixels that have the right class; NaN without any."""
         total = int(self.counts.sum())
         return float(np.trace(self.counts)) / total if total else float("nan")
 

@@ -38,6 +38,7 @@ class WorstImages:
         self._heap: list[tuple[float, int, Segmented]] = []
 
     def add(self, position: int, scene: Scene, labels: NDArray[np.uint8]) -> None:
+        """Image number ``position`` of the dataset and its predicted label map (H, W)."""
         matrix = ConfusionMatrix(self.num_classes)
         matrix.update(labels, scene.labels)
         value = matrix.mean_iou()
@@ -50,6 +51,7 @@ class WorstImages:
             heapq.heapreplace(self._heap, entry)
 
     def worst_first(self) -> list[Segmented]:
+        """Of equal ones the earlier first."""
         return [segmented for *_, segmented in sorted(self._heap, reverse=True)]
 
 

@@ -70,7 +70,11 @@ def trimap_miou(
     num_classes: int,
     ignore_index: int = IGNORE,
 ) -> list[float]:
-    """:class:`TrimapCurve` of label maps (H, W) of integers, in pairs of one shape: one value for each width."""
+    """:class:`TrimapCurve` of label maps (H, W) of integers, in pairs of one shape: one value for each width.
+
+    Raises:
+        ValueError: not as many of both, other shapes, labels out of range, or a width below 1.
+    """
     if len(predictions) != len(targets):
         raise ValueError(f"predictions and targets must be as many, got {len(predictions)} and {len(targets)}")
     curve = TrimapCurve(num_classes, widths, ignore_index)
@@ -84,6 +88,9 @@ def boundary_distance(labels: Any, limit: int) -> NDArray[np.int64]:
     holds a label other than its own (Chebyshev distance); ``limit + 1`` where that takes more than ``limit``.
 
     The label of pixels to be ignored counts here as one more label: in PASCAL VOC it is drawn along the boundaries.
+
+    Raises:
+        ValueError: another shape, or a limit below 1.
     """
     own = as_labels(labels, "labels")
     if own.ndim != 2:

@@ -112,6 +112,7 @@ class TrainingConfig:
         self.loss()
 
     def augmentation(self) -> Augmentation:
+        """How samples are cut, scaled, mirrored and coloured. Raises ValueError for settings out of range."""
         return Augmentation(self.crop, self.min_scale, self.max_scale, self.flip, self.color_jitter)
 
     def loss(self, step: int | None = None) -> CrossEntropy:

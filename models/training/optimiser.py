@@ -75,11 +75,13 @@ class WeightAverage:
         self.values = {name: value.detach().clone() for name, value in _averaged(model).items()}
 
     def update(self, model: nn.Module, step: int) -> None:
+        """Takes in ``model`` after ``step``, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
         current = _averaged(model)
         torch._foreach_lerp_(list(self.values.values()), [current[name] for name in self.values], 1 - decay)
 
     def copy_to(self, model: nn.Module) -> None:
+        """Gives ``model`` the averaged values, in place."""
         _copy(self.values, model)
 
     @contextlib.contextmanager
