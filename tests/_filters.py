@@ -31,12 +31,14 @@ def assert_near(ours: Tensor, exact: Tensor, tolerance: float, what: str) -> Non
 
 
 by_needed = pytest.mark.parametrize("needs", [(True, False), (False, True)])
-by_opcheck_utility = pytest.mark.parametrize(
-    "utility", ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-)
-by_dtypes = pytest.mark.parametrize(
-    "dtypes", [(torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16, torch.float32)], ids=str
-)
+_UTILITIES = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+_DTYPES = ((torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16, torch.float32))
+
+
+def by_opcheck(test: Callable[..., None]) -> Callable[..., None]:
+    """With opcheck's utilities, and dtypes of values and features."""
+    by_dtypes = pytest.mark.parametrize("dtypes", _DTYPES, ids=str)
+    return pytest.mark.parametrize("utility", _UTILITIES)(by_dtypes(test))
 
 
 def assert_parts(backward: Callable[[bool, bool], Sequence[Tensor]], needs: Sequence[bool]) -> None:

@@ -8,16 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _filters import (
-    NORMALIZATIONS,
-    assert_compiles,
-    assert_near,
-    assert_parts,
-    by_dtypes,
-    by_needed,
-    by_opcheck_utility,
-    weighted_sums,
-)
+from _filters import NORMALIZATIONS, assert_compiles, assert_near, assert_parts, by_needed, by_opcheck, weighted_sums
 from _instruction_sets import run_tests_with
 from _threads import assert_same_bits
 from torch.utils.flop_counter import FlopCounterMode
@@ -126,8 +117,7 @@ def test_one_gradient(needs):
     assert_parts(partial(BACKWARD, torch.randn_like(values), values, features, [2, 1]), needs)
 
 
-@by_opcheck_utility
-@by_dtypes
+@by_opcheck
 def test_opcheck(dtypes, utility):
     inputs = zip(images((2, 3, 4, 5), 2), dtypes, strict=True)
     values, features = (t.detach().to(dtype).requires_grad_() for t, dtype in inputs)
