@@ -101,6 +101,8 @@ class PixelRows {
     A *centre, *now;  // now: sum of deviations and of their squares, vector by vector
     double *mean, *m2;
     int64_t size;
+    A* kept;  // a packed row of the results; null: not wanted
+    int64_t pixel;
     int64_t terms = 0;
     double seen = 0;
 
@@ -119,6 +121,9 @@ class PixelRows {
       }
       A* sums = now + 2 * at.k * L;
       store(sums, load(sums) + rest), store(sums + L, load(sums + L) + squares);
+      if (!kept) return;
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) store(kept + (at.j + b * at.apart) * pixel + at.k * L, y[b]);
     }
     DK_INLINE void added(int64_t count) {
       terms += count;

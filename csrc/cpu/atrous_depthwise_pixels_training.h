@@ -2,13 +2,13 @@
 // by atrous_depthwise_pixels_training_{portable,avx2,avx512}.cpp, which define DK_ISA.
 //
 // Rows of a chunk of channels are packed into rings of three rows in a core's second-level cache, in runs of memory as
-// long as a pixel's share of the chunk. Forward: conv(x) for the statistics, conv(x) again for the output. Backward:
-// conv(x) for the gradients of the normalisation; then row by row the gradient of conv(x), in whose registers the
-// gradient of the weights is summed, and from a ring of these rows the gradient of x. Rows that read the same rows
-// follow each other.
+// long as a pixel's share of the chunk. Forward: conv(x) for the statistics, kept in the output's memory and normalised
+// there; bfloat16 would round it and computes it again. Backward: conv(x) for the gradients of the normalisation; then
+// row by row the gradient of conv(x), in whose registers the gradient of the weights is summed, and from a ring of
+// these rows the gradient of x. Rows that read the same rows follow each other.
 #pragma once
 
-#include "atrous_depthwise_pixel_rows.h"
+#include "atrous_depthwise_pixel_pieces.h"
 #include "atrous_depthwise_pixels_isa.h"
 
 namespace deeplab_kernels::cpu {
@@ -19,7 +19,8 @@ class TrainingPixels : private PixelRows<acc_t<T>> {
   using A = acc_t<T>;
   using Base = PixelRows<A>;
   using Base::along, Base::channels_, Base::forward_, Base::L, Base::pixel_, Base::s_, Base::transposed_;
-  using typename Base::Channels, typename Base::Lines, typename Base::Sums, typename Base::V;
+  using Cut = PixelCut<T>;
+  using typename Base::Lines, typename Base::Sums, typename Base::V;
 
  public:
   static bool serve(const DepthwiseShape& s) {
@@ -35,7 +36,9 @@ class TrainingPixels : private PixelRows<acc_t<T>> {
     auto partial = [&](int64_t piece) { return partials.as<double>() + piece * 2 * lanes; };
     auto first = [&](int64_t begin, int64_t end) {
       TrainingPixels pixels(s, cut, x, weight, pre);
-      for (int64_t p = begin; p < end; ++p) pixels.statistics(p, partial(p), partial(p) + lanes);
+      pixels.streams_ = streams(out, s);
+      for (int64_t p = begin; p < end; ++p) pixels.statistics(p, partial(p), partial(p) + lanes, out);
+      if (pixels.streams_) finish_streams();
     };
     auto join = [&](int64_t chunk) {
       cut.each_lane(chunk, [&](int64_t lane, int64_t c) {
@@ -50,11 +53,11 @@ class TrainingPixels : private PixelRows<acc_t<T>> {
     };
     auto second = [&](int64_t begin, int64_t end) {
       TrainingPixels pixels(s, cut, x, weight, pre);
-      pixels.streams_ = streams(out, s);
+      pixels.streams_ = !kKeeps && streams(out, s);
       for (int64_t p = begin; p < end; ++p) pixels.outputs(p, norm, mean, var, out);
       if (pixels.streams_) finish_streams();
     };
-    run(cut, cut, parallel, first, join, second, [](int64_t) {});
+    run_pieces(cut, cut, parallel, first, join, second, [](int64_t) {});
   }
 
   // norm null: gradients of the convolution alone.
@@ -104,84 +107,12 @@ class TrainingPixels : private PixelRows<acc_t<T>> {
         }
       });
     };
-    run(sum_cut, cut, parallel, first, join, second, join_weights);
+    run_pieces(sum_cut, cut, parallel, first, join, second, join_weights);
   }
 
  private:
-  // Of a packed row, where the channels allow: seven are in use at a time, and the second-level cache should hold them.
-  static constexpr int64_t kRowBytes = 48 << 10;
-  static constexpr int64_t kFewestChannels = 64, kMostChannels = 128;
-  static constexpr int64_t kFewestPieces = 32;
-
-  // Some rows of one image and chunk of channels, in the order in which they are taken.
-  struct Piece {
-    int64_t chunk, image, begin, end;
-    int64_t rows() const { return end - begin; }
-  };
-
-  // How the work is cut: a matter of the shape alone, so that sums are the same for any number of threads.
-  struct Cut {
-    int64_t channel_count, images, row_count, chunks, most, parts;
-
-    Cut(const DepthwiseShape& s, int64_t rows) : channel_count(s.channels), images(s.batch), row_count(rows) {
-      const int64_t vectors = (s.channels + L - 1) / L, fits = kRowBytes / (s.in_w * int64_t(sizeof(A)));
-      chunks = larger(1, vectors * L / larger(kFewestChannels, smaller(fits, kMostChannels)));
-      most = bound(1);
-      for (int64_t chunk = 1; chunk < chunks; ++chunk) most = larger(most, bound(chunk + 1) - bound(chunk));
-      parts = larger(1, smaller(rows / 4, (kFewestPieces + chunks * images - 1) / (chunks * images)));
-      if (rows == 0) images = 0;
-    }
-    int64_t pieces_of_chunk() const { return images * parts; }
-    int64_t pieces() const { return chunks * pieces_of_chunk(); }
-    Piece piece(int64_t p) const {
-      const int64_t part = p % parts;
-      return {p / pieces_of_chunk(), p / parts % images, row_count * part / parts, row_count * (part + 1) / parts};
-    }
-    Channels channels(int64_t chunk) const {
-      const int64_t begin = bound(chunk), end = bound(chunk + 1);
-      return {begin * L, end - begin, smaller(end * L, channel_count) - begin * L - L};
-    }
-    // The first vector of a chunk: one that begins a cache line, where pixels do.
-    int64_t bound(int64_t chunk) const {
-      const int64_t of_line = Pixels<T>::kVectorsOfLine, all = (channel_count + L - 1) / L;
-      return smaller(all, (all + of_line - 1) / of_line * chunk / chunks * of_line);
-    }
-    // Calls f(lane, its channel).
-    template <typename F>
-    void each_lane(int64_t chunk, const F& f) const {
-      const Channels c = channels(chunk);
-      for (int64_t lane = 0; lane < c.vectors * L; ++lane) f(lane, c.first + c.at(lane / L) + lane % L);
-    }
-  };
-
-  // The pieces of both passes, and what joins their sums. A thread takes whole chunks where there are enough of them:
-  // the second pass finds in the caches what the first one read.
-  template <typename First, typename Join, typename Second, typename JoinSecond>
-  static void run(const Cut& first_cut, const Cut& second_cut, const Parallel& parallel, const First& first,
-                  const Join& join, const Second& second, const JoinSecond& join_second) {
-    auto of_chunk = [](const Cut& cut, int64_t chunk, const auto& pass) {
-      if (cut.pieces() > 0) pass(chunk * cut.pieces_of_chunk(), (chunk + 1) * cut.pieces_of_chunk());
-    };
-    if (first_cut.chunks >= 2 * parallel.threads()) {
-      parallel(first_cut.chunks, [&](int64_t begin, int64_t end) {
-        for (int64_t chunk = begin; chunk < end; ++chunk) {
-          of_chunk(first_cut, chunk, first), join(chunk);
-          of_chunk(second_cut, chunk, second), join_second(chunk);
-        }
-      });
-      return;
-    }
-    auto each_chunk = [&](const auto& f) {
-      parallel(first_cut.chunks, [&](int64_t begin, int64_t end) {
-        for (int64_t chunk = begin; chunk < end; ++chunk) f(chunk);
-      });
-    };
-    parallel(first_cut.pieces(), [&](int64_t begin, int64_t end) { first(begin, end); });
-    each_chunk(join);
-    parallel(second_cut.pieces(), [&](int64_t begin, int64_t end) { second(begin, end); });
-    each_chunk(join_second);
-  }
-
+  // Whether the output's memory holds conv(x) between the passes: it has room for its precision.
+  static constexpr bool kKeeps = sizeof(T) == sizeof(A);
   TrainingPixels(const DepthwiseShape& s, const Cut& cut, const T* x, const T* weight, Activation pre,
                  bool gradients = false)
       : Base(s, cut.most), cut_(cut), x_(x), weight_(weight), pre_(pre) {
@@ -203,7 +134,7 @@ class TrainingPixels : private PixelRows<acc_t<T>> {
   }
 
   // norm null: the weights alone. mean_grad null: mean and variance do not depend on x.
-  void select(const Piece& piece, const BatchNorm<A>* norm, const A* mean, const A* var, const A* mean_grad,
+  void select(const PixelPiece& piece, const BatchNorm<A>* norm, const A* mean, const A* var, const A* mean_grad,
               const A* mean_dot) {
     if (piece.chunk != chunk_ || piece.image != image_) x_rows_.clear(), grad_rows_.clear();
     image_ = piece.image;
@@ -287,36 +218,59 @@ class TrainingPixels : private PixelRows<acc_t<T>> {
     return h;
   }
 
-  void statistics(int64_t index, double* mean, double* m2) {
-    const Piece piece = cut_.piece(index);
+  void statistics(int64_t index, double* mean, double* m2, T* out) {
+    const PixelPiece piece = cut_.piece(index);
     select(piece, nullptr, nullptr, nullptr, nullptr, nullptr);
     const int64_t size = channels_.vectors * L;
     for (int64_t l = 0; l < size; ++l) mean[l] = m2[l] = 0, mean_[l] = 0;
-    typename Base::Statistics pass{mean_, now_, mean, m2, size};
+    typename Base::Statistics pass{mean_, now_, mean, m2, size, nullptr, pixel_};
     // The mean of a few results is the first centre that deviations are taken from.
     pass.clear();
     const Lines middle = lines_of(row_at((piece.begin + piece.end) / 2, s_.out_h, row_step_));
     for (int64_t q = 1; q < 8; q += 2) along(middle, forward_, {s_.out_w * q / 8, s_.out_w * q / 8 + 1}, pass);
     for (int64_t l = 0; l < size; l += L) store(mean_ + l, load(now_ + 2 * l) * A(0.25));
     pass.clear();
-    for (int64_t t = piece.begin; t < piece.end; ++t)
-      along(lines_of(row_at(t, s_.out_h, row_step_)), forward_, {0, s_.out_w}, pass);
+    pass.kept = kKeeps ? row_ : nullptr;
+    for (int64_t t = piece.begin; t < piece.end; ++t) {
+      const int64_t i = row_at(t, s_.out_h, row_step_);
+      along(lines_of(i), forward_, {0, s_.out_w}, pass);
+      if (kKeeps) unpack(row_, s_.out_w, out + out_row(i), [](V v, const T*) { return v; });
+    }
     pass.join();
   }
 
   void outputs(int64_t index, const BatchNorm<A>& norm, const A* mean, const A* var, T* out) {
-    const Piece piece = cut_.piece(index);
+    const PixelPiece piece = cut_.piece(index);
     select(piece, &norm, mean, var, nullptr, nullptr);
     for (int64_t t = piece.begin; t < piece.end; ++t) {
       const int64_t i = row_at(t, s_.out_h, row_step_);
-      typename Base::Outputs pass{scale_, shift_, activation_, row_, pixel_};
-      along(lines_of(i), forward_, {0, s_.out_w}, pass);
-      unpack(row_, s_.out_w, out + out_row(i), [](V v, const T*) { return v; });
+      if constexpr (kKeeps) {
+        normalise(out + out_row(i));
+      } else {
+        typename Base::Outputs pass{scale_, shift_, activation_, row_, pixel_};
+        along(lines_of(i), forward_, {0, s_.out_w}, pass);
+        unpack(row_, s_.out_w, out + out_row(i), [](V v, const T*) { return v; });
+      }
+    }
+  }
+
+  // conv(x) of a row in memory becomes the output.
+  void normalise(T* row) const {
+    const int64_t vectors = channels_.vectors, last = channels_.last;
+    for (int64_t w = 0; w < s_.out_w; ++w, row += s_.channels) {
+      auto normalised = [&](int64_t k, const T* from) {
+        return activated(V(load(from) * load(scale_ + k * L) + load(shift_ + k * L)), activation_);
+      };
+      // The last vector overlaps the one before it: read first.
+      const V end = normalised(vectors - 1, row + last);
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < vectors - 1; ++k) store(row + k * L, normalised(k, row + k * L));
+      store(row + last, end);
     }
   }
 
   void gradient_sums(int64_t index, const BatchNorm<A>& norm, const T* grad_out, double* partial) {
-    const Piece piece = cut_.piece(index);
+    const PixelPiece piece = cut_.piece(index);
     select(piece, &norm, norm.mean, norm.var, nullptr, nullptr);
     const Sums sums{now_, partial, 2 * channels_.vectors * L};
     sums.start();
@@ -332,7 +286,7 @@ class TrainingPixels : private PixelRows<acc_t<T>> {
   // partial: of the weights' gradient; null: not wanted. mean_grad null: the statistics do not depend on x.
   void gradients(int64_t index, const BackwardTensors<T>& z, const BatchNorm<A>* norm, const A* mean_grad,
                  const A* mean_dot, double* partial) {
-    const Piece piece = cut_.piece(index);
+    const PixelPiece piece = cut_.piece(index);
     select(piece, norm, norm ? norm->mean : nullptr, norm ? norm->var : nullptr, mean_grad, mean_dot);
     const Sums sums{now_, partial, 9 * channels_.vectors * L};
     if (partial) sums.start();
