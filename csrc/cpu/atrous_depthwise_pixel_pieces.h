@@ -19,16 +19,15 @@ struct PixelCut {
   using A = acc_t<T>;
   using Channels = typename PixelRows<A>::Channels;
   static constexpr int64_t L = kLanes<A>;
-  // Of a packed row, where the channels allow: seven are in use at a time, and the second-level cache should hold them.
-  static constexpr int64_t kRowBytes = 48 << 10;
-  static constexpr int64_t kFewestChannels = 64, kMostChannels = 128;
+  // Rows of so many channels are short enough for the second-level cache, seven of them in use at a time, and their
+  // pixels long enough for memory.
+  static constexpr int64_t kChunk = 64;
   static constexpr int64_t kFewestPieces = 32;
 
   int64_t channel_count, images, row_count, chunks, most, parts;
 
   PixelCut(const DepthwiseShape& s, int64_t rows) : channel_count(s.channels), images(s.batch), row_count(rows) {
-    const int64_t vectors = (s.channels + L - 1) / L, fits = kRowBytes / (s.in_w * int64_t(sizeof(A)));
-    chunks = larger(1, vectors * L / larger(kFewestChannels, smaller(fits, kMostChannels)));
+    chunks = larger(1, rounded_up(channel_count, L) / kChunk);
     most = bound(1);
     for (int64_t chunk = 1; chunk < chunks; ++chunk) most = larger(most, bound(chunk + 1) - bound(chunk));
     parts = larger(1, smaller(rows / 4, (kFewestPieces + chunks * images - 1) / (chunks * images)));

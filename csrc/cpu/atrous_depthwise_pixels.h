@@ -67,13 +67,26 @@ DK_INLINE int cut_columns(const IndexRange (&inside)[3], int64_t count, ColumnSe
   return n;
 }
 
-// Whether to write pixels past the caches: x and the output together exceed them, and pixels are whole lines, so that
-// none is written in parts.
+// Whether to write pixels past the caches: x and the output together exceed them, and pixels are whole vectors.
 template <typename T>
 DK_INLINE bool streams(const T* to, const DepthwiseShape& s) {
+  constexpr int64_t kVector = kLanes<acc_t<T>> * int64_t(sizeof(T));
   const int64_t pixel = s.channels * int64_t(sizeof(T));
-  return reinterpret_cast<uintptr_t>(to) % 64 == 0 && pixel % 64 == 0 &&
+  return reinterpret_cast<uintptr_t>(to) % kVector == 0 && pixel % kVector == 0 &&
          s.batch * pixel * (s.in_h * s.in_w + s.out_h * s.out_w) > last_level_cache_bytes();
+}
+
+// `count` vectors, value(k) for each, past the caches; not the parts of cache lines at the ends, which memory would
+// have to take by parts.
+template <typename T, typename F>
+DK_INLINE void stream_vectors(T* to, int64_t count, const F& value) {
+  constexpr int64_t L = kLanes<acc_t<T>>, kOfLine = larger(1, 64 / (L * int64_t(sizeof(T))));
+  int64_t k = 0;
+  for (; k < count && reinterpret_cast<uintptr_t>(to + k * L) % 64 != 0; ++k) store(to + k * L, value(k));
+  for (; k + kOfLine <= count; k += kOfLine)
+#pragma GCC unroll 4
+    for (int64_t n = k; n < k + kOfLine; ++n) stream(to + n * L, value(n));
+  for (; k < count; ++k) store(to + k * L, value(k));
 }
 
 template <typename T>
@@ -120,7 +133,8 @@ class Pixels {
 
   // The pieces [begin, end), which are the rows of one tile of one image after another.
   void run(const Cut& cut, int64_t begin, int64_t end, const T* x, T* out) {
-    streams_ = streams(out, s_);
+    // Runs of parked vectors end where lines do.
+    streams_ = streams(out, s_) && s_.channels % (L * kVectorsOfLine) == 0;
     while (begin < end) {
       const int64_t strip = begin / s_.out_h, first = begin % s_.out_h;
       const int64_t last = smaller(s_.out_h, first + end - begin);
@@ -321,7 +335,7 @@ class Pixels {
   template <int B>
   static __attribute__((noinline)) void send(const A* parked, T* out, int64_t next, int64_t count) {
     for (int b = 0; b < B; ++b)
-      for (int64_t k = 0; k < count; ++k) stream(out + b * next + k * L, load(parked + (b * kParked + k) * L));
+      stream_vectors(out + b * next, count, [&](int64_t k) { return load(parked + (b * kParked + k) * L); });
   }
 
   DepthwiseShape s_;

@@ -189,8 +189,7 @@ class TrainingPixels : private PixelRows<acc_t<T>> {
     const int64_t vectors = channels_.vectors, last = channels_.last;
     for (int64_t w = 0; w < columns; ++w, from += pixel_, to += s_.channels) {
       if (streams_) {
-#pragma GCC unroll 4
-        for (int64_t k = 0; k < vectors; ++k) stream(to + k * L, f(load(from + k * L), to + k * L));
+        stream_vectors(to, vectors, [&](int64_t k) { return f(load(from + k * L), to + k * L); });
         continue;
       }
 #pragma GCC unroll 4
