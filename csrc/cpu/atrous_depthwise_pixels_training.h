@@ -23,6 +23,9 @@ class TrainingPixels : private PixelRows<acc_t<T>> {
   using typename Base::Lines, typename Base::Sums, typename Base::V;
 
  public:
+  // Whether the output's memory holds conv(x) between the passes: it has room for its precision.
+  static constexpr bool kKeeps = sizeof(T) == sizeof(A);
+
   static bool serve(const DepthwiseShape& s) {
     return Pixels<T>::serve(s) && s.stride_h <= 2 && s.stride_w <= 2 && s.batch * s.out_h * s.out_w > 0;
   }
@@ -111,8 +114,6 @@ class TrainingPixels : private PixelRows<acc_t<T>> {
   }
 
  private:
-  // Whether the output's memory holds conv(x) between the passes: it has room for its precision.
-  static constexpr bool kKeeps = sizeof(T) == sizeof(A);
   TrainingPixels(const DepthwiseShape& s, const Cut& cut, const T* x, const T* weight, Activation pre,
                  bool gradients = false)
       : Base(s, cut.most), cut_(cut), x_(x), weight_(weight), pre_(pre) {
@@ -335,10 +336,11 @@ class TrainingPixels : private PixelRows<acc_t<T>> {
 };
 
 // Planes (atrous_depthwise_planes.h), which hold columns of padding too, read memory once: faster while they fit the
-// caches.
+// caches. At stride 2 these gains are small beside a second convolution, which conv(x) in the output's memory saves.
 template <typename T>
 bool faster_by_pixels(const DepthwiseShape& s) {
-  return TrainingPixels<T>::serve(s) && s.batch * s.in_h * (s.in_w + s.pad_left) > 3 << 13;
+  if (!TrainingPixels<T>::serve(s)) return false;
+  return (s.stride_w == 2 && TrainingPixels<T>::kKeeps) || s.batch * s.in_h * (s.in_w + s.pad_left) > 3 << 13;
 }
 
 }  // namespace
