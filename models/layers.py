@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deeplab_kernels.nn.functional import norm_act, pointwise
+from deeplab_kernels.nn.functional import pointwise_norm_act
 
 # Official DeepLab code: the moving averages keep 0.9997 of their old value in every layer, but the backbone and the
 # heads differ in epsilon.
@@ -66,7 +66,7 @@ class ConvNormAct(nn.Module):
         self.conv.padding = (rate * (vertical - 1) // 2, rate * (horizontal - 1) // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return norm_act(self.norm, self.activation, pointwise(self.conv, x))
+        return pointwise_norm_act(self.conv, self.norm, self.activation, x)
 
 
 def check_batch_statistics(norm: nn.Module, x: Tensor, what: str) -> None:

@@ -17,9 +17,9 @@ void with_batch_norm_act(F&& f) {
 
 template <typename T>
 void batch_norm_act_training(const MapShape& shape, const T* z, const T* residual, const NormParameters<acc_t<T>>& norm,
-                             T* out, acc_t<T>* mean, acc_t<T>* var, const Parallel& parallel) {
+                             T* out, acc_t<T>* mean, acc_t<T>* var, bool given, const Parallel& parallel) {
   with_batch_norm_act<T>([&](auto kernels) {
-    kernels.training(shape, stored(z), stored(residual), norm, stored(out), mean, var, parallel);
+    kernels.training(shape, stored(z), stored(residual), norm, stored(out), mean, var, given, parallel);
   });
 }
 
@@ -36,7 +36,7 @@ void batch_norm_act_backward(const MapShape& shape, const T* grad_out, const T* 
 
 #define DK_INSTANTIATE(T)                                                                                             \
   template void batch_norm_act_training<T>(const MapShape&, const T*, const T*, const NormParameters<acc_t<T>>&, T*,  \
-                                           acc_t<T>*, acc_t<T>*, const Parallel&);                                    \
+                                           acc_t<T>*, acc_t<T>*, bool, const Parallel&);                              \
   template void batch_norm_act_backward<T>(const MapShape&, const T*, const T*, const T*,                             \
                                            const NormParameters<acc_t<T>>&, const acc_t<T>*, const acc_t<T>*, T*, T*, \
                                            acc_t<T>*, acc_t<T>*, const Parallel&);

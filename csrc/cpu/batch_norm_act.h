@@ -3,9 +3,9 @@
 //   out = act(gamma (z - mean) / sqrt(var + eps) + beta + residual)
 //
 // Passes over memory. Forward: z twice (its statistics come first; a map that fits the caches is read from there the
-// second time), the residual once, out once; the floor is z, residual and out once each. Backward: grad_out, z (and
-// out, where it tells the activation's mask) twice, the gradient of z once, that of the residual once if an activation
-// makes it another tensor than grad_out. As separate operators: forward z twice, out twice with its activation and
+// second time), the residual once, out once; the floor is z, residual and out once each, and is met where whoever made
+// z gives its statistics (pointwise.h). Backward: grad_out, z (and out, where it tells the activation's mask) twice, the
+// gradient of z once, that of the residual once if an activation makes it another tensor than grad_out. As separate operators: forward z twice, out twice with its activation and
 // twice more with its residual; backward two more reads and one more write for the activation.
 #pragma once
 
@@ -19,10 +19,10 @@ struct MapShape {
   bool channels_last;
 };
 
-// residual may be null. mean and var, the biased variance, are outputs.
+// residual may be null. mean and var, the biased variance, are outputs, or those of z if `given`.
 template <typename T>
 void batch_norm_act_training(const MapShape& shape, const T* z, const T* residual, const NormParameters<acc_t<T>>& norm,
-                             T* out, acc_t<T>* mean, acc_t<T>* var, const Parallel& parallel);
+                             T* out, acc_t<T>* mean, acc_t<T>* var, bool given, const Parallel& parallel);
 
 // out: where there was a residual; null otherwise, when z tells the activation's mask. grad_residual may be null.
 template <typename T>

@@ -24,7 +24,7 @@ struct MapGradients {
   struct BatchNormAct {                                                                                               \
     using A = acc_t<T>;                                                                                               \
     static void training(const MapShape& shape, const T* z, const T* residual, const NormParameters<A>& norm, T* out, \
-                         A* mean, A* var, const Parallel& parallel);                                                  \
+                         A* mean, A* var, bool given, const Parallel& parallel);                                      \
     static void backward(const MapShape& shape, const MapGradients<T>& tensors, const BatchNorm<A>& norm,             \
                          const Parallel& parallel);                                                                   \
   };                                                                                                                  \

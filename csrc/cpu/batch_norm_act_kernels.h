@@ -10,22 +10,6 @@
 namespace deeplab_kernels::cpu {
 namespace {
 
-template <typename A>
-using Doubles = typename VectorOf<double, kLanes<A>>::type;
-
-template <typename A>
-DK_INLINE Doubles<A> in_double(Vec<A> v) {
-  return __builtin_convertvector(v, Doubles<A>);
-}
-template <typename A>
-DK_INLINE Doubles<A> load_doubles(const double* p) {
-  return *reinterpret_cast<const typename VectorOf<double, kLanes<A>>::unaligned*>(p);
-}
-template <typename A>
-DK_INLINE void store_doubles(double* p, Doubles<A> v) {
-  *reinterpret_cast<typename VectorOf<double, kLanes<A>>::unaligned*>(p) = v;
-}
-
 // Calls f(activation, flag), both known to the compiler: no branch for every vector.
 template <auto kValue>
 struct Constant {
@@ -171,8 +155,8 @@ struct ChannelMaps : Maps<T> {
 
   template <Activation kActivation, bool kResidual>
   static void training(const MapShape& s, int64_t c, const T* z, const T* residual, const BatchNorm<A>& norm, T* out,
-                       A* mean, A* var) {
-    statistics(s, c, z, mean, var);
+                       A* mean, A* var, bool given) {
+    if (!given) statistics(s, c, z, mean, var);
     const MapNorm<V> values = broadcast_norm(map_norm(norm, c, 0, 0));
     chunks(s, c, [&](int64_t first, int64_t count) {
       vectors(first, first + count, [&](int64_t k, int64_t n) {
@@ -229,21 +213,10 @@ class PixelMaps : Maps<T> {
         norm_(size_t(5 * padded_) * sizeof(A)) {}
 
   template <Activation kActivation, bool kResidual>
-  void training(const T* z, const T* residual, const BatchNorm<A>& norm, T* out, A* mean, A* var,
+  void training(const T* z, const T* residual, const BatchNorm<A>& norm, T* out, A* mean, A* var, bool given,
                 const Parallel& parallel) {
-    parallel(blocks_, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) statistics(z, b);
-    });
-    for_channels(parallel, [&](int64_t c) {
-      double seen = 0, centre = 0, m2 = 0;
-      for (int64_t b = 0; b < blocks_; ++b) {
-        const double n = double(last(b) - first(b));
-        join_moments(seen, n, first_sum(b)[c], second_sum(b)[c], centre, m2);
-        seen += n;
-      }
-      mean[c] = A(centre), var[c] = A(m2 / seen);
-      keep(c, map_norm(norm, c, 0, 0));
-    });
+    if (!given) statistics(z, mean, var, parallel);
+    for_channels(parallel, [&](int64_t c) { keep(c, map_norm(norm, c, 0, 0)); });
     for_rows(parallel, [&](int64_t row, int64_t c, int64_t n, const MapNorm<V>& values) {
       Maps<T>::template activate<kResidual>(z, residual, row + c, values, kActivation, out, n);
     });
@@ -319,7 +292,22 @@ class PixelMaps : Maps<T> {
     for (int64_t i = 0; i < 2 * padded_; ++i) first_sum(b)[i] = 0;
   }
 
-  void statistics(const T* z, int64_t b) const {
+  void statistics(const T* z, A* mean, A* var, const Parallel& parallel) const {
+    parallel(blocks_, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) block_statistics(z, b);
+    });
+    for_channels(parallel, [&](int64_t c) {
+      double seen = 0, centre = 0, m2 = 0;
+      for (int64_t b = 0; b < blocks_; ++b) {
+        const double n = double(last(b) - first(b));
+        join_moments(seen, n, first_sum(b)[c], second_sum(b)[c], centre, m2);
+        seen += n;
+      }
+      mean[c] = A(centre), var[c] = A(m2 / seen);
+    });
+  }
+
+  void block_statistics(const T* z, int64_t b) const {
     clear_sums(b);
     double seen = 0;
     chunks(b, kChunk, [&](int64_t row, int64_t rows) {
@@ -389,18 +377,19 @@ namespace DK_ISA {
 
 template <typename T>
 void BatchNormAct<T>::training(const MapShape& shape, const T* z, const T* residual, const NormParameters<A>& norm,
-                               T* out, A* mean, A* var, const Parallel& parallel) {
+                               T* out, A* mean, A* var, bool given, const Parallel& parallel) {
   const BatchNorm<A> batch_norm{norm.gamma, norm.beta, mean, var, norm.eps, norm.activation};
   auto run = [&](auto activation, auto has_residual) {
     constexpr Activation kActivation = decltype(activation)::value;
     constexpr bool kResidual = decltype(has_residual)::value;
     if (shape.channels_last) {
       PixelMaps<T> maps(shape);
-      return maps.template training<kActivation, kResidual>(z, residual, batch_norm, out, mean, var, parallel);
+      return maps.template training<kActivation, kResidual>(z, residual, batch_norm, out, mean, var, given, parallel);
     }
     parallel(shape.channels, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c)
-        ChannelMaps<T>::template training<kActivation, kResidual>(shape, c, z, residual, batch_norm, out, mean, var);
+        ChannelMaps<T>::template training<kActivation, kResidual>(shape, c, z, residual, batch_norm, out, mean, var,
+                                                                  given);
     });
   };
   with_constants(norm.activation, residual != nullptr, run);

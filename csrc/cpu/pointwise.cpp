@@ -25,12 +25,13 @@ Factor<T> by_channel(const T* map, int64_t channels, const PointwiseShape& s) {
 }
 
 // to (N, out_channels) = sum over channels of from and weight, whose element (out channel, channel) is at outer, inner.
+// mean and var of it, or null, in NHWC only.
 template <typename T>
 void convolve(const PointwiseShape& s, int64_t channels, int64_t out_channels, const T* from, Factor<T> weight, T* to,
-              const Parallel& parallel) {
+              T* mean, T* var, const Parallel& parallel) {
   const Factor<T> pixels = by_pixel(from, channels, s);
   if (s.channels_last)
-    run<T>({s.batch * s.pixels, out_channels, channels, 1, false, pixels, weight, to, 0}, parallel);
+    run<T>({s.batch * s.pixels, out_channels, channels, 1, false, pixels, weight, to, 0, mean, var}, parallel);
   else
     run<T>({out_channels, s.pixels, channels, s.batch, false, weight, pixels, to, out_channels * s.pixels}, parallel);
 }
@@ -38,14 +39,15 @@ void convolve(const PointwiseShape& s, int64_t channels, int64_t out_channels, c
 }  // namespace
 
 template <typename T>
-void pointwise_conv2d(const PointwiseShape& s, const T* x, const T* weight, T* out, const Parallel& parallel) {
-  convolve<T>(s, s.channels, s.out_channels, x, {weight, s.channels, 1, 0}, out, parallel);
+void pointwise_conv2d(const PointwiseShape& s, const T* x, const T* weight, T* out, T* mean, T* var,
+                      const Parallel& parallel) {
+  convolve<T>(s, s.channels, s.out_channels, x, {weight, s.channels, 1, 0}, out, mean, var, parallel);
 }
 
 template <typename T>
 void pointwise_grad_x(const PointwiseShape& s, const T* grad_out, const T* weight, T* grad_x,
                       const Parallel& parallel) {
-  convolve<T>(s, s.out_channels, s.channels, grad_out, {weight, 1, s.channels, 0}, grad_x, parallel);
+  convolve<T>(s, s.out_channels, s.channels, grad_out, {weight, 1, s.channels, 0}, grad_x, nullptr, nullptr, parallel);
 }
 
 template <typename T>
@@ -56,9 +58,9 @@ void pointwise_grad_weight(const PointwiseShape& s, const T* grad_out, const T* 
          parallel);
 }
 
-#define DK_INSTANTIATE(T)                                                                            \
-  template void pointwise_conv2d<T>(const PointwiseShape&, const T*, const T*, T*, const Parallel&); \
-  template void pointwise_grad_x<T>(const PointwiseShape&, const T*, const T*, T*, const Parallel&); \
+#define DK_INSTANTIATE(T)                                                                                    \
+  template void pointwise_conv2d<T>(const PointwiseShape&, const T*, const T*, T*, T*, T*, const Parallel&); \
+  template void pointwise_grad_x<T>(const PointwiseShape&, const T*, const T*, T*, const Parallel&);         \
   template void pointwise_grad_weight<T>(const PointwiseShape&, const T*, const T*, T*, const Parallel&);
 DK_INSTANTIATE(float)
 DK_INSTANTIATE(double)

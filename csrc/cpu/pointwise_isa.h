@@ -8,7 +8,7 @@
 namespace deeplab_kernels::cpu {
 
 // out (rows, columns), dense, = the sum over k of left (i, k) right (j, k). Images are products of their own, next_out
-// apart, or all terms of one sum.
+// apart, or all terms of one sum. mean and var are those of the columns of one image, or null.
 template <typename A>
 struct MatrixProduct {
   int64_t rows, columns, depth, images;
@@ -16,6 +16,8 @@ struct MatrixProduct {
   Factor<A> left, right;
   A* out;
   int64_t next_out;
+  A* mean = nullptr;
+  A* var = nullptr;
 };
 
 #define DK_DECLARE_ISA(isa)                                                     \

@@ -7,6 +7,7 @@
 // per cent of the product and spares it every stride, misaligned line and page that a map may have.
 #include "matrix_product.h"
 #include "pointwise_isa.h"
+#include "pointwise_statistics.h"
 #include "scratch.h"
 #include "workspace.h"
 
@@ -18,9 +19,11 @@ constexpr int64_t kTileColumns = 256, kTileRows = 768, kFewest = 96, kRowPanels 
 // A sum of this many terms is cut where there are few results; the partial sums are added up in the end.
 constexpr int64_t kLongSum = 1024, kMostChunks = 16, kFewResults = 1024 * 1024;
 
-// R x kPanel results at out, kPanel or fewer columns of them, from one panel of each operand.
-template <typename A, int R>
-void panel_product(const A* left, const A* right, int64_t depth, bool first, A* out, int64_t step, int64_t columns) {
+// R x kPanel results at out, kPanel or fewer columns of them, from one panel of each operand. kGather: takes note of
+// them, the first of a group or not.
+template <typename A, bool kGather, int R>
+void panel_product(const A* left, const A* right, int64_t depth, bool first, A* out, int64_t step, int64_t columns,
+                   Deviations<A>& gathered, bool first_of_group) {
   constexpr int64_t L = kLanes<A>;
   Vec<A> sums[R][2];
 #pragma GCC unroll 16
@@ -41,32 +44,38 @@ void panel_product(const A* left, const A* right, int64_t depth, bool first, A* 
 #pragma GCC unroll 2
   for (int h = 0; h < 2; ++h) {
     const int64_t count = smaller(columns - h * L, L);
-    if (count <= 0) return;
+    if (count <= 0) break;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       A* p = out + r * step + h * L;
-      if (count == L)
-        store(p, first ? sums[r][h] : sums[r][h] + load(p));
-      else
-        store_part(p, first ? sums[r][h] : sums[r][h] + load_part(p, count), count);
+      if (!first) sums[r][h] += count == L ? load(p) : load_part(p, count);
+      count == L ? store(p, sums[r][h]) : store_part(p, sums[r][h], count);
     }
   }
+  if constexpr (kGather) gathered.add(sums, first_of_group);
 }
 
-template <typename A, int... kRowsLess1>
+template <typename A, bool kGather, int... kRowsLess1>
 DK_INLINE auto panel_product_of(int64_t rows, std::integer_sequence<int, kRowsLess1...>) {
-  static constexpr decltype(&panel_product<A, 1>) kProducts[] = {&panel_product<A, kRowsLess1 + 1>...};
+  static constexpr decltype(&panel_product<A, kGather, 1>) kProducts[] = {
+      &panel_product<A, kGather, kRowsLess1 + 1>...};
   return kProducts[rows - 1];
 }
 
-// How the results, and long sums, are cut. Runs of terms and chunks of runs depend on the sizes alone, so that the
-// number of threads does not change a result.
+// How the results, and long sums, are cut. Runs of terms, chunks of runs and groups of results whose statistics are
+// gathered depend on the sizes alone, so that the number of threads does not change a result.
 struct Tiling {
   int64_t row_panels, column_panels;
+  int64_t row_units;  // groups of row panels where these must stay together, otherwise row panels
   int64_t runs, chunks, row_tiles, column_tiles;
   int64_t count(int64_t images) const { return images * chunks * row_tiles * column_tiles; }
-  int64_t first_row_panel(int64_t tile) const { return row_panels * tile / row_tiles; }
+  int64_t first_row_unit(int64_t tile) const { return row_units * tile / row_tiles; }
+  int64_t first_row_panel(int64_t unit) const { return row_panels * unit / row_units; }
   int64_t first_column_panel(int64_t tile) const { return column_panels * tile / column_tiles; }
+  template <typename A>
+  int64_t rows(const MatrixProduct<A>& m, int64_t unit) const {
+    return smaller(m.rows, first_row_panel(unit + 1) * kBlockRows) - first_row_panel(unit) * kBlockRows;
+  }
 
   template <typename A>
   Tiling(const MatrixProduct<A>& m, int64_t threads)
@@ -77,8 +86,9 @@ struct Tiling {
     chunks = long_sum ? larger(1, smaller(sums * m.depth / kLongSum, kMostChunks)) : 1;
     row_tiles = (m.rows + kTileRows - 1) / kTileRows;
     column_tiles = (m.columns + kTileColumns - 1) / kTileColumns;
+    row_units = m.mean ? (row_panels + kRowPanels - 1) / kRowPanels : row_panels;
     const auto few = [&] { return threads > 1 && count(products) < 3 * threads; };
-    while (few() && m.rows > (row_tiles + 1) * kFewest) ++row_tiles;
+    while (few() && m.rows > (row_tiles + 1) * kFewest && row_units > row_tiles) ++row_tiles;
     while (few() && m.columns > (column_tiles + 1) * kFewest) ++column_tiles;
   }
 };
@@ -86,7 +96,8 @@ struct Tiling {
 template <typename A>
 class Multiplier {
  public:
-  Multiplier(const MatrixProduct<A>& m, const Tiling& tiling, A* partial) : m_(m), tiling_(tiling), partial_(partial) {
+  Multiplier(const MatrixProduct<A>& m, const Tiling& tiling, A* partial, const Moments& moments)
+      : m_(m), tiling_(tiling), partial_(partial), moments_(moments) {
     Arena measure(nullptr);
     take(measure);
     Arena arena(thread_scratch(measure.used()));
@@ -101,7 +112,11 @@ class Multiplier {
     A* out = m_.out + image * m_.next_out;
     if (chunk > 0) out = partial_ + (chunk - 1) * m_.rows * m_.columns;
     const int64_t first = tiling_.runs * chunk / tiling_.chunks, last = tiling_.runs * (chunk + 1) / tiling_.chunks;
-    for (int64_t run = first; run < last; ++run) add(run, image, i, j, run == first, out);
+    for (int64_t run = first; run < last; ++run)
+      if (m_.mean && run + 1 == last)
+        add<true>(run, image, i, j, run == first, out);
+      else
+        add<false>(run, image, i, j, run == first, out);
   }
 
  private:
@@ -111,6 +126,7 @@ class Multiplier {
     left_ = arena.take<A>((kRowPanels + 1) * kBlockRows * kDepth);
   }
 
+  template <bool kGather>
   void add(int64_t run, int64_t image, int64_t i, int64_t j, bool first, A* out) const {
     const int64_t per_image = Terms::runs(m_.depth);
     if (m_.one_sum) image = run / per_image;
@@ -119,24 +135,28 @@ class Multiplier {
     Factor<A> left = m_.left, right = m_.right;
     left.data += image * left.next, right.data += image * right.next;
     const int64_t p0 = tiling_.first_column_panel(j), p1 = tiling_.first_column_panel(j + 1);
-    const int64_t r0 = tiling_.first_row_panel(i), r1 = tiling_.first_row_panel(i + 1);
+    int64_t unit = tiling_.first_row_unit(i);
+    const int64_t r1 = tiling_.first_row_panel(tiling_.first_row_unit(i + 1));
     Packer<kPanel<A>, A>(right, p0 * kPanel<A>, smaller(m_.columns, p1 * kPanel<A>), begin, end, right_);
-    for (int64_t r = r0; r < r1; r += kRowPanels) {
-      const int64_t rows = smaller(kRowPanels, r1 - r);
-      Packer<kBlockRows, A>(left, r * kBlockRows, smaller(m_.rows, (r + rows) * kBlockRows), begin, end, left_);
-      for (int64_t p = p0; p < p1; ++p)
-        for (int64_t k = 0; k < rows; ++k) {
-          const int64_t row = (r + k) * kBlockRows;
-          panel_product_of<A>(smaller(m_.rows - row, kBlockRows), std::make_integer_sequence<int, kBlockRows>())(
-              left_ + k * kBlockRows * depth, right_ + (p - p0) * kPanel<A> * depth, depth, first,
-              out + row * m_.columns + p * kPanel<A>, m_.columns, m_.columns - p * kPanel<A>);
-        }
+    Deviations<A> gathered;
+    for (int64_t r = tiling_.first_row_panel(unit), next; r < r1; r = next, ++unit) {
+      next = m_.mean ? tiling_.first_row_panel(unit + 1) : smaller(r + kRowPanels, r1);
+      const int64_t row = r * kBlockRows, rows = smaller(m_.rows, next * kBlockRows) - row;
+      Packer<kBlockRows, A>(left, row, row + rows, begin, end, left_);
+      for (int64_t p = p0; p < p1; ++p) {
+        for (int64_t k = 0; k < rows; k += kBlockRows)
+          panel_product_of<A, kGather>(smaller(rows - k, kBlockRows), std::make_integer_sequence<int, kBlockRows>())(
+              left_ + k * depth, right_ + (p - p0) * kPanel<A> * depth, depth, first,
+              out + (row + k) * m_.columns + p * kPanel<A>, m_.columns, m_.columns - p * kPanel<A>, gathered, k == 0);
+        if constexpr (kGather) gathered.write(rows, moments_, unit, p * kPanel<A>);
+      }
     }
   }
 
   const MatrixProduct<A>& m_;
   const Tiling& tiling_;
   A* partial_;
+  const Moments& moments_;
   A* left_;
   A* right_;
 };
@@ -148,10 +168,15 @@ void multiply(const MatrixProduct<A>& m, const Parallel& parallel) {
   if (m.one_sum && m.images == 0) __builtin_memset(m.out, 0, size_t(results) * sizeof(A));
   const Workspace memory(size_t(tiling.chunks - 1) * size_t(results) * sizeof(A));
   A* partial = memory.as<A>();
+  const int64_t groups = m.mean ? tiling.row_units : 0, padded = rounded_up(m.columns, kPanel<A>);
+  const Workspace gathered(size_t(2 * groups * padded) * sizeof(double));
+  const Moments moments{gathered.as<double>(), padded};
   parallel(tiling.count(m.one_sum ? 1 : m.images), [&](int64_t begin, int64_t end) {
-    const Multiplier<A> multiplier(m, tiling, partial);
+    const Multiplier<A> multiplier(m, tiling, partial, moments);
     for (int64_t t = begin; t < end; ++t) multiplier.tile(t);
   });
+  if (m.mean)
+    join_groups<A>(moments, groups, [&](int64_t g) { return tiling.rows(m, g); }, m.columns, m.mean, m.var, parallel);
   if (tiling.chunks == 1) return;
   constexpr int64_t kGrain = 1024;
   parallel((results + kGrain - 1) / kGrain, [&](int64_t begin, int64_t end) {

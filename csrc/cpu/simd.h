@@ -198,6 +198,23 @@ DK_INLINE A sum_of_lanes(Vec<A> v) {
   return sum;
 }
 
+// As many doubles as a vector has lanes.
+template <typename A>
+using Doubles = typename VectorOf<double, kLanes<A>>::type;
+
+template <typename A>
+DK_INLINE Doubles<A> in_double(Vec<A> v) {
+  return __builtin_convertvector(v, Doubles<A>);
+}
+template <typename A>
+DK_INLINE Doubles<A> load_doubles(const double* p) {
+  return *reinterpret_cast<const typename VectorOf<double, kLanes<A>>::unaligned*>(p);
+}
+template <typename A>
+DK_INLINE void store_doubles(double* p, Doubles<A> v) {
+  *reinterpret_cast<typename VectorOf<double, kLanes<A>>::unaligned*>(p) = v;
+}
+
 // dst[k] = src[k] for k < n, widened.
 template <typename T, typename A>
 DK_INLINE void copy_widened(const T* src, A* dst, int64_t n) {

@@ -3,35 +3,11 @@
 
 #include <tuple>
 
-#include "../cpu/batch_norm_act.h"
-#include "cpu_tensors.h"
+#include "map_tensors.h"
 #include "threads.h"
 
 namespace deeplab_kernels {
 namespace {
-
-cpu::MapShape map_shape(const Tensor& z) {
-  STD_TORCH_CHECK(z.dim() == 4, "z must have 4 dimensions");
-  return {z.size(0), z.size(1), z.size(2) * z.size(3), !z.is_contiguous() && is_channels_last(z)};
-}
-
-// t in the layout and dtype that the kernels take.
-OptionalTensor like_z(const OptionalTensor& t, const char* name, const Tensor& z, const cpu::MapShape& shape) {
-  if (!t) return std::nullopt;
-  STD_TORCH_CHECK(t->dim() == 4 && t->scalar_type() == z.scalar_type() && t->device() == z.device(), name,
-                  " must have 4 dimensions and the dtype and device of z");
-  for (int d = 0; d < 4; ++d) STD_TORCH_CHECK(t->size(d) == z.size(d), name, " must have the shape of z");
-  return with_layout(widened(*t), shape.channels_last);
-}
-
-Tensor empty_like(const Tensor& z, const cpu::MapShape& shape) {
-  return empty_nchw({z.size(0), z.size(1), z.size(2), z.size(3)}, z, shape.channels_last);
-}
-
-void check_affine(const OptionalTensor& gamma, const OptionalTensor& beta, const Tensor& z) {
-  if (gamma) check_vector(*gamma, "gamma", z.size(1), z);
-  if (beta) check_vector(*beta, "beta", z.size(1), z);
-}
 
 std::tuple<Tensor, Tensor, Tensor> training(const Tensor& z_any, const OptionalTensor& residual_any,
                                             const OptionalTensor& gamma, const OptionalTensor& beta, double eps,
@@ -48,7 +24,7 @@ std::tuple<Tensor, Tensor, Tensor> training(const Tensor& z_any, const OptionalT
     using A = cpu::acc_t<T>;
     cpu::batch_norm_act_training<T>(shape, in<T>(z), in_or_null<T>(residual),
                                     norm_parameters<A>(gamma, beta, eps, activation), out<T>(result), out<A>(mean),
-                                    out<A>(var), torch_threads());
+                                    out<A>(var), false, torch_threads());
   });
   return {as_dtype(result, z_any.scalar_type()), mean, var};
 }

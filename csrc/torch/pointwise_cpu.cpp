@@ -1,10 +1,10 @@
-// CPU bindings of the 1 x 1 convolution: checks, call.
+// CPU bindings of the 1 x 1 convolution, alone and with the batch normalisation that follows it: checks, call.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
 #include "../cpu/pointwise.h"
-#include "cpu_tensors.h"
+#include "map_tensors.h"
 #include "threads.h"
 
 namespace deeplab_kernels {
@@ -26,9 +26,42 @@ Tensor forward(const Tensor& x_any, const Tensor& weight_any) {
   Tensor result = empty_nchw({shape.batch, shape.out_channels, x.size(2), x.size(3)}, x, shape.channels_last);
   dispatch_computed(x, [&](auto value) {
     using T = decltype(value);
-    cpu::pointwise_conv2d<T>(shape, in<T>(x), in<T>(weight), out<T>(result), torch_threads());
+    cpu::pointwise_conv2d<T>(shape, in<T>(x), in<T>(weight), out<T>(result), nullptr, nullptr, torch_threads());
   });
   return as_dtype(result, x_any.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_training(const Tensor& x_any, const Tensor& weight,
+                                                             const OptionalTensor& residual_any,
+                                                             const OptionalTensor& gamma, const OptionalTensor& beta,
+                                                             double eps, int64_t activation) {
+  const cpu::PointwiseShape shape = pointwise_shape(x_any, weight);
+  const cpu::MapShape map{shape.batch, shape.out_channels, shape.pixels, shape.channels_last};
+  const Tensor x = with_layout(computed(x_any), shape.channels_last);
+  const Tensor dense = torch::stable::contiguous(computed(weight));
+  Tensor product = empty_nchw({shape.batch, shape.out_channels, x.size(2), x.size(3)}, x, shape.channels_last);
+  const ScalarType acc = x.scalar_type();
+  Tensor mean = empty_vector(shape.out_channels, x, acc), var = empty_vector(shape.out_channels, x, acc);
+  // What is normalised are the values that are kept: where these are rounded, their statistics are taken afterwards.
+  const bool given = shape.channels_last && x_any.scalar_type() == acc;
+  dispatch_computed(x, [&](auto value) {
+    using T = decltype(value);
+    cpu::pointwise_conv2d<T>(shape, in<T>(x), in<T>(dense), out<T>(product), given ? out<T>(mean) : nullptr,
+                             given ? out<T>(var) : nullptr, torch_threads());
+  });
+  const Tensor kept = as_dtype(product, x_any.scalar_type());
+  check_affine(gamma, beta, kept);
+  const OptionalTensor residual = like_z(residual_any, "residual", kept, map);
+  const Tensor z = widened(kept);
+  Tensor result = empty_like(z, map);
+  dispatch(z.scalar_type(), [&](auto value) {
+    using T = decltype(value);
+    using A = cpu::acc_t<T>;
+    cpu::batch_norm_act_training<T>(map, in<T>(z), in_or_null<T>(residual),
+                                    norm_parameters<A>(gamma, beta, eps, activation), out<T>(result), out<A>(mean),
+                                    out<A>(var), given, torch_threads());
+  });
+  return {as_dtype(result, x_any.scalar_type()), kept, mean, var};
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& weight_any,
@@ -65,6 +98,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any,
 STABLE_TORCH_LIBRARY_IMPL(deeplab_kernels, CPU, m) {
   m.impl("pointwise_conv2d", TORCH_BOX(&forward));
   m.impl("pointwise_conv2d_backward", TORCH_BOX(&backward));
+  m.impl("pointwise_bn_act_training", TORCH_BOX(&norm_act_training));
 }
 
 }  // namespace deeplab_kernels

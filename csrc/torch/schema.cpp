@@ -56,6 +56,11 @@ STABLE_TORCH_LIBRARY(deeplab_kernels, m) {
   m.def(
       "pointwise_conv2d_backward(Tensor grad_out, Tensor x, Tensor weight, bool need_grad_x, bool need_grad_weight) -> "
       "(Tensor, Tensor)");
+  // The 1 x 1 convolution with the batch normalisation, residual and activation of batch_norm_act_training after it.
+  // Returns (out, z, mean, var): z = sum_c weight[., c] x_c in the dtype of x, mean and biased var of it.
+  m.def(
+      "pointwise_bn_act_training(Tensor x, Tensor weight, Tensor? residual, Tensor? gamma, Tensor? beta, float eps, "
+      "int activation) -> (Tensor, Tensor, Tensor, Tensor)");
   // All rates of an atrous spatial pyramid in one pass over x: out[r] = act(norm_r(conv_r(x))) for R branches of stride
   // 1 whose padding keeps the size ((rate * (k - 1)) / 2 before, the rest after), and the image's mean.
   //   weight (R, C, 1, kh, kw); dilation R pairs (vertical, horizontal), flat; gamma, beta, mean, var (R, C),

@@ -73,6 +73,10 @@ def _pointwise_backward(call: Call, t: _Inputs) -> Any:
     return call("pointwise_conv2d_backward", t(2, 7, 9, 11), t(2, 5, 9, 11), t(7, 5, 1, 1), True, True)
 
 
+def _pointwise_norm(call: Call, t: _Inputs) -> Any:
+    return call("pointwise_bn_act_training", t(2, 5, 9, 11), t(7, 5, 1, 1), t(2, 7, 9, 11), t(7), t(7), 1e-3, 1)
+
+
 def _norm(call: Call, t: _Inputs) -> Any:
     return call("batch_norm_act_training", t(2, 5, 9, 11), t(2, 5, 9, 11), t(5), t(5), 1e-3, 2)
 
@@ -157,6 +161,7 @@ CASES: dict[str, Callable[[Call, _Inputs], Any]] = {
     "atrous_spatial_pyramid_backward": _pyramid_backward,
     "pointwise_conv2d": _pointwise,
     "pointwise_conv2d_backward": _pointwise_backward,
+    "pointwise_bn_act_training": _pointwise_norm,
     "batch_norm_act_training": _norm,
     "batch_norm_act_backward": _norm_backward,
     "gaussian_filter": _gaussian,

@@ -14,7 +14,7 @@ from ..ops import _validation, atrous_separable_conv2d
 from ..ops.atrous_separable import EXECUTIONS, picks_whole
 from ._halves import activate, conv_act, conv_norm_act, convolve, fusable, norm_parameters
 from ._separable_blocks import check_convolutions, check_norm, only_zeros, renamed, sort_modules, untouched
-from .functional import norm_act, pointwise
+from .functional import pointwise_norm_act
 from .init import truncated_normal_
 
 Norm = bool | Callable[[int], nn.Module] | None
@@ -362,7 +362,7 @@ class AtrousSeparableConv2d(nn.Module):
             and untouched(norm, nn.Identity, nn.BatchNorm2d, nn.SyncBatchNorm)
         )
         if plain:
-            return norm_act(norm, self.pointwise_activation, pointwise(conv, y), residual, owned=True)
+            return pointwise_norm_act(conv, norm, self.pointwise_activation, y, residual, owned=True)
         out = norm(conv(y))
         return activate(out if residual is None else out + residual, self.pointwise_activation)
 

@@ -30,6 +30,7 @@ OPERATORS: dict[str, str | None] = {
     "atrous_spatial_pyramid_backward": "atrous_spatial_pyramid",
     "pointwise_conv2d": None,
     "pointwise_conv2d_backward": None,
+    "pointwise_bn_act_training": None,
     "batch_norm_act_training": None,
     "batch_norm_act_backward": None,
     "gaussian_filter": "gaussian_filter",

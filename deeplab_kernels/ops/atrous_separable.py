@@ -25,7 +25,7 @@ from .._layout import is_channels_last_only, output_memory_format
 from ..reference.atrous_depthwise import _activate
 from . import _backends, _validation
 from ._flops import register_flop_formula
-from ._pointwise import pointwise_conv2d
+from ._pointwise import pointwise_bn_act, pointwise_conv2d
 from .atrous_depthwise import (
     _accumulation_dtype,
     _below_autograd,
@@ -295,18 +295,22 @@ def _two_kernels(
     else:
         y = atrous_depthwise_conv2d(_activate(x, pre), depthwise_weight, **geometry)
         y = _activate(_batch_norm(y, depthwise, training), between)
-    z = pointwise_conv2d(y, pointwise_weight)
     norm, bias = pointwise
+    if norm is not None and training and y.device.type == "cpu":
+        vectors = norm.gamma, norm.beta, norm.mean, norm.var
+        constants: dict[str, Any] = {
+            "momentum": norm.momentum,
+            "eps": norm.eps,
+            "activation": _validation.ACTIVATION_NAMES[after],
+        }
+        if bias is None:
+            return pointwise_bn_act(y, pointwise_weight, *vectors, residual=residual, **constants)
+        z = pointwise_conv2d(y, pointwise_weight)
+        z = z + bias.to(z.dtype).view(1, -1, 1, 1)
+        return batch_norm_act(z, *vectors, residual=None if residual is None else residual.to(z.dtype), **constants)
+    z = pointwise_conv2d(y, pointwise_weight)
     if residual is not None:
         residual = residual.to(z.dtype)
-    if norm is not None and training and z.device.type == "cpu":
-        if bias is not None:
-            z = z + bias.to(z.dtype).view(1, -1, 1, 1)
-        name = _validation.ACTIVATION_NAMES[after]
-        return batch_norm_act(
-            z, norm.gamma, norm.beta, norm.mean, norm.var, momentum=norm.momentum, eps=norm.eps, activation=name,
-            residual=residual,
-        )  # fmt: skip
     z = _batch_norm(z, pointwise, training)
     return _activate(z if residual is None else z + residual, after)
 

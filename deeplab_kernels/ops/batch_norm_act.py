@@ -10,6 +10,7 @@ counted in csrc/cpu/batch_norm_act.h.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -64,10 +65,7 @@ def batch_norm_act(
     _validation.image(z, "z")
     code = _validation.activation_code(activation)
     per_channel = z.transpose(0, 1)  # channels first, as in the weights that the checks are written for
-    _validation.channel_vector(gamma, "gamma", per_channel)
-    _validation.channel_vector(beta, "beta", per_channel)
-    _validation.running_statistics(running_mean, running_var, per_channel, training=True)
-    _validation.normalisation_constants(True, momentum, eps)
+    check_norm(per_channel, gamma, beta, running_mean, running_var, momentum, eps)
     if residual is not None:
         _validation.residual(residual, z, tuple(z.shape), "z")
         if residual.dtype != z.dtype:
@@ -80,6 +78,22 @@ def batch_norm_act(
     out, mean, var = _call("batch_norm_act_training", tensors, eps, code, cast_arguments=0)
     update_running_statistics(running_mean, running_var, mean, var, count, momentum)
     return out
+
+
+def check_norm(
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> None:
+    """Checks the arguments of a normalisation in training; ``weight`` (C, ...)."""
+    _validation.channel_vector(gamma, "gamma", weight)
+    _validation.channel_vector(beta, "beta", weight)
+    _validation.running_statistics(running_mean, running_var, weight, training=True)
+    _validation.normalisation_constants(True, momentum, eps)
 
 
 def _statistic(z: Tensor) -> Tensor:
@@ -104,30 +118,56 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.mark_non_differentiable(mean, var)
 
 
+def norm_gradients(
+    ctx: Any,
+    grad: Tensor,
+    z: Tensor,
+    out: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+) -> list[Tensor]:
+    """Gradients of z, residual, gamma and beta."""
+    arguments = grad, z, out, gamma, beta, mean, var, ctx.eps, ctx.activation
+    grads = list(_below_autograd(_ops.batch_norm_act_backward.default, *arguments))
+    if out is None:
+        grads[1] = grad  # shared, not copied
+    return grads
+
+
+def differentiable_gradients(
+    ctx: Any,
+    definition: Callable[..., tuple[Tensor, ...]],
+    maps: Sequence[Tensor],
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    out: Tensor | None,
+    grad: Tensor,
+) -> list[Tensor | None]:
+    """Gradients of maps, residual, gamma and beta, where they must be differentiable again (create_graph=True): those
+    of the definition, by torch."""
+    # Where out tells the mask, the residual is not needed to find it.
+    masked = grad if out is None else _masked(grad, out.detach(), ctx.activation)
+    inputs: list[Any] = [*maps, None, gamma, beta]
+    results = definition(*inputs, ctx.eps, ctx.activation if out is None else 0)
+    wanted = [i for i, t in enumerate(inputs) if t is not None and ctx.needs_input_grad[i]]
+    grads: list[Tensor | None] = [None] * len(inputs)
+    grads[len(maps)] = masked
+    found = torch.autograd.grad(results[0], [inputs[i] for i in wanted], masked, create_graph=True)
+    for i, g in zip(wanted, found, strict=True):
+        grads[i] = g
+    return grads
+
+
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     z, gamma, beta, out, mean, var = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    grads: list[Tensor | None]
-    if torch.is_grad_enabled():  # create_graph=True: differentiate the definition, which torch can differentiate again
-        # Where out tells the mask, the residual is not needed to find it.
-        masked = grad if out is None else _masked(grad, out.detach(), ctx.activation)
-        inputs: list[Any] = [z, None, gamma, beta]
-        activation = ctx.activation if out is None else 0
-        definition = reference.batch_norm_act_training(z, None, gamma, beta, ctx.eps, activation)[0]
-        wanted = [i for i in (0, 2, 3) if needs[i]]
-        found = torch.autograd.grad(definition, [inputs[i] for i in wanted], masked, create_graph=True)
-        grads = [None, masked, None, None]
-        for i, g in zip(wanted, found, strict=True):
-            grads[i] = g
+    grads: Sequence[Tensor | None]
+    if torch.is_grad_enabled():
+        grads = differentiable_gradients(ctx, reference.batch_norm_act_training, (z,), gamma, beta, out, grad)
     else:
-        grads = list(
-            _below_autograd(
-                _ops.batch_norm_act_backward.default, grad, z, out, gamma, beta, mean, var, ctx.eps, ctx.activation
-            )
-        )
-        if out is None:
-            grads[1] = grad  # shared, not copied
-    return (*(g if need else None for g, need in zip(grads, needs, strict=False)), None, None)
+        grads = norm_gradients(ctx, grad, z, out, gamma, beta, mean, var)
+    return (*(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), None, None)
 
 
 _register_autograd("batch_norm_act_training", _backward, _setup)

@@ -22,7 +22,7 @@ from .dense_crf import dense_crf_mean_field, dense_crf_mean_field_backward
 from .gaussian_filter import gaussian_filter, gaussian_filter_backward
 from .local_gaussian_filter import local_gaussian_filter, local_gaussian_filter_backward
 from .permutohedral import permutohedral_filter, permutohedral_filter_backward, permutohedral_lattice
-from .pointwise import pointwise_conv2d, pointwise_conv2d_backward
+from .pointwise import pointwise_bn_act_training, pointwise_conv2d, pointwise_conv2d_backward
 
 __all__ = [
     "atrous_depthwise_bn_act_backward",
@@ -47,6 +47,7 @@ __all__ = [
     "permutohedral_filter",
     "permutohedral_filter_backward",
     "permutohedral_lattice",
+    "pointwise_bn_act_training",
     "pointwise_conv2d",
     "pointwise_conv2d_backward",
 ]

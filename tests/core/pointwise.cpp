@@ -1,5 +1,5 @@
-// The 1 x 1 convolution's products with memory of the exact size: every read beyond an operand shows under
-// AddressSanitizer. Compared with sums in double.
+// The 1 x 1 convolution's products and statistics with memory of the exact size: every read beyond an operand shows
+// under AddressSanitizer. Compared with sums in double.
 #include "../../csrc/cpu/pointwise.h"
 
 #include <cmath>
@@ -27,8 +27,13 @@ double largest_error(const PointwiseShape& s) {
     return size_t(s.channels_last ? (n * P + p) * channels + c : (n * channels + c) * P + p);
   };
   const auto x = values<T>(N * C * P, 1), grad = values<T>(N * O * P, 2), weight = values<T>(O * C, 3);
-  std::vector<T> out(grad.size()), grad_x(x.size()), grad_weight(weight.size());
-  pointwise_conv2d<T>(s, x.data(), weight.data(), out.data(), kOneThread);
+  std::vector<T> out(grad.size()), grad_x(x.size()), grad_weight(weight.size()), again(grad.size());
+  std::vector<T> mean(static_cast<size_t>(O)), var(mean.size());
+  pointwise_conv2d<T>(s, x.data(), weight.data(), out.data(), nullptr, nullptr, kOneThread);
+  if (s.channels_last) {
+    pointwise_conv2d<T>(s, x.data(), weight.data(), again.data(), mean.data(), var.data(), kOneThread);
+    if (again != out) return INFINITY;
+  }
   pointwise_grad_x<T>(s, grad.data(), weight.data(), grad_x.data(), kOneThread);
   pointwise_grad_weight<T>(s, grad.data(), x.data(), grad_weight.data(), kOneThread);
   std::vector<double> weight_sums(weight.size());
@@ -53,6 +58,18 @@ double largest_error(const PointwiseShape& s) {
       }
     }
   for (size_t i = 0; i < weight_sums.size(); ++i) compare(weight_sums[i], grad_weight[i]);
+  for (int64_t o = 0; o < O && s.channels_last; ++o) {
+    double sum = 0, squares = 0;
+    const auto over_batch = [&](const auto& f) {
+      for (int64_t n = 0; n < N; ++n)
+        for (int64_t p = 0; p < P; ++p) f(double(out[at(n, o, p, O)]));
+    };
+    over_batch([&](double z) { sum += z; });
+    const double centre = sum / double(N * P);
+    over_batch([&](double z) { squares += (z - centre) * (z - centre); });
+    compare(centre, mean[size_t(o)]);
+    compare(squares / double(N * P), var[size_t(o)]);
+  }
   return error;
 }
 
