@@ -370,6 +370,10 @@ def test_modules_use_it(track, momentum):
     group = nn.GroupNorm(2, 8)
     torch.testing.assert_close(pointwise_norm_act(conv, group, None, x), group(conv(x)))
     assert called == [nn.BatchNorm2d]
+    across = nn.SyncBatchNorm(8)
+    out = pointwise_norm_act(conv, across, None, x)  # asked itself: it knows about the other processes
+    assert "pointwise_bn_act" not in out.grad_fn.name()
+    torch.testing.assert_close(out, across(conv(x)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

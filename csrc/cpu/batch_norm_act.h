@@ -4,9 +4,10 @@
 //
 // Passes over memory. Forward: z twice (its statistics come first; a map that fits the caches is read from there the
 // second time), the residual once, out once; the floor is z, residual and out once each, and is met where whoever made
-// z gives its statistics (pointwise.h). Backward: grad_out, z (and out, where it tells the activation's mask) twice, the
-// gradient of z once, that of the residual once if an activation makes it another tensor than grad_out. As separate operators: forward z twice, out twice with its activation and
-// twice more with its residual; backward two more reads and one more write for the activation.
+// z gives its statistics (pointwise.h). Backward: grad_out, z (and out, where it tells the activation's mask) twice,
+// the gradient of z once, that of the residual once if an activation makes it another tensor than grad_out. As separate
+// operators: forward z twice, out twice with its activation and twice more with its residual; backward two more reads
+// and one more write for the activation.
 #pragma once
 
 #include "atrous_depthwise.h"
