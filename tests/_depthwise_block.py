@@ -73,3 +73,10 @@ def as_double(tensors):
 PIECES = [Case((2, 9, 70, 65), padding=1), Case((2, 9, 71, 66), stride=2, padding=1),
           Case((1, 8, 75, 67), padding=(0, 2, 2, 1)), Case((2, 8, 73, 64), stride=2, padding=(2, 0, 0, 2)),
           Case((2, 8, 450, 400), padding=1), Case((2, 8, 643, 640), stride=2, padding=1)]  # fmt: skip
+# By planes in NCHW though rows fill no vector (8 floats with AVX2, of which the gradient of x at stride 2 takes two):
+# tall maps in several pieces and bands, rows of results that do and do not follow one another.
+NARROW = [Case((2, 9, 7, 7), padding=1), Case((2, 8, 30, 5), padding="same", dilation=2),
+          Case((1, 8, 9, 3), padding=6, dilation=(1, 6)), Case((3, 8, 1, 1), padding=1),
+          Case((2, 9, 7, 7), stride=2, padding=1), Case((1, 8, 13, 16), stride=2, padding=2),
+          Case((1, 8, 13, 17), stride=2, padding=3, dilation=3), Case((1, 8, 8, 1), stride=2, padding=1),
+          Case((1, 8, 900, 5), padding=1), Case((12, 8, 1900, 6), padding=(3, 3, 0, 4), dilation=(3, 2))]  # fmt: skip

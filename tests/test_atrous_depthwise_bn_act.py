@@ -25,6 +25,7 @@ from _depthwise_block import (
     BACKWARD,
     BY_PIXELS,
     NAMES,
+    NARROW,
     PIECES,
     TRAINABLE,
     TRAINING,
@@ -101,6 +102,13 @@ def test_pieces_of_a_map(case):
 @pytest.mark.parametrize("case", **by_case(BY_PIXELS))
 def test_values_and_gradients_by_pixels(case, training, dtype):
     check_values_and_gradients(case, list(ACTIVATIONS)[BY_PIXELS.index(case) % 3], training, "nhwc", dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("training", [False, True], ids=["frozen", "training"])
+@pytest.mark.parametrize("case", **by_case(NARROW))
+def test_values_and_gradients_of_narrow_maps_on_cpu(case, training, dtype):
+    check_values_and_gradients(case, list(ACTIVATIONS)[NARROW.index(case) % 3], training, "nchw", dtype, "cpu")
 
 
 def check_values_and_gradients(case, activation, training, layout, dtype, device):
@@ -385,7 +393,7 @@ def test_chunks_of_channels(training, channels):
 
 
 # Shapes that run by planes and by pixels, at both strides, with channels that fill no vector.
-PRE_ACTIVATED = [*TRAINABLE, Case((2, 37, 34, 41), padding="same"),
+PRE_ACTIVATED = [*TRAINABLE, *NARROW[:8], Case((2, 37, 34, 41), padding="same"),
                  Case((2, 70, 33, 35), stride=2, padding="same"), Case((1, 40, 193, 190), padding="same", dilation=3),
                  Case((1, 40, 193, 190), stride=2, padding=1)]  # fmt: skip
 

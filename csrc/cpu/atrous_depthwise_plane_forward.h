@@ -15,9 +15,9 @@ class PlaneForward : public PlaneTiles<T, kNhwc> {
   using Base::L, Base::kChannels, Base::kTileColumns, Base::kTile, Base::s_, Base::g_, Base::cut_, Base::size_,
       Base::plane_, Base::x_plane_, Base::first_, Base::count_, Base::active_, Base::band, Base::inputs_of, Base::held,
       Base::select, Base::offset, Base::pieces, Base::piece, Base::fresh_inputs, Base::pre_, Base::y_planes_,
-      Base::tile_, Base::norm_, Base::moments_, Base::tail_, Base::at_row_0, Base::pack_x, Base::unpack,
-      Base::before_pre_activation, Base::fetch_for_forward, Base::load_weights, Base::load_flipped_weights,
-      Base::prepare_norm, Base::tiles, Base::row_bytes, Base::within, Base::tail_at;
+      Base::tile_, Base::writer_, Base::collected, Base::norm_, Base::moments_, Base::tail_, Base::at_row_0,
+      Base::pack_x, Base::unpack, Base::before_pre_activation, Base::fetch_for_forward, Base::load_weights,
+      Base::load_flipped_weights, Base::prepare_norm, Base::tiles, Base::row_bytes, Base::within, Base::tail_at;
   using typename Base::A, typename Base::V, typename Base::Moments;
 
  public:
@@ -118,11 +118,22 @@ class PlaneForward : public PlaneTiles<T, kNhwc> {
   }
 
   void write_resident(int64_t n, Activation activation, T* out) const {
-    for (int64_t i = 0; i < s_.out_h; ++i)
-      write_activated(y_planes_ + n * size_ + i * g_.pitch, activation, out + offset(n, i, s_.out_h, s_.out_w));
+    out += offset(n, 0, s_.out_h, s_.out_w);
+    const bool collect = collected(s_.out_w, L);
+    if (collect) writer_.begin(out);
+    for (int64_t i = 0; i < s_.out_h; ++i) {
+      const A* y = y_planes_ + n * size_ + i * g_.pitch;
+      if (collect) {
+        write_activated(y, activation, writer_.room());
+        writer_.add(s_.out_w);
+      } else {
+        write_activated(y, activation, out + i * s_.out_w * (kNhwc ? s_.channels : 1));
+      }
+    }
+    if (collect) writer_.end();
   }
 
-  // y: a row of the first plane; out: that row in memory.
+  // y: a row of the first plane; out: that row in memory (NCHW: or where a whole vector can be stored).
   void write_activated(const A* y, Activation activation, T* out) const {
     if constexpr (kNhwc) {
       unpack(y, plane_, s_.out_w, out,
@@ -130,7 +141,7 @@ class PlaneForward : public PlaneTiles<T, kNhwc> {
     } else {
       const V scale = norm_[0].scale, shift = norm_[0].shift;
       with_activation(activation, [&](auto known) {
-        const int64_t last = s_.out_w - L;
+        const int64_t last = larger(0, s_.out_w - L);
         auto write = [&](int64_t k) {
           store(out + k, activated(V(load(y + k) * scale + shift), decltype(known)::value));
         };
@@ -149,8 +160,8 @@ class PlaneForward : public PlaneTiles<T, kNhwc> {
   }
 
   // The convolution of x planes, or, transposed, of gradient planes, masked by x where that is given; planes: row 0 of
-  // the first. NHWC: the rows of a
-  // tile go through memory of their own, so that cache lines of the result are written whole.
+  // the first. NHWC: the rows of a tile go through memory of their own, so that cache lines of the result are written
+  // whole.
   template <bool kNorm, bool kTransposed>
   void to_memory(const A* planes, int64_t n, IndexRange rows, const T* weight, Activation activation, T* out,
                  const T* x = nullptr) {
@@ -168,14 +179,19 @@ class PlaneForward : public PlaneTiles<T, kNhwc> {
     const int64_t vectors = kTransposed ? g_.in_vectors : g_.out_vectors;
     const int64_t width = kTransposed ? s_.in_w : s_.out_w, height = kTransposed ? s_.in_h : s_.out_h;
     const int64_t distance = kTransposed ? plane_ : x_plane_;
-    const int64_t last = kNhwc ? (vectors - 1) * L : width - L;
+    const int64_t last = kNhwc ? (vectors - 1) * L : larger(0, width - L);
+    const bool collect = collected(width, L), follow = s_.rate_h == 1;  // follow: the rows of a tile
+    if (collect && follow) writer_.begin(out + offset(n, rows.begin, height, width));
     auto load_taps = [&](int64_t p) { kTransposed ? load_flipped_weights(weight, p) : load_weights(weight, p); };
     if (active_ == 1) load_taps(0);
     tiles(rows, vectors, [&](auto rows_at_once, int64_t row, int64_t count, IndexRange columns) {
       constexpr int R = decltype(rows_at_once)::value;
       T* to = out + offset(n, row, height, width);
-      const int64_t step = s_.rate_h * width;
-      const TileRows out_rows(step * int64_t(sizeof(T)));
+      const int64_t step = s_.rate_h * width, result_step = collect ? width : step;
+      [[maybe_unused]] const T* row_x = x + (to - out);
+      [[maybe_unused]] T* results = collect ? writer_.room() : to;
+      [[maybe_unused]] const TileRows x_rows(step * int64_t(sizeof(T)));
+      const TileRows out_rows(result_step * int64_t(sizeof(T)));
       for (int64_t p = 0; p < active_; ++p) {
         if (active_ > 1) load_taps(p);
         const V scale = norm_[p].scale, shift = norm_[p].shift;
@@ -187,9 +203,10 @@ class PlaneForward : public PlaneTiles<T, kNhwc> {
             if constexpr (kNhwc) {
               store(tile + r * kTileColumns * L + k, acc[r]);
             } else {
-              T* result = out_rows.at(to + i * (R * width) + k, r);
-              if constexpr (kMasked) acc[r] = before_pre_activation(acc[r], x + (result - out), L);
-              store(result, acc[r]);
+              const int64_t at = i * (R * width) + k;
+              if constexpr (kMasked)
+                acc[r] = before_pre_activation(acc[r], x_rows.at(row_x + at, r), smaller(L, width));
+              store(out_rows.at(results + at, r), acc[r]);
             }
           }
         };
@@ -207,15 +224,17 @@ class PlaneForward : public PlaneTiles<T, kNhwc> {
           T* first = to + (r * step + columns.begin) * s_.channels;
           const int64_t count = columns.end - columns.begin;
           if constexpr (kMasked) {
-            const T* row_x = x + (first - out);
+            const T* first_x = x + (first - out);
             unpack(tile, kTile, count, first, [&](V v, int64_t, int64_t k, int64_t channels) {
-              return before_pre_activation(v, row_x + k, channels);
+              return before_pre_activation(v, first_x + k, channels);
             });
           } else {
             unpack(tile, kTile, count, first, [](V v, auto...) { return v; });
           }
         }
+      if (collect) follow ? writer_.add(R * count * width) : writer_.spread(to, step, R, width);
     });
+    if (collect && follow) writer_.end();
   }
 };
 

@@ -49,7 +49,6 @@ class PlaneLayout {
     const int64_t below = s.stride_h * (s.out_h - 1) + 2 * s.rate_h - s.pad_top - (s.in_h - 1);
     const int64_t right = s.stride_w * (s.out_w - 1) + 2 * s.rate_w - s.pad_left - (s.in_w - 1);
     if (below < 1 - s.stride_h || below > 2 * s.rate_h || right < 1 - s.stride_w || right > 2 * s.rate_w) return kNone;
-    if (!kNhwc && smaller(s.in_w, s.out_w) < L) return kNone;
     const Geometry g(s);
     const int64_t x_row = g.x_pitch * int64_t(sizeof(A)), row = g.pitch * int64_t(sizeof(A));
     const int64_t x_image = g.x_slack * int64_t(sizeof(A)) + x_row * s.in_h;
@@ -170,6 +169,9 @@ class PlaneLayout {
     return kNhwc ? (n * rows + row) * columns * s_.channels + first_
                  : ((n * s_.channels + first_) * rows + row) * columns;
   }
+
+  // NCHW: whether rows go to memory through a writer, as so many columns stored at once reach beyond them.
+  bool collected(int64_t width, int64_t stored) const { return !kNhwc && width < stored; }
 
   // Resident planes are worked on piece by piece, so that what has been packed or computed is still in the first-level
   // cache when it is used; elsewhere the pieces are the bands.

@@ -3,6 +3,7 @@
 
 #include "atrous_depthwise_plane_layout.h"
 #include "atrous_depthwise_plane_sums.h"
+#include "row_writer.h"
 #include "scratch.h"
 #include "workspace.h"
 
@@ -14,9 +15,9 @@ class PlanePacking : public PlaneLayout<T, kNhwc> {
   using Base = PlaneLayout<T, kNhwc>;
 
  protected:
-  using Base::L, Base::kColumn, Base::kTile, Base::s_, Base::g_, Base::cut_, Base::images_, Base::rows_, Base::size_,
-      Base::plane_, Base::x_rows_, Base::x_size_, Base::x_plane_, Base::margins_, Base::above_, Base::below_,
-      Base::x_above_, Base::x_below_, Base::count_, Base::offset;
+  using Base::L, Base::kColumn, Base::kRows, Base::kTile, Base::s_, Base::g_, Base::cut_, Base::images_, Base::rows_,
+      Base::size_, Base::plane_, Base::x_rows_, Base::x_size_, Base::x_plane_, Base::margins_, Base::above_,
+      Base::below_, Base::x_above_, Base::x_below_, Base::count_, Base::offset, Base::collected;
   using typename Base::A, typename Base::V, typename Base::Pass, typename Base::Cut;
   using Norm = PlaneNorm<A>;
   using Moments = LaneMoments<A>;
@@ -54,6 +55,9 @@ class PlanePacking : public PlaneLayout<T, kNhwc> {
     weight_sums_ = arena.take<Sums<9>>(cut_.planes);
     zeros_ = arena.take<A>(s_.stride_w == 2 ? g_.pitch + g_.slack : 0);
     both_ = arena.take<A>(kNhwc && s_.stride_w == 2 ? 2 * cut_.planes * both_size() : 0);
+    // Tiles of four rows of a vector each add the most.
+    const bool narrow = collected(smaller(s_.in_w, s_.out_w), 2 * L + 1);
+    writer_ = RowWriter<T>(arena.take<T>(narrow ? RowWriter<T>::size(larger(kSumTerms, kRows) * L, 2 * L) : 0));
     further_ = arena.take<A>(further_size_);
     if (zeros_ && s_.stride_w == 2) __builtin_memset(zeros_, 0, size_t(g_.pitch + g_.slack) * sizeof(A));
   }
@@ -201,6 +205,7 @@ class PlanePacking : public PlaneLayout<T, kNhwc> {
   A *x_planes_ = nullptr, *y_planes_ = nullptr, *grad_planes_ = nullptr;
   A *tile_ = nullptr, *zeros_ = nullptr, *both_ = nullptr, *further_ = nullptr;
   const int64_t further_size_;
+  mutable RowWriter<T> writer_;  // NCHW
   Norm* norm_ = nullptr;
   Moments* moments_ = nullptr;
   Sums<2>* sums_ = nullptr;

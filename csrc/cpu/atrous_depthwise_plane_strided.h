@@ -13,8 +13,8 @@ class PlaneStrided : public PlaneForward<T, kNhwc> {
  protected:
   using Base::Base;
   using Base::L, Base::kColumn, Base::kRows, Base::s_, Base::g_, Base::plane_, Base::margins_, Base::count_,
-      Base::active_, Base::offset, Base::pre_, Base::zeros_, Base::both_, Base::whole_planes,
-      Base::before_pre_activation, Base::both_size, Base::weights_, Base::load_weights;
+      Base::active_, Base::offset, Base::pre_, Base::zeros_, Base::writer_, Base::collected, Base::both_,
+      Base::whole_planes, Base::before_pre_activation, Base::both_size, Base::weights_, Base::load_weights;
   using typename Base::A, typename Base::V;
 
   // Stride 2, odd rates. Padded row a of x met kernel rows 0 and 2 of the result rows a / 2 and a / 2 - rate if a is
@@ -22,6 +22,8 @@ class PlaneStrided : public PlaneForward<T, kNhwc> {
   // one below share what they read (NCHW).
   void gradient_of_strided_x(const BackwardTensors<T>& z, int64_t n, IndexRange rows, const A* grad) {
     const int64_t size = kNhwc ? both_size() : 0;
+    const bool collect = collected(s_.in_w, 2 * L + s_.pad_left % 2);
+    if (collect) writer_.begin(z.grad_x + offset(n, rows.begin, s_.in_h, s_.in_w));
     for (int64_t h = rows.begin; h < rows.end; ++h) {
       const int64_t a = h + s_.pad_top;
       T* to = z.grad_x + offset(n, h, s_.in_h, s_.in_w);
@@ -35,15 +37,20 @@ class PlaneStrided : public PlaneForward<T, kNhwc> {
         if constexpr (kNhwc) {
           A* both = both_ + 2 * p * size;
           even ? strided_row<Parity::kEven>(near, far, both) : strided_row<Parity::kOdd>(near, far, both);
-        } else if (even && margins_ && h + 1 < rows.end) {
-          strided_row_to_memory<Parity::kPair>(near, far, to, x), ++h;
         } else {
-          even ? strided_row_to_memory<Parity::kEven>(near, far, to, x)
-               : strided_row_to_memory<Parity::kOdd>(near, far, to, x);
+          T* results = collect ? writer_.room() : to;
+          const bool pair = even && margins_ && h + 1 < rows.end;
+          if (pair)
+            strided_row_to_memory<Parity::kPair>(near, far, results, x), ++h;
+          else
+            even ? strided_row_to_memory<Parity::kEven>(near, far, results, x)
+                 : strided_row_to_memory<Parity::kOdd>(near, far, results, x);
+          if (collect) writer_.add(pair ? 2 * s_.in_w : s_.in_w);
         }
       }
       if constexpr (kNhwc) write_both(to, x);
     }
+    if (collect) writer_.end();
   }
   enum class Parity { kEven, kOdd, kPair };
 
@@ -71,44 +78,48 @@ class PlaneStrided : public PlaneForward<T, kNhwc> {
     }
     return result;
   }
-  // NCHW.
+  // NCHW. Rows of less than two vectors go to memory of the writer: they are written whole vectors at a time.
   template <Parity kParity>
   DK_INLINE void strided_row_to_memory(const A* near, const A* far, T* to, const T* x) const {
     if (pre_ == Activation::kNone)
-      strided_row_to_memory<kParity>(near, far, to, [](auto v, int64_t) { return v; });
+      strided_row_to_memory<kParity>(near, far, to, [](auto v, auto...) { return v; });
     else
-      strided_row_to_memory<kParity>(near, far, to, [&](auto v, int64_t k) {
+      strided_row_to_memory<kParity>(near, far, to, [&](auto v, int64_t k, int64_t values) {
         if constexpr (sizeof(v) == sizeof(A))
           return masked(v, A(widen(x[k])), this->pre_);
         else
-          return this->before_pre_activation(v, x + k, Base::L);
+          return this->before_pre_activation(v, x + k, values);
       });
   }
   template <Parity kParity, typename F>
   void strided_row_to_memory(const A* near, const A* far, T* to, const F& f) const {
     constexpr int kRows = Strided<kParity>::kRows;
     const int64_t q = s_.pad_left, width = s_.in_w;
-    auto vectors = [&](int64_t w) {  // w: an even padded column
+    auto vectors = [&](int64_t w, int64_t first, int64_t second) {  // w: an even padded column
       const auto v = strided_at<kParity>(near, far, (w + q) / 2);
 #pragma GCC unroll 2
       for (int r = 0; r < kRows; ++r) {
         const int64_t k = r * width + w;
-        store(to + k, f(interleaved<0>(v.even[r], v.odd[r]), k));
-        store(to + k + L, f(interleaved<1>(v.even[r], v.odd[r]), k + L));
+        store(to + k, f(interleaved<0>(v.even[r], v.odd[r]), k, first));
+        store(to + k + L, f(interleaved<1>(v.even[r], v.odd[r]), k + L, second));
       }
     };
     auto column = [&](int64_t w) {
       const auto v = strided_at<kParity>(near, far, (w + q) / 2);
       for (int r = 0; r < kRows; ++r) {
         const int64_t k = r * width + w;
-        narrow(f((w + q) % 2 == 0 ? v.even[r][0] : v.odd[r][0], k), to + k);
+        narrow(f((w + q) % 2 == 0 ? v.even[r][0] : v.odd[r][0], k, 1), to + k);
       }
     };
     int64_t w = q % 2;
-    if (w == 1) column(0);
-    for (; w + 2 * L <= width; w += 2 * L) vectors(w);
-    if (w + 1 < width && width >= 2 * L + q % 2) w = width - (width - q) % 2, vectors(w - 2 * L);
-    for (; w < width; ++w) column(w);
+    if (width - w < 2 * L) {  // in the writer's memory
+      vectors(w, smaller(L, width - w), larger(0, width - w - L));
+    } else {
+      for (; w + 2 * L <= width; w += 2 * L) vectors(w, L, L);
+      if (w + 1 < width) w = width - (width - q) % 2, vectors(w - 2 * L, L, L);
+      if (w < width) column(w);
+    }
+    if (q % 2 == 1) column(0);  // the vectors of the row above may have reached it
   }
   // Even columns of a padded row, then the odd ones.
   template <Parity kParity>

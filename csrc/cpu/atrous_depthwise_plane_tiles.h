@@ -32,6 +32,13 @@ struct Sources {
   const A* data;
   int begin, end;
 };
+// Of these rows: all, or, at stride 1, those in the places of the results: where rates are large, neither the rows
+// above nor those below are left.
+enum class Present { kAll, kOwn, kSome };
+template <int R, typename A>
+DK_INLINE bool alone(const Sources<A>& from) {
+  return from.begin == 1 && from.end == R + 1;
+}
 template <int R, int kStride, typename A>
 DK_INLINE bool whole(const Sources<A>& from) {
   return from.begin == 0 && from.end == kStride * (R - 1) + 3;
@@ -69,7 +76,7 @@ struct TileRows {
 
 // Calls f(input, taps of the kernel, result) for the products of a vector of columns: input is loaded once for all
 // results it takes part in. rows: those of x, a rate apart.
-template <int R, int kStride, bool kWhole, typename A, typename F>
+template <int R, int kStride, Present kPresent, typename A, typename F>
 DK_INLINE void products(const Sources<A>& from, const TileRows& rows, int64_t k, const int64_t* taps, const F& f) {
   constexpr int kSources = kStride * (R - 1) + 3;
   const A* data[3];
@@ -77,7 +84,8 @@ DK_INLINE void products(const Sources<A>& from, const TileRows& rows, int64_t k,
   for (int v = 0; v < 3; ++v) data[v] = from.data + taps[v] + k;
 #pragma GCC unroll 9
   for (int c = 0; c < kSources; ++c) {
-    if (!kWhole && (c < from.begin || c >= from.end)) continue;
+    if (kPresent == Present::kSome && (c < from.begin || c >= from.end)) continue;
+    if (kPresent == Present::kOwn && (c < 1 || c > R)) continue;
 #pragma GCC unroll 3
     for (int v = 0; v < 3; ++v) {
       const Vec<A> input = load(rows.at(data[v], c));
@@ -156,13 +164,18 @@ class PlaneTiles : public PlaneFetch<T, kNhwc> {
       for (int64_t begin = 0; begin < vectors; begin += most) {
         const IndexRange columns{begin, smaller(vectors, begin + most)};
         for (int64_t row = base; row < smaller(range.end, base + rate); ++row)
-          for (int64_t r = row, left = smaller(kRows, (range.end - row + rate - 1) / rate); left > 0;) {
-            if (left == 4)
-              f(Count<4>(), r, 1, columns), left = 0;
-            else if (left >= 2)
-              f(Count<2>(), r, 1, columns), r += 2 * rate, left -= 2;
-            else
-              f(Count<1>(), r, 1, columns), left = 0;
+          switch (smaller(kRows, (range.end - row + rate - 1) / rate)) {
+            case 4:
+              f(Count<4>(), row, 1, columns);
+              break;
+            case 3:
+              f(Count<3>(), row, 1, columns);
+              break;
+            case 2:
+              f(Count<2>(), row, 1, columns);
+              break;
+            default:
+              f(Count<1>(), row, 1, columns);
           }
       }
   }
@@ -189,11 +202,12 @@ class PlaneTiles : public PlaneFetch<T, kNhwc> {
   DK_INLINE void convolve(const Sources<A>& from, int64_t pitch, const int64_t* taps, int64_t count, IndexRange vectors,
                           int64_t last, const Emit& emit) const {
     if ((R == kRows || margins_) && whole<R, kStride>(from))
-      convolve<R, kStride, true>(from, pitch, taps, count, vectors, last, emit);
-    else
-      convolve<R, kStride, false>(from, pitch, taps, count, vectors, last, emit);
+      return convolve<R, kStride, Present::kAll>(from, pitch, taps, count, vectors, last, emit);
+    if constexpr (kStride == 1)
+      if (alone<R>(from)) return convolve<R, kStride, Present::kOwn>(from, pitch, taps, count, vectors, last, emit);
+    convolve<R, kStride, Present::kSome>(from, pitch, taps, count, vectors, last, emit);
   }
-  template <int R, int kStride, bool kWhole, typename Emit>
+  template <int R, int kStride, Present kPresent, typename Emit>
   DK_INLINE void convolve(const Sources<A>& from, int64_t pitch, const int64_t* row_taps, int64_t count,
                           IndexRange vectors, int64_t last, const Emit& emit) const {
     const TileRows x_rows(row_bytes(pitch));
@@ -210,8 +224,8 @@ class PlaneTiles : public PlaneFetch<T, kNhwc> {
         V acc[R];
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) acc[r] = V{};
-        products<R, kStride, kWhole>(tile, x_rows, k, taps,
-                                     [&](V input, int t, int r) { acc[r] += weight[t] * input; });
+        products<R, kStride, kPresent>(tile, x_rows, k, taps,
+                                       [&](V input, int t, int r) { acc[r] += weight[t] * input; });
         emit(i, k, acc);
       }
   }

@@ -219,11 +219,13 @@ class Planes : public PlaneStrided<T, kNhwc> {
     const Sources<A> from = this->template sources<R, kStride>(x, pitch, kStride * row - s_.pad_top, x_held());
     y += row * g_.pitch, grad += row * g_.pitch;
     if ((R == kRows || margins_) && whole<R, kStride>(from))
-      gradient_tile<kBatch, R, kStride, true>(from, pitch, count, y, grad, columns, p);
-    else
-      gradient_tile<kBatch, R, kStride, false>(from, pitch, count, y, grad, columns, p);
+      return gradient_tile<kBatch, R, kStride, Present::kAll>(from, pitch, count, y, grad, columns, p);
+    if constexpr (kStride == 1)
+      if (alone<R>(from))
+        return gradient_tile<kBatch, R, kStride, Present::kOwn>(from, pitch, count, y, grad, columns, p);
+    gradient_tile<kBatch, R, kStride, Present::kSome>(from, pitch, count, y, grad, columns, p);
   }
-  template <bool kBatch, int R, int kStride, bool kWhole>
+  template <bool kBatch, int R, int kStride, Present kPresent>
   DK_INLINE void gradient_tile(const Sources<A>& from, int64_t pitch, int64_t count, const A* y_row, A* grad_row,
                                IndexRange columns, int64_t p) {
     const TileRows x_rows(row_bytes(pitch)), result_rows(row_bytes(g_.pitch));
@@ -252,7 +254,7 @@ class Planes : public PlaneStrided<T, kNhwc> {
           }
           store(to, g[r]);
         }
-        products<R, kStride, kWhole>(tile, x_rows, k, taps, [&](V input, int t, int r) { sum[t] += g[r] * input; });
+        products<R, kStride, kPresent>(tile, x_rows, k, taps, [&](V input, int t, int r) { sum[t] += g[r] * input; });
       }
       tile.data += R * kStride * pitch, y_row += R * g_.pitch, grad_row += R * g_.pitch;
     }

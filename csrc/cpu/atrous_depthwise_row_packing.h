@@ -9,6 +9,18 @@
 namespace deeplab_kernels::cpu {
 namespace {
 
+// Every third element of a, b and then c, from element kFirst on.
+template <int kFirst, typename V, int... kIndex>
+DK_INLINE V every_third(V a, V b, V c, std::integer_sequence<int, kIndex...>) {
+  constexpr int n = int(sizeof...(kIndex));
+  const V of_two = __builtin_shufflevector(a, b, (3 * kIndex + kFirst < 2 * n ? 3 * kIndex + kFirst : 0)...);
+  return __builtin_shufflevector(of_two, c, (3 * kIndex + kFirst < 2 * n ? kIndex : 3 * kIndex + kFirst - n)...);
+}
+template <int kFirst, typename V>
+DK_INLINE V every_third(V a, V b, V c) {
+  return every_third<kFirst>(a, b, c, std::make_integer_sequence<int, sizeof(V) / sizeof(a[0])>());
+}
+
 struct Task {
   int64_t group, image, band;
 };
@@ -197,7 +209,8 @@ class RowPacking {
     } else {
       const PackedRow& row = plan_.x_row;
       if (row.phases == 1) return copy_widened(src, dst - row.origin, row.columns);
-      if (row.phases == 2) return deinterleave(src, dst);
+      if (row.phases == 2) return deinterleave<2>(src, dst);
+      if (row.phases == 3) return deinterleave<3>(src, dst);
       for (int64_t q = 0; q < row.phases; ++q) {
         if (q < 64 && !(row.used >> q & 1)) continue;
         // The first column at or right of the image's left edge in this phase.
@@ -222,21 +235,32 @@ class RowPacking {
       for (int64_t q = 0; q < m; ++q) dst[c * m + q] = widen(src[c]);
   }
 
+  // A row into its phases, of which there are P.
+  template <int P>
   void deinterleave(const T* src, A* dst) const {
     const PackedRow& row = plan_.x_row;
-    const int64_t e = -row.origin;
-    A* even = dst + e % 2 * row.phase_size + e / 2;
-    A* odd = dst + (e + 1) % 2 * row.phase_size + (e + 1) / 2;
+    A* phase[P];  // where the image's columns q, q + P, ... begin
+    for (int64_t q = 0; q < P; ++q) {
+      const int64_t e = q - row.origin;
+      phase[q] = dst + e % P * row.phase_size + e / P;
+    }
+    auto vectors = [&](int64_t w) {  // w: a multiple of P
+      V v[P];
+#pragma GCC unroll 3
+      for (int i = 0; i < P; ++i) v[i] = load(src + w + i * L);
+      if constexpr (P == 2) {
+        store(phase[0] + w / P, every_second<0>(v[0], v[1]));
+        store(phase[1] + w / P, every_second<1>(v[0], v[1]));
+      } else {
+        store(phase[0] + w / P, every_third<0>(v[0], v[1], v[2]));
+        store(phase[1] + w / P, every_third<1>(v[0], v[1], v[2]));
+        store(phase[2] + w / P, every_third<2>(v[0], v[1], v[2]));
+      }
+    };
     int64_t w = 0;
-    for (; w + 2 * L <= row.columns; w += 2 * L) {
-      const V a = load(src + w), b = load(src + w + L);
-      store(even + w / 2, every_second<0>(a, b));
-      store(odd + w / 2, every_second<1>(a, b));
-    }
-    for (; w < row.columns; ++w) {
-      A* half = w % 2 ? odd : even;
-      half[w / 2] = widen(src[w]);
-    }
+    for (; w + P * L <= row.columns; w += P * L) vectors(w);
+    if (w > 0 && w < row.columns) w = row.columns / P * P, vectors(w - P * L);
+    for (; w < row.columns; ++w) phase[w % P][w / P] = widen(src[w]);
   }
 
   // What the taps of the output row at this position are relative to; packs the input rows that it and those after it,

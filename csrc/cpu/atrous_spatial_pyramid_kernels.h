@@ -47,6 +47,7 @@ class Pyramid : private Planes<T, kNhwc> {
   static Cut cut(const PyramidShape& shape, Pass pass, int64_t threads) {
     Cut cut = Base::cut(widest(shape), pass, threads);
     if (pass != Pass::kInference && !cut.resident) cut.planes = 0;
+    if (!kNhwc && shape.image().in_w < L) cut.planes = 0;  // the sums are stored by whole vectors
     return cut;
   }
 
