@@ -37,6 +37,14 @@ OP = torch.ops.deeplab_kernels.atrous_depthwise_conv2d.default
 BACKWARD = torch.ops.deeplab_kernels.atrous_depthwise_conv2d_backward.default
 ROOT = Path(__file__).parent.parent
 
+# The rate is a multiple of the stride: all taps fall on the same places modulo the stride, in the last of all on none.
+ON_A_GRID = [
+    Case((2, 5, 9, 11), stride=3, padding=3, dilation=3),
+    Case((1, 4, 17, 20), stride=2, padding=(1, 3), dilation=(2, 4)),
+    Case((2, 3, 16, 9), kernel=5, stride=(1, 3), padding=(9, 7), dilation=(4, 3), multiplier=2),
+    Case((1, 2, 1, 1), stride=3, padding=4, dilation=3),
+]
+
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
@@ -67,7 +75,7 @@ def test_reference_is_the_definition(case):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", **by_case())
+@pytest.mark.parametrize("case", **by_case([*CASES, *ON_A_GRID]))
 def test_values_and_gradients(case, layout, dtype, device):
     x, weight = random_conv(case, DTYPES[dtype], layout, device)
     plain, exact = leaves(x, weight), leaves(x, weight, dtype=torch.float64)

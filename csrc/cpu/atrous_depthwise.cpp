@@ -4,6 +4,7 @@
 
 #include "atrous_depthwise_pixels_isa.h"
 #include "atrous_depthwise_planes_isa.h"
+#include "atrous_depthwise_sampled.h"
 #include "finite.h"
 #include "stored.h"
 
@@ -73,6 +74,10 @@ void backward(const DepthwiseShape& shape, const BackwardTensors<typename Stored
 template <typename T>
 void forward(const DepthwiseShape& shape, const T* x, const T* weight, const BatchNorm<acc_t<T>>* norm, T* out,
              const Parallel& parallel) {
+  if (can_be_sampled(shape))
+    return with_sampled(shape, x, parallel, [&](const DepthwiseShape& sampled_shape, const T* sampled) {
+      forward<T>(sampled_shape, sampled, weight, norm, out, parallel);
+    });
   const bool exact = !weights_finite(shape, weight);
   if (!exact && by_planes<T>([&](auto kernels) {
         return kernels.forward(shape, stored(x), stored(weight), norm, stored(out), parallel);

@@ -336,11 +336,10 @@ class TrainingPixels : private PixelRows<acc_t<T>> {
 };
 
 // Planes (atrous_depthwise_planes.h), which hold columns of padding too, read memory once: faster while they fit the
-// caches. At stride 2 these gains are small beside a second convolution, which conv(x) in the output's memory saves.
+// caches.
 template <typename T>
 bool faster_by_pixels(const DepthwiseShape& s) {
-  if (!TrainingPixels<T>::serve(s)) return false;
-  return (s.stride_w == 2 && TrainingPixels<T>::kKeeps) || s.batch * s.in_h * (s.in_w + s.pad_left) > 3 << 13;
+  return TrainingPixels<T>::serve(s) && s.batch * s.in_h * (s.in_w + s.pad_left) > 3 << 13;
 }
 
 }  // namespace
