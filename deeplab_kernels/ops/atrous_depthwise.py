@@ -16,16 +16,12 @@ from torch import Tensor
 
 from .. import reference
 from .._layout import output_memory_format
-from ..reference.atrous_depthwise import _activate
+from ..reference.atrous_depthwise import _activate, accumulation_dtype
 from . import _backends, _validation
 from ._backends import transforms_active as _transforms_active
 from ._flops import register_flop_formula
 
 _ops = torch.ops.deeplab_kernels
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _needs_autograd(*tensors: Tensor | None) -> bool:
@@ -144,7 +140,7 @@ def atrous_depthwise_bn_act(
     _validation.optional_bool(save_conv, "save_conv")
     if not training or x.device.type != "cpu":
         x, pre = _activate(x, pre), 0
-    acc = _accumulation_dtype(x.dtype)
+    acc = accumulation_dtype(x.dtype)
     gamma_acc, beta_acc = _vector(gamma, acc), _vector(beta, acc)
     if not training:
         return _call(
@@ -219,7 +215,7 @@ def _(x, weight, gamma, beta, mean, var, eps, activation, stride, padding, dilat
 
 
 def _fake_vector(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(weight.shape[0], dtype=_accumulation_dtype(x.dtype))
+    return x.new_empty(weight.shape[0], dtype=accumulation_dtype(x.dtype))
 
 
 @torch.library.register_fake("deeplab_kernels::atrous_depthwise_bn_act_training")

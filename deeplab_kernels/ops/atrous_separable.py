@@ -22,12 +22,11 @@ from torch import Tensor
 
 from .. import _library
 from .._layout import is_channels_last_only, output_memory_format
-from ..reference.atrous_depthwise import _activate
+from ..reference.atrous_depthwise import _activate, accumulation_dtype
 from . import _backends, _validation
 from ._flops import register_flop_formula
 from ._pointwise import pointwise_bn_act, pointwise_conv2d
 from .atrous_depthwise import (
-    _accumulation_dtype,
     _below_autograd,
     _conv_flops,
     _needs_autograd,
@@ -259,7 +258,7 @@ def _whole(
     activations: Sequence[int],
     g: _validation.Geometry,
 ) -> Tensor:
-    acc = _accumulation_dtype(x.dtype)
+    acc = accumulation_dtype(x.dtype)
     (first, first_eps), (second, second_eps) = _norm_vectors(depthwise, acc), _norm_vectors(pointwise, acc)
     args = (
         x, depthwise_weight, pointwise_weight, residual, *first, *second, first_eps, second_eps, *activations,

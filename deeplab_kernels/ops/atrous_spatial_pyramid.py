@@ -18,10 +18,10 @@ from torch import Tensor
 
 from .. import reference
 from .._layout import output_memory_format
+from ..reference.atrous_depthwise import accumulation_dtype
 from . import _backends, _validation
 from ._flops import register_flop_formula
 from .atrous_depthwise import (
-    _accumulation_dtype,
     _below_autograd,
     _call,
     _conv_flops,
@@ -140,7 +140,7 @@ def _norm_vectors(
     x: Tensor, weights: Sequence[Tensor] | Tensor, norms: Sequence[BatchNorm] | None, training: bool, activation: int
 ) -> tuple[_Vectors, float]:
     """([gamma, beta, mean, var], eps), each vector (R, C) or None."""
-    acc = _accumulation_dtype(x.dtype)
+    acc = accumulation_dtype(x.dtype)
     if norms is None:
         if training:
             raise ValueError("training=True needs norms, got None")
@@ -188,7 +188,7 @@ def _fake_pooled(x: Tensor, pool: bool) -> Tensor:
 
 
 def _fake_vectors(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(weight.shape[:2], dtype=_accumulation_dtype(x.dtype))
+    return x.new_empty(weight.shape[:2], dtype=accumulation_dtype(x.dtype))
 
 
 @torch.library.register_fake("deeplab_kernels::atrous_spatial_pyramid")
@@ -208,7 +208,7 @@ def _(grad_out, grad_pooled, x, weight, conv, gamma, beta, mean, *args):  # type
     grad_x = torch.empty_like(x, memory_format=output_memory_format(x)) if need_grad_x else x.new_empty(0)
     grad_weight = weight.new_empty(weight.shape if need_grad_weight else 0)
     if mean is None:
-        none = x.new_empty(0, dtype=_accumulation_dtype(x.dtype))
+        none = x.new_empty(0, dtype=accumulation_dtype(x.dtype))
         return grad_x, grad_weight, none, none.clone()
     return grad_x, grad_weight, _fake_vectors(x, weight), _fake_vectors(x, weight)
 

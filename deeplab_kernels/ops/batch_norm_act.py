@@ -18,10 +18,9 @@ from torch import Tensor
 
 from .. import reference
 from .._layout import output_memory_format
-from ..reference.atrous_depthwise import _masked
+from ..reference.atrous_depthwise import _masked, accumulation_dtype
 from . import _validation
 from .atrous_depthwise import (
-    _accumulation_dtype,
     _below_autograd,
     _call,
     _register_autograd,
@@ -73,7 +72,7 @@ def batch_norm_act(
     count = z.shape[0] * z.shape[2] * z.shape[3]
     if count == 1:
         raise ValueError(f"training needs more than 1 value per channel, got z of shape {tuple(z.shape)}")
-    acc = _accumulation_dtype(z.dtype)
+    acc = accumulation_dtype(z.dtype)
     tensors = (z, residual, _vector(gamma, acc), _vector(beta, acc))
     out, mean, var = _call("batch_norm_act_training", tensors, eps, code, cast_arguments=0)
     update_running_statistics(running_mean, running_var, mean, var, count, momentum)
@@ -97,7 +96,7 @@ def check_norm(
 
 
 def _statistic(z: Tensor) -> Tensor:
-    return z.new_empty(z.shape[1], dtype=_accumulation_dtype(z.dtype))
+    return z.new_empty(z.shape[1], dtype=accumulation_dtype(z.dtype))
 
 
 @torch.library.register_fake("deeplab_kernels::batch_norm_act_training")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference.gaussian_filter import accumulation_dtype
+from ..reference.atrous_depthwise import accumulation_dtype
 from . import _backends, _validation
 from ._backends import transforms_active
 from ._flops import register_flop_formula

@@ -13,13 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .atrous_depthwise import accumulation_dtype
+
 # Elements of the kernel matrix that are held at once.
 _BLOCK_ELEMENTS = 2**21
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which kernels and sums are formed, and in which the operators return their results."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def poison(t: Tensor, dims: int | tuple[int, ...]) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gaussian_filter import accumulation_dtype, poison
+from .atrous_depthwise import accumulation_dtype
+from .gaussian_filter import poison
 
 Shift = Callable[[Tensor], Tensor]
 
