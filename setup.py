@@ -34,8 +34,9 @@ CSRC = ROOT / "csrc"
 OLDEST_TORCH = (2, 10)
 TORCH_ABI = f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
 CUDA_ARCHITECTURES = ("80", "90", "100", "120")
-# Instruction sets chosen at run time: csrc/cpu/x_avx2.cpp is compiled for AVX2, files without suffix for any CPU.
-ISA_FLAGS = {
+# Instruction sets chosen at run time: csrc/cpu/*/*kernels.cpp are compiled once for each, the other files for any CPU.
+ISA_FLAGS: dict[str, list[str]] = {
+    "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
@@ -108,24 +109,29 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in CSRC.glob(pattern))
 
 
-def source_isa(source: str) -> str | None:
-    return next((isa for isa in ISA_FLAGS if Path(source).stem.endswith(f"_{isa}")), None)
-
-
 def portable_only() -> bool:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return not x86 or os.environ.get("DEEPLAB_KERNELS_PORTABLE", "0") == "1"
 
 
+def instruction_sets(source: str) -> list[str | None]:
+    """Those that a source is compiled for; [None] if it is no kernel."""
+    if not source.endswith("kernels.cpp"):
+        return [None]
+    if portable_only():
+        return ["portable"]
+    # The lattice's rows are packs of 8 values, a register of AVX2.
+    return [isa for isa in ISA_FLAGS if not ("permutohedral" in source and isa == "avx512")]
+
+
 def cpu_sources() -> list[str]:
-    found = sources("torch/schema.cpp", "torch/*_cpu.cpp", "cpu/*.cpp")
-    return [s for s in found if not (portable_only() and source_isa(s))]
+    return sources("torch/schema.cpp", "torch/*_cpu.cpp", "cpu/**/*.cpp")
 
 
 def numpy_sources() -> list[str]:
     """The CRF needs no torch."""
-    cpu = sources("cpu/permutohedral*.cpp", "cpu/dense_crf*.cpp", "cpu/instruction_set.cpp", "cpu/workspace.cpp")
-    return sources("numpy/*.cpp") + [s for s in cpu if not (portable_only() and source_isa(s))]
+    shared = sources("cpu/instruction_set.cpp", "cpu/workspace.cpp")
+    return sources("numpy/*.cpp", "cpu/permutohedral/*.cpp", "cpu/dense_crf/*.cpp") + shared
 
 
 def isystem(*directories: str | Path) -> list[str]:
@@ -203,16 +209,16 @@ class BuildNative(build_ext):
         for ext in self.extensions:
             name = ext.name.rsplit(".", 1)[1]
             objects = []
-            for source in ext.sources:
+            for source, isa in ((s, isa) for s in ext.sources for isa in instruction_sets(s)):
                 if source.endswith(".cu"):
                     rule, flags = "nvcc", [*nvcc_flags, *torch_flags]
                 else:
-                    isa = source_isa(source)
-                    rule, flags = "cxx", [*cxx_flags, *(ISA_FLAGS[isa] if isa else [])]
+                    rule, flags = "cxx", [*cxx_flags, *([f"-DDK_ISA={isa}", *ISA_FLAGS[isa]] if isa else [])]
                     flags += numpy_flags if name == "_densecrf" else torch_flags
                     if name == "_C_cuda":
                         flags += ["-DUSE_CUDA", *isystem(toolkit / "include")]
-                objects.append(escaped_path(build_dir / name / (source.replace("/", "_") + ".o")))
+                suffix = f".{isa}.o" if isa else ".o"
+                objects.append(escaped_path(build_dir / name / (source.replace("/", "_") + suffix)))
                 lines += [f"build {objects[-1]}: {rule} {escaped_path(ROOT / source)}", f"  flags = {escaped(flags)}"]
             libs = {"_C": torch_libs, "_C_cuda": [*torch_libs, *cuda_libs], "_densecrf": ["-pthread"]}[name]
             output = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -230,7 +236,7 @@ class BuildNative(build_ext):
             "python": platform.python_version(),
             "machine": platform.machine(),
             "compiler": output_of(*cxx, "--version").splitlines()[0],
-            "cpu_instruction_sets": ["portable", *sorted({i for s in cpu_sources() if (i := source_isa(s))})],
+            "cpu_instruction_sets": ["portable"] if portable_only() else list(ISA_FLAGS),
             "cuda": None,
             "cuda_missing_because": cuda_choice()[1],
         }

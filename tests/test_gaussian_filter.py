@@ -3,9 +3,6 @@ around an operator."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import pytest
 import torch
 from _filters import NORMALIZATIONS, assert_compiles, assert_near, assert_parts, by_needed, by_opcheck, weighted_sums
 from _instruction_sets import run_tests_with
+from _sanitizers import run_sanitized
 from _threads import assert_same_bits
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -242,19 +240,8 @@ def test_other_instruction_sets(isa, tmp_path):
 
 def test_kernels_under_sanitizers(tmp_path):
     """Both filters' C++ without torch, in several threads: no access out of bounds, nothing undefined."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    root, program = Path(__file__).parent.parent, tmp_path / "gaussian_filter"
-    stems = ("gaussian_filter", "local_gaussian_filter")
-    sources = [f"{stem}{suffix}.cpp" for stem in stems for suffix in ("", "_portable")]
-    files = [root / "csrc" / "cpu" / name for name in (*sources, "instruction_set.cpp", "workspace.cpp")]
-    flags = ["-std=c++20", "-O1", "-pthread", "-DDEEPLAB_KERNELS_PORTABLE"]
-    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    command = [compiler, *flags, str(root / "tests" / "core" / "gaussian_filter.cpp"), *map(str, files)]
-    subprocess.run([*command, "-o", str(program)], check=True, timeout=300)
-    result = subprocess.run([str(program)], capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    folders = ("gaussian_filter", "local_gaussian_filter")
+    run_sanitized("gaussian_filter", [f"{f}/{name}.cpp" for f in folders for name in (f, "kernels")], tmp_path)
 
 
 VALUES, FEATURES = torch.ones(1, 2, 4), torch.ones(1, 3, 4)

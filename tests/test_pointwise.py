@@ -3,9 +3,6 @@ in float64, with any number of threads and every instruction set, and by itself 
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from _cases import DTYPES, LAYOUTS, assert_as_exact_as_torch
 from _instruction_sets import run_tests_with
+from _sanitizers import run_sanitized
 from _threads import assert_same_bits
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,7 +21,6 @@ from deeplab_kernels.nn.functional import norm_act, pointwise, pointwise_norm_ac
 from deeplab_kernels.ops import _pointwise
 from deeplab_kernels.ops._pointwise import pointwise_bn_act, pointwise_conv2d
 
-ROOT = Path(__file__).parent.parent
 FORWARD = torch.ops.deeplab_kernels.pointwise_conv2d.default
 BACKWARD = torch.ops.deeplab_kernels.pointwise_conv2d_backward.default
 NORM_ACT = torch.ops.deeplab_kernels.pointwise_bn_act_training.default
@@ -400,14 +397,4 @@ def test_other_instruction_sets(isa, tmp_path):
 
 
 def test_sanitizers(tmp_path):
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    program = tmp_path / "pointwise"
-    flags = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Wno-psabi", "-pthread", "-DDEEPLAB_KERNELS_PORTABLE"]
-    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    names = ("pointwise", "pointwise_portable", "workspace", "instruction_set")
-    sources = [ROOT / "tests/core/pointwise.cpp", *(ROOT / f"csrc/cpu/{name}.cpp" for name in names)]
-    subprocess.run([compiler, *flags, *map(str, sources), "-o", str(program)], check=True, timeout=300)
-    result = subprocess.run([str(program)], capture_output=True, text=True, timeout=100, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_sanitized("pointwise", ["pointwise/pointwise.cpp", "pointwise/kernels.cpp"], tmp_path)

@@ -1,4 +1,5 @@
-// Which of the per-instruction-set files (x_avx2.cpp, ...) serve.
+// Which instruction set serves. The per-instruction-set files, kernels.cpp and x_kernels.cpp, are compiled once for
+// each set, whose name DK_ISA is their namespace's.
 #pragma once
 
 namespace deeplab_kernels::cpu {

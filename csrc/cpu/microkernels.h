@@ -2,6 +2,7 @@
 // files only: everything here has internal linkage.
 #pragma once
 
+#include "norm.h"
 #include "simd.h"
 
 namespace deeplab_kernels::cpu {

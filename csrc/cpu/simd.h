@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-#include "atrous_depthwise_isa.h"
+#include "precision.h"
 
 namespace deeplab_kernels::cpu {
 namespace {

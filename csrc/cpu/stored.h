@@ -3,7 +3,7 @@
 
 #include <torch/headeronly/util/BFloat16.h>
 
-#include "atrous_depthwise_isa.h"
+#include "precision.h"
 
 namespace deeplab_kernels::cpu {
 

@@ -1,5 +1,5 @@
 // Gaussian filtering on the permutohedral lattice, on CUDA: the calls that the bindings and the emulator's driver make.
-// Same operators and conventions as csrc/cpu/permutohedral.h.
+// Same operators and conventions as csrc/cpu/permutohedral/permutohedral.h.
 //
 // All pointers are device pointers to contiguous tensors of one type, float32 or float64. Everything runs on
 // context.stream, asynchronously: the host never waits, so every buffer is as large as the points could need at most

@@ -17,8 +17,8 @@
 #include <vector>
 
 #include "../core/permutohedral.h"
-#include "../cpu/dense_crf.h"
-#include "../cpu/permutohedral.h"
+#include "../cpu/dense_crf/dense_crf.h"
+#include "../cpu/permutohedral/permutohedral.h"
 #include "../cpu/workspace.h"
 #include "thread_pool.h"
 

@@ -4,7 +4,7 @@
 #include <string>
 #include <tuple>
 
-#include "../cpu/atrous_depthwise.h"
+#include "../cpu/atrous_depthwise/atrous_depthwise.h"
 #include "cpu_tensors.h"
 #include "threads.h"
 

@@ -1,7 +1,7 @@
 // CPU binding of the atrous separable convolution: checks, geometry, call.
 #include <torch/csrc/stable/library.h>
 
-#include "../cpu/atrous_separable.h"
+#include "../cpu/atrous_separable/atrous_separable.h"
 #include "cpu_tensors.h"
 #include "threads.h"
 

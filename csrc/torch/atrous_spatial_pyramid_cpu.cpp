@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "../cpu/atrous_spatial_pyramid.h"
+#include "../cpu/atrous_spatial_pyramid/atrous_spatial_pyramid.h"
 #include "cpu_tensors.h"
 #include "pyramid_tensors.h"
 #include "threads.h"

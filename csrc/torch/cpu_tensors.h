@@ -3,7 +3,7 @@
 
 #include <torch/headeronly/util/BFloat16.h>
 
-#include "../cpu/atrous_depthwise.h"
+#include "../cpu/atrous_depthwise/atrous_depthwise.h"
 #include "tensors.h"
 
 namespace deeplab_kernels {

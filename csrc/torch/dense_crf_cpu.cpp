@@ -7,7 +7,7 @@
 #include <cstring>
 #include <tuple>
 
-#include "../cpu/dense_crf.h"
+#include "../cpu/dense_crf/dense_crf.h"
 #include "lattice_tensors.h"
 
 namespace deeplab_kernels {

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "../cpu/gaussian_filter.h"
+#include "../cpu/gaussian_filter/gaussian_filter.h"
 #include "filter_tensors.h"
 
 namespace deeplab_kernels {

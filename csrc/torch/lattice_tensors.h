@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../cpu/permutohedral.h"
+#include "../cpu/permutohedral/permutohedral.h"
 #include "filter_tensors.h"
 
 namespace deeplab_kernels {

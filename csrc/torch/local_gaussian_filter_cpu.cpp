@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "../cpu/local_gaussian_filter.h"
+#include "../cpu/local_gaussian_filter/local_gaussian_filter.h"
 #include "filter_tensors.h"
 
 namespace deeplab_kernels {

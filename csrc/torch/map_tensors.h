@@ -1,7 +1,7 @@
 // What the CPU bindings of batch normalisation share.
 #pragma once
 
-#include "../cpu/batch_norm_act.h"
+#include "../cpu/batch_norm_act/batch_norm_act.h"
 #include "cpu_tensors.h"
 
 namespace deeplab_kernels {

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "../cpu/pointwise.h"
+#include "../cpu/pointwise/pointwise.h"
 #include "map_tensors.h"
 #include "threads.h"
 

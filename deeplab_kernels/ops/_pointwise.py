@@ -1,12 +1,12 @@
 """The 1x1 convolution of training, alone and with the batch normalisation that follows it.
 
 On the CPU, float32 and float64, its three products are blocked matrix products of the maps as they lie
-(csrc/cpu/pointwise_kernels.h). oneDNN, which torch calls, takes up to twice as long where channels are few in NCHW, and
+(csrc/cpu/pointwise/kernels.cpp). oneDNN, which torch calls, takes up to twice as long where channels are few in NCHW, and
 a third longer for the gradient of large weights in channels_last. With many channels on both sides it is faster in the
 other two products, and serves (benchmarks/NOTES_models.md).
 
 Where the convolution's own kernel serves, the batch normalisation after it is part of the operator. In channels_last
-its mean and variance are gathered while the product's results are in registers (csrc/cpu/pointwise_statistics.h), which
+its mean and variance are gathered while the product's results are in registers (csrc/cpu/pointwise/statistics.h), which
 saves a pass over them; in NCHW it takes a channel at a time, which stays in the caches between its two passes.
 """
 

@@ -5,7 +5,7 @@
 What follows the 1x1 convolution in a separable block, and every other convolution (Ioffe and Szegedy,
 arXiv:1502.03167), in training. Kept for backward: z and, with a residual before an activation, out, which the next
 layer keeps anyway; the activation's mask is recomputed from z otherwise. The C++ kernel's passes over memory are
-counted in csrc/cpu/batch_norm_act.h.
+counted in csrc/cpu/batch_norm_act/batch_norm_act.h.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 // Exercises the lattice and the mean field of csrc/cpu by themselves, for the sanitizers; and checks them against a
 // lattice of std::map. Built and run by test_crf_sanitizers.py. Prints what fails.
-#include "../../csrc/cpu/dense_crf.h"
+#include "../../csrc/cpu/dense_crf/dense_crf.h"
 
 #include <cmath>
 #include <cstdio>

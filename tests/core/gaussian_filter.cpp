@@ -1,6 +1,6 @@
 // The CPU kernels of the Gaussian filters by themselves, without torch: against plain loops in double, with several
 // threads, for a run under sanitizers.
-#include "../../csrc/cpu/gaussian_filter.h"
+#include "../../csrc/cpu/gaussian_filter/gaussian_filter.h"
 
 #include <cmath>
 #include <cstdio>
@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/cpu/local_gaussian_filter.h"
+#include "../../csrc/cpu/local_gaussian_filter/local_gaussian_filter.h"
 
 using namespace deeplab_kernels::cpu;
 

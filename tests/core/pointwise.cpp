@@ -1,6 +1,6 @@
 // The 1 x 1 convolution's products and statistics with memory of the exact size: every read beyond an operand shows
 // under AddressSanitizer. Compared with sums in double.
-#include "../../csrc/cpu/pointwise.h"
+#include "../../csrc/cpu/pointwise/pointwise.h"
 
 #include <cmath>
 #include <cstdio>

@@ -1,0 +1,353 @@
+// Inference of the 3x3 atrous depthwise convolution on NHWC images, pixel by pixel: a few results a rate apart take all
+// their channels in turn, so that memory is read and written in runs as long as a pixel. For the per-instruction-set
+// files only: everything here has internal linkage.
+//
+// With pixels of some KB, going along the columns with a vector or two of channels would touch another page at every
+// step; a run of channels needs but the pages of the 18 pixels that four results read. The nine weights of a vector
+// are loaded once for these four. Taps in the padding are left out, never multiplied.
+#pragma once
+
+#include "../last_level_cache.h"
+#include "../microkernels.h"
+#include "../scratch.h"
+#include "../workspace.h"
+
+namespace deeplab_kernels::cpu {
+namespace {
+
+template <int kNumber>
+struct Number {
+  static constexpr int kValue = kNumber;
+};
+
+// acc[b] += the kTaps taps of a kernel row of result b, which lie `tap` apart from p + b * result on. kShared: results
+// read the same pixels that many taps later, and each is loaded once; 0: they do not.
+template <int kTaps, int kShared, typename T, typename V, int kWeights, int B>
+DK_INLINE void add_taps(const T* p, int64_t tap, int64_t result, const V (&weights)[kWeights], V (&acc)[B]) {
+  if constexpr (kShared > 0) {
+#pragma GCC unroll 16
+    for (int column = 0; column < (B - 1) * kShared + kTaps; ++column) {
+      const V input = load(p + column * tap);
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b)
+        if (column >= b * kShared && column < b * kShared + kTaps) acc[b] += weights[column - b * kShared] * input;
+    }
+  } else {
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b)
+#pragma GCC unroll 3
+      for (int v = 0; v < kTaps; ++v) acc[b] += weights[v] * load(p + b * result + v * tap);
+  }
+}
+
+// Columns of results whose taps [first, first + taps) of each kernel row lie inside the image.
+struct ColumnSegment {
+  IndexRange columns;
+  int first, taps;
+};
+
+// Cuts the columns [0, count), of which tap v of a kernel row serves inside[v], into segments. Returns their number.
+DK_INLINE int cut_columns(const IndexRange (&inside)[3], int64_t count, ColumnSegment (&segments)[7]) {
+  int64_t cuts[8] = {0, count};
+  for (int v = 0; v < 3; ++v)
+    cuts[2 + 2 * v] = inside[v].begin, cuts[3 + 2 * v] = larger(inside[v].begin, inside[v].end);
+  for (int a = 1; a < 8; ++a)
+    for (int b = a; b > 0 && cuts[b - 1] > cuts[b]; --b) {
+      const int64_t greater = cuts[b - 1];
+      cuts[b - 1] = cuts[b], cuts[b] = greater;
+    }
+  int n = 0;
+  for (int k = 0; k < 7; ++k) {
+    if (cuts[k] == cuts[k + 1]) continue;
+    ColumnSegment segment{{cuts[k], cuts[k + 1]}, 0, 0};
+    for (int v = 2; v >= 0; --v)
+      if (inside[v].begin <= cuts[k] && cuts[k] < inside[v].end) segment.first = v, ++segment.taps;
+    segments[n++] = segment;
+  }
+  return n;
+}
+
+// Whether to write pixels past the caches: x and the output together exceed them, and pixels are whole vectors.
+template <typename T>
+DK_INLINE bool streams(const T* to, const DepthwiseShape& s) {
+  constexpr int64_t kVector = kLanes<acc_t<T>> * int64_t(sizeof(T));
+  const int64_t pixel = s.channels * int64_t(sizeof(T));
+  return reinterpret_cast<uintptr_t>(to) % kVector == 0 && pixel % kVector == 0 &&
+         s.batch * pixel * (s.in_h * s.in_w + s.out_h * s.out_w) > last_level_cache_bytes();
+}
+
+// `count` vectors, value(k) for each, past the caches; not the parts of cache lines at the ends, which memory would
+// have to take by parts.
+template <typename T, typename F>
+DK_INLINE void stream_vectors(T* to, int64_t count, const F& value) {
+  constexpr int64_t L = kLanes<acc_t<T>>, kOfLine = larger(1, 64 / (L * int64_t(sizeof(T))));
+  int64_t k = 0;
+  for (; k < count && reinterpret_cast<uintptr_t>(to + k * L) % 64 != 0; ++k) store(to + k * L, value(k));
+  for (; k + kOfLine <= count; k += kOfLine)
+#pragma GCC unroll 4
+    for (int64_t n = k; n < k + kOfLine; ++n) stream(to + n * L, value(n));
+  for (; k < count; ++k) store(to + k * L, value(k));
+}
+
+template <typename T>
+class Pixels {
+ public:
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  static constexpr int64_t L = kLanes<A>;
+  static constexpr int64_t kVectorsOfLine = larger(1, 64 / int64_t(L * sizeof(T)));
+
+  static bool serve(const DepthwiseShape& s) {
+    return s.channels_last && s.kernel_h == 3 && s.kernel_w == 3 && s.multiplier == 1 && s.channels >= L;
+  }
+
+  // How the results are cut: into runs of rows and, where rows are few, tiles of columns.
+  struct Cut {
+    int64_t tiles, pieces;
+  };
+  static Cut cut(const DepthwiseShape& s) {
+    const int64_t rows = larger(1, s.batch * s.out_h);
+    int64_t tiles = larger(1, smaller(s.out_w / 4, kFewestPieces / rows));
+    // Four threads share 33 rows badly. Tiles still hold the four results a rate apart that share what they read.
+    if (rows < 2 * kFewestPieces && s.out_w >= 8 * s.rate_w) tiles = larger(2, tiles);
+    return {tiles, tiles * s.batch * s.out_h};
+  }
+
+  // norm null: the convolution alone.
+  Pixels(const DepthwiseShape& shape, const T* weight, const BatchNorm<A>* norm) : s_(shape) {
+    vectors_ = (s_.channels + L - 1) / L;
+    row_step_ = s_.rate_h / greatest_common_divisor(s_.rate_h, s_.stride_h);
+    Arena measure(nullptr);
+    allocate(measure, norm);
+    Arena arena(thread_scratch(measure.used()));
+    allocate(arena, norm);
+    activation_ = norm ? norm->activation : Activation::kNone;
+    for (int64_t k = 0; k < vectors_; ++k)
+      for (int64_t l = 0; l < L; ++l) {
+        const int64_t c = channel(k) + l;
+        for (int64_t t = 0; t < 9; ++t) weights_[(k * 9 + t) * L + l] = widen(weight[c * 9 + t]);
+        if (norm) fold_norm(*norm, c, norm->mean[c], norm->var[c], scale_ + k * L + l, shift_ + k * L + l);
+      }
+    count_segments();
+  }
+
+  // The pieces [begin, end), which are the rows of one tile of one image after another.
+  void run(const Cut& cut, int64_t begin, int64_t end, const T* x, T* out) {
+    // Runs of parked vectors end where lines do.
+    streams_ = streams(out, s_) && s_.channels % (L * kVectorsOfLine) == 0;
+    while (begin < end) {
+      const int64_t strip = begin / s_.out_h, first = begin % s_.out_h;
+      const int64_t last = smaller(s_.out_h, first + end - begin);
+      const int64_t image = strip / cut.tiles, tile = strip % cut.tiles;
+      const IndexRange columns{s_.out_w * tile / cut.tiles, s_.out_w * (tile + 1) / cut.tiles};
+      const T* x_image = x + image * s_.in_h * s_.in_w * s_.channels;
+      T* out_image = out + image * s_.out_h * s_.out_w * s_.channels;
+      for (int64_t phase = first; phase < smaller(last, first + row_step_); ++phase)
+        for (int64_t i = phase; i < last; i += row_step_)
+          row(i, columns, x_image, out_image + i * s_.out_w * s_.channels);
+      begin += last - first;
+    }
+    if (streams_) finish_streams();
+  }
+
+ private:
+  static constexpr int64_t kFewestPieces = 32;
+  static constexpr int64_t kParked = 16;
+  static constexpr int kTogether = kVectorBytes < 64 ? 2 : 1;
+
+  // What a block of results reads and writes; distances in values.
+  struct Block {
+    const T* x;        // first tap of the first result
+    int64_t row, tap;  // from one tap to the next, down and to the right
+    int64_t result;    // from one result's taps to the next one's
+    T* out;
+    int64_t next;      // from one result to the next
+    const A* weights;  // of the first tap
+    const T* ahead;    // pixels, `result` apart, that the next row of results reads first; null: none
+    const A *scale, *shift;
+    Activation activation;
+    A* parked;  // null: results go through the caches
+    int64_t vectors, last_channel;
+  };
+
+  void allocate(Arena& arena, bool with_norm) {
+    weights_ = arena.take<A>(vectors_ * 9 * L);
+    parked_ = arena.take<A>(4 * kParked * L);
+    scale_ = with_norm ? arena.take<A>(vectors_ * L) : nullptr;
+    shift_ = with_norm ? arena.take<A>(vectors_ * L) : nullptr;
+  }
+
+  // The last vector overlaps the one before it where the channels are no multiple: it writes the same values again.
+  int64_t channel(int64_t vector) const { return smaller(vector * L, s_.channels - L); }
+
+  void count_segments() {
+    IndexRange inside[3];
+    for (int v = 0; v < 3; ++v) inside[v] = tap_outputs(v, s_.stride_w, s_.rate_w, s_.pad_left, s_.in_w, s_.out_w);
+    segment_count_ = cut_columns(inside, s_.out_w, segments_);
+  }
+
+  void row(int64_t i, const IndexRange& columns, const T* x, T* out) const {
+    int first = 3, taps = 0;
+    for (int u = 2; u >= 0; --u) {
+      const int64_t h = tap_input(i, u, s_.stride_h, s_.rate_h, s_.pad_top);
+      if (h >= 0 && h < s_.in_h) first = u, ++taps;
+    }
+    for (int k = 0; k < segment_count_; ++k) {
+      ColumnSegment segment = segments_[k];
+      segment.columns.begin = larger(segment.columns.begin, columns.begin);
+      segment.columns.end = smaller(segment.columns.end, columns.end);
+      if (segment.columns.begin >= segment.columns.end) continue;
+      if (taps == 0 || segment.taps == 0) {
+        results<0, 0>(i, 0, segment, x, out);
+        continue;
+      }
+      switch (3 * (taps - 1) + segment.taps - 1) {
+        case 0:
+          results<1, 1>(i, first, segment, x, out);
+          break;
+        case 1:
+          results<1, 2>(i, first, segment, x, out);
+          break;
+        case 2:
+          results<1, 3>(i, first, segment, x, out);
+          break;
+        case 3:
+          results<2, 1>(i, first, segment, x, out);
+          break;
+        case 4:
+          results<2, 2>(i, first, segment, x, out);
+          break;
+        case 5:
+          results<2, 3>(i, first, segment, x, out);
+          break;
+        case 6:
+          results<3, 1>(i, first, segment, x, out);
+          break;
+        case 7:
+          results<3, 2>(i, first, segment, x, out);
+          break;
+        default:
+          results<3, 3>(i, first, segment, x, out);
+      }
+    }
+  }
+
+  // The results of a segment of row i, whose taps first ... first + kTapsV - 1 down the image lie inside it.
+  template <int kTapsV, int kTapsH>
+  void results(int64_t i, int first, const ColumnSegment& segment, const T* x, T* out) const {
+    const int64_t c = s_.channels, end = segment.columns.end;
+    const int64_t h = kTapsV > 0 ? tap_input(i, first, s_.stride_h, s_.rate_h, s_.pad_top) : 0;
+    const int64_t new_h = h + (kTapsV - 1) * s_.rate_h + row_step_ * s_.stride_h;
+    const bool more = kTapsV > 0 && kTapsH > 0 && new_h < s_.in_h;
+    auto block = [&](int64_t j, int64_t apart) -> Block {
+      const int64_t w = kTapsH > 0 ? tap_input(j, segment.first, s_.stride_w, s_.rate_w, s_.pad_left) : 0;
+      return {x + (h * s_.in_w + w) * c,
+              s_.rate_h * s_.in_w * c,
+              s_.rate_w * c,
+              apart * s_.stride_w * c,
+              out + j * c,
+              apart * c,
+              weights_ + (3 * first + segment.first) * L,
+              more ? x + (new_h * s_.in_w + w) * c : nullptr,
+              scale_,
+              shift_,
+              activation_,
+              streams_ ? parked_ : nullptr,
+              vectors_,
+              c - L};
+    };
+    int64_t j = segment.columns.begin;
+    // Results whose taps fall on each other's share what they read: a rate apart at stride 1, any at stride 2, rate 1.
+    auto slide = [&](auto kResults, auto shared, int64_t apart) __attribute__((always_inline)) {
+      constexpr int B = decltype(kResults)::kValue;
+      for (; j + B * apart <= end; j += B * apart)
+        for (int64_t q = 0; q < apart; ++q) compute<kTapsV, kTapsH, B, decltype(shared)::kValue>(block(j + q, apart));
+    };
+    if (s_.stride_w == 1) {
+      slide(Number<4>(), Number<1>(), s_.rate_w);
+      slide(Number<3>(), Number<1>(), s_.rate_w);
+      slide(Number<2>(), Number<1>(), s_.rate_w);
+    } else if (s_.stride_w == 2 && s_.rate_w == 1) {
+      slide(Number<4>(), Number<2>(), 1);
+    }
+    slide(Number<4>(), Number<0>(), 1);
+    slide(Number<1>(), Number<0>(), 1);
+  }
+
+  // B results whose taps lie kShared taps apart (0: anywhere).
+  template <int kTapsV, int kTapsH, int B, int kShared>
+  void compute(const Block& given) const {
+    // A copy, which the compiler knows that no store changes.
+    const Block block = given;
+    int64_t k = 0;
+    for (; k + kTogether <= block.vectors; k += kTogether) at_vectors<kTapsV, kTapsH, B, kShared, kTogether>(block, k);
+    for (; k < block.vectors; ++k) at_vectors<kTapsV, kTapsH, B, kShared, 1>(block, k);
+  }
+
+  // Vectors k ... k + N - 1: of a kernel row all N, while its cache lines are there. Pixels of a multiple of 4 KB
+  // compete for eight places.
+  template <int kTapsV, int kTapsH, int B, int kShared, int N>
+  DK_INLINE void at_vectors(const Block& block, int64_t k) const {
+    int64_t c[N];
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) c[n] = smaller((k + n) * L, block.last_channel);
+    if (block.ahead && k % kVectorsOfLine == 0) {
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) __builtin_prefetch(block.ahead + b * block.result + c[0], 0, 2);
+    }
+    V acc[N][B] = {};
+#pragma GCC unroll 3
+    for (int u = 0; u < kTapsV; ++u) {
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) {
+        const A* weights = block.weights + ((k + n) * 9 + 3 * u) * L;
+        V weight[kTapsH > 0 ? kTapsH : 1];
+#pragma GCC unroll 3
+        for (int v = 0; v < kTapsH; ++v) weight[v] = load(weights + v * L);
+        add_taps<kTapsH, kShared>(block.x + u * block.row + c[n], block.tap, block.result, weight, acc[n]);
+      }
+    }
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) {
+      if (block.scale) {
+        const V factor = load(block.scale + (k + n) * L), summand = load(block.shift + (k + n) * L);
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) acc[n][b] = activated(V(acc[n][b] * factor + summand), block.activation);
+      }
+    }
+    if (block.parked) {
+      const int64_t at = k % kParked;
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) store(block.parked + (b * kParked + at + n) * L, acc[n][b]);
+      if (at + N == kParked || k + N == block.vectors)
+        send<B>(block.parked, block.out + (k - at) * L, block.next, at + N);
+    } else {
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b)
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) store(block.out + b * block.next + c[n], acc[n][b]);
+    }
+  }
+
+  // `count` parked vectors of each of B results, `next` apart, past the caches.
+  template <int B>
+  static __attribute__((noinline)) void send(const A* parked, T* out, int64_t next, int64_t count) {
+    for (int b = 0; b < B; ++b)
+      stream_vectors(out + b * next, count, [&](int64_t k) { return load(parked + (b * kParked + k) * L); });
+  }
+
+  DepthwiseShape s_;
+  int64_t vectors_;
+  int64_t row_step_;  // rows of results that read the same rows of x lie this far apart
+  Activation activation_;
+  bool streams_ = false;
+  A* parked_;                     // up to four results' vectors on their way past the caches
+  A *weights_, *scale_, *shift_;  // scale_ null: no normalisation
+  ColumnSegment segments_[7];
+  int segment_count_;
+};
+
+}  // namespace
+}  // namespace deeplab_kernels::cpu

@@ -1,2 +1,0 @@
-#define DK_ISA portable
-#include "atrous_depthwise_pixels_training.h"

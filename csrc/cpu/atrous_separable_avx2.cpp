@@ -1,2 +1,0 @@
-#define DK_ISA avx2
-#include "atrous_separable_kernels.h"

@@ -1,2 +1,0 @@
-#define DK_ISA avx512
-#include "atrous_separable_kernels.h"

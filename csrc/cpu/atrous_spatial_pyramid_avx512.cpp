@@ -1,2 +1,0 @@
-#define DK_ISA avx512
-#include "atrous_spatial_pyramid_kernels.h"

@@ -1,2 +1,0 @@
-#define DK_ISA avx512
-#include "batch_norm_act_kernels.h"

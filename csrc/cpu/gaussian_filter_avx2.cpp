@@ -1,2 +1,0 @@
-#define DK_ISA avx2
-#include "gaussian_filter_kernels.h"

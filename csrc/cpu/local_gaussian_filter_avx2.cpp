@@ -1,2 +1,0 @@
-#define DK_ISA avx2
-#include "local_gaussian_filter_kernels.h"

@@ -1,2 +1,0 @@
-#define DK_ISA portable
-#include "local_gaussian_filter_kernels.h"

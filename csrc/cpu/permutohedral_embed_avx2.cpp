@@ -1,2 +1,0 @@
-#define DK_ISA avx2
-#include "permutohedral_embed.h"

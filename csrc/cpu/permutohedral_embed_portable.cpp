@@ -1,2 +1,0 @@
-#define DK_ISA portable
-#include "permutohedral_embed.h"

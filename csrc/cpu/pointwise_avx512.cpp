@@ -1,2 +1,0 @@
-#define DK_ISA avx512
-#include "pointwise_kernels.h"

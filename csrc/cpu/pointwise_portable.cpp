@@ -1,2 +1,0 @@
-#define DK_ISA portable
-#include "pointwise_kernels.h"
