@@ -11,6 +11,7 @@
 #include "../finite.h"
 #include "../workspace.h"
 #include "isa.h"
+#include "tensors.h"
 
 namespace deeplab_kernels::cpu {
 namespace {
@@ -107,17 +108,6 @@ class SpatialOrder {
   T cutoff_;
   int64_t* order_;
   std::vector<Run> runs_;
-};
-
-// What one call reads and writes, for the whole batch; null where absent.
-template <typename T>
-struct FilterTensors {
-  const T* features;
-  const T* rows;  // filtered into out
-  T* out;
-  const T* values;  // with grad: for grad_features
-  const T* grad;
-  T* grad_features;
 };
 
 template <typename T>
@@ -245,15 +235,16 @@ class Filter {
 template <typename T>
 void gaussian_filter(const PointsShape& shape, const T* values, const T* features, T* out, const Parallel& parallel) {
   if (shape.channels == 0) return;
-  Filter<T>(shape, {features, values, out, nullptr, nullptr, nullptr}).run(parallel);
+  Filter<T>(shape, FilterTensors<T>::forward(values, features, out)).run(parallel);
 }
 
 template <typename T>
 void gaussian_filter_backward(const PointsShape& shape, const T* grad_out, const T* values, const T* features,
                               T* grad_values, T* grad_features, const Parallel& parallel) {
   if (!grad_values && !grad_features) return;
-  const T* rows = grad_values && shape.channels > 0 ? grad_out : nullptr;
-  Filter<T>(shape, {features, rows, grad_values, values, grad_out, grad_features}).run(parallel);
+  using Tensors = FilterTensors<T>;
+  Filter<T>(shape, Tensors::backward(shape.channels, grad_out, values, features, grad_values, grad_features))
+      .run(parallel);
 }
 
 #define DK_INSTANTIATE(T)                                                                        \

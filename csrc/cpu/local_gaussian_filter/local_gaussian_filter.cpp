@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../finite.h"
+#include "../gaussian_filter/tensors.h"
 #include "../workspace.h"
 #include "isa.h"
 
@@ -17,19 +18,8 @@ void with_filter(F&& f) {
   with_kernels<portable::LocalGaussianFilter<T>, avx2::LocalGaussianFilter<T>, avx512::LocalGaussianFilter<T>>(f);
 }
 
-// What one call reads and writes, for the whole batch; null where absent.
 template <typename T>
-struct WindowTensors {
-  const T* features;
-  const T* rows;  // filtered into out
-  T* out;
-  const T* values;  // with grad: for grad_features
-  const T* grad;
-  T* grad_features;
-};
-
-template <typename T>
-void run(WindowShape shape, const WindowTensors<T>& tensors, const Parallel& parallel) {
+void run(WindowShape shape, const FilterTensors<T>& tensors, const Parallel& parallel) {
   const int64_t c = shape.channels, d = shape.dimensions, pixels = shape.height * shape.width;
   if (shape.batch == 0 || pixels == 0) return;
   shape.radius_v = clamped_radius(shape.radius_v, shape.height);
@@ -97,15 +87,15 @@ template <typename T>
 void local_gaussian_filter(const WindowShape& shape, const T* values, const T* features, T* out,
                            const Parallel& parallel) {
   if (shape.channels == 0) return;
-  run<T>(shape, {features, values, out, nullptr, nullptr, nullptr}, parallel);
+  run(shape, FilterTensors<T>::forward(values, features, out), parallel);
 }
 
 template <typename T>
 void local_gaussian_filter_backward(const WindowShape& shape, const T* grad_out, const T* values, const T* features,
                                     T* grad_values, T* grad_features, const Parallel& parallel) {
   if (!grad_values && !grad_features) return;
-  const T* rows = grad_values && shape.channels > 0 ? grad_out : nullptr;
-  run<T>(shape, {features, rows, grad_values, values, grad_out, grad_features}, parallel);
+  using Tensors = FilterTensors<T>;
+  run(shape, Tensors::backward(shape.channels, grad_out, values, features, grad_values, grad_features), parallel);
 }
 
 #define DK_INSTANTIATE(T)                                                                                   \
