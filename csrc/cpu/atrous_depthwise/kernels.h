@@ -53,8 +53,9 @@ struct Passes {
     if constexpr (kNhwc)
       if (Pixels<T>::serve(plan.shape)) {
         const auto cut = Pixels<T>::cut(plan.shape);
+        const typename Pixels<T>::Prepared prepared(plan.shape, weight, norm);
         return parallel(cut.pieces, [&](int64_t begin, int64_t end) {
-          Pixels<T>(plan.shape, weight, norm).run(cut, begin, end, x, out);
+          Pixels<T>(plan.shape, prepared).run(cut, begin, end, x, out);
         });
       }
     const int64_t images = plan.shape.batch, bands = plan.out_rows.bands;

@@ -113,39 +113,50 @@ class Pixels {
     return {tiles, tiles * s.batch * s.out_h};
   }
 
-  // norm null: the convolution alone.
-  Pixels(const DepthwiseShape& shape, const T* weight, const BatchNorm<A>* norm) : s_(shape) {
-    vectors_ = (s_.channels + L - 1) / L;
-    row_step_ = s_.rate_h / greatest_common_divisor(s_.rate_h, s_.stride_h);
-    Arena measure(nullptr);
-    allocate(measure, norm);
-    Arena arena(thread_scratch(measure.used()));
-    allocate(arena, norm);
-    activation_ = norm ? norm->activation : Activation::kNone;
-    for (int64_t k = 0; k < vectors_; ++k)
-      for (int64_t l = 0; l < L; ++l) {
-        const int64_t c = channel(k) + l;
-        for (int64_t t = 0; t < 9; ++t) weights_[(k * 9 + t) * L + l] = widen(weight[c * 9 + t]);
-        if (norm) fold_norm(*norm, c, norm->mean[c], norm->var[c], scale_ + k * L + l, shift_ + k * L + l);
-      }
+  // What all threads read: the weights and the folded normalisation, by vectors. norm null: the convolution alone.
+  class Prepared {
+   public:
+    Prepared(const DepthwiseShape& shape, const T* weight, const BatchNorm<A>* norm)
+        : vectors_((shape.channels + L - 1) / L), memory_(size_t(vectors_ * (norm ? 11 : 9) * L) * sizeof(A)) {
+      weights = memory_.template as<A>();
+      scale = norm ? weights + vectors_ * 9 * L : nullptr;
+      shift = norm ? scale + vectors_ * L : nullptr;
+      activation = norm ? norm->activation : Activation::kNone;
+      for (int64_t k = 0; k < vectors_; ++k)
+        for (int64_t l = 0; l < L; ++l) {
+          // The last vector overlaps the one before it where the channels are no multiple.
+          const int64_t c = smaller(k * L, shape.channels - L) + l;
+          for (int64_t t = 0; t < 9; ++t) weights[(k * 9 + t) * L + l] = widen(weight[c * 9 + t]);
+          if (norm) fold_norm(*norm, c, norm->mean[c], norm->var[c], scale + k * L + l, shift + k * L + l);
+        }
+    }
+    A *weights, *scale, *shift;  // scale null: no normalisation
+    Activation activation;
+
+   private:
+    int64_t vectors_;
+    Workspace memory_;
+  };
+
+  Pixels(const DepthwiseShape& shape, const Prepared& prepared)
+      : s_(shape),
+        vectors_((shape.channels + L - 1) / L),
+        row_step_(shape.rate_h / greatest_common_divisor(shape.rate_h, shape.stride_h)),
+        prepared_(prepared) {
     count_segments();
   }
 
-  // The pieces [begin, end), which are the rows of one tile of one image after another.
+  // The pieces [begin, end), which are the rows of one tile of one image after another, those that read the same rows
+  // of x next to each other.
   void run(const Cut& cut, int64_t begin, int64_t end, const T* x, T* out) {
     // Runs of parked vectors end where lines do.
     streams_ = streams(out, s_) && s_.channels % (L * kVectorsOfLine) == 0;
-    while (begin < end) {
-      const int64_t strip = begin / s_.out_h, first = begin % s_.out_h;
-      const int64_t last = smaller(s_.out_h, first + end - begin);
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t strip = piece / s_.out_h, i = row_at(piece % s_.out_h);
       const int64_t image = strip / cut.tiles, tile = strip % cut.tiles;
       const IndexRange columns{s_.out_w * tile / cut.tiles, s_.out_w * (tile + 1) / cut.tiles};
       const T* x_image = x + image * s_.in_h * s_.in_w * s_.channels;
-      T* out_image = out + image * s_.out_h * s_.out_w * s_.channels;
-      for (int64_t phase = first; phase < smaller(last, first + row_step_); ++phase)
-        for (int64_t i = phase; i < last; i += row_step_)
-          row(i, columns, x_image, out_image + i * s_.out_w * s_.channels);
-      begin += last - first;
+      row(i, columns, x_image, out + (image * s_.out_h + i) * s_.out_w * s_.channels);
     }
     if (streams_) finish_streams();
   }
@@ -170,15 +181,13 @@ class Pixels {
     int64_t vectors, last_channel;
   };
 
-  void allocate(Arena& arena, bool with_norm) {
-    weights_ = arena.take<A>(vectors_ * 9 * L);
-    parked_ = arena.take<A>(4 * kParked * L);
-    scale_ = with_norm ? arena.take<A>(vectors_ * L) : nullptr;
-    shift_ = with_norm ? arena.take<A>(vectors_ * L) : nullptr;
+  // The row at a place in the order of rows 0, step, 2 step, ..., 1, 1 + step, ...
+  int64_t row_at(int64_t place) const {
+    const int64_t shorter = s_.out_h / row_step_, longer = s_.out_h % row_step_;
+    const int64_t in_longer = longer * (shorter + 1);
+    if (place < in_longer) return place / (shorter + 1) + place % (shorter + 1) * row_step_;
+    return longer + (place - in_longer) / shorter + (place - in_longer) % shorter * row_step_;
   }
-
-  // The last vector overlaps the one before it where the channels are no multiple: it writes the same values again.
-  int64_t channel(int64_t vector) const { return smaller(vector * L, s_.channels - L); }
 
   void count_segments() {
     IndexRange inside[3];
@@ -247,11 +256,11 @@ class Pixels {
               apart * s_.stride_w * c,
               out + j * c,
               apart * c,
-              weights_ + (3 * first + segment.first) * L,
+              prepared_.weights + (3 * first + segment.first) * L,
               more ? x + (new_h * s_.in_w + w) * c : nullptr,
-              scale_,
-              shift_,
-              activation_,
+              prepared_.scale,
+              prepared_.shift,
+              prepared_.activation,
               streams_ ? parked_ : nullptr,
               vectors_,
               c - L};
@@ -341,10 +350,9 @@ class Pixels {
   DepthwiseShape s_;
   int64_t vectors_;
   int64_t row_step_;  // rows of results that read the same rows of x lie this far apart
-  Activation activation_;
+  const Prepared& prepared_;
   bool streams_ = false;
-  A* parked_;                     // up to four results' vectors on their way past the caches
-  A *weights_, *scale_, *shift_;  // scale_ null: no normalisation
+  alignas(64) mutable A parked_[4 * kParked * L];  // up to four results' vectors on their way past the caches
   ColumnSegment segments_[7];
   int segment_count_;
 };
