@@ -81,23 +81,26 @@ class PlaneForward : public PlaneTiles<T, kNhwc> {
     V centre;
     for (int64_t l = 0; l < L; ++l) centre[l] = A(total.lane[0][l] / count);
     LaneSums<A, kNhwc, 2> deviations;
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-      const A* row = y + i * g_.pitch;
+    const int64_t pitch = g_.pitch, most = larger(1, kSumTerms / g_.out_vectors);
+    for (int64_t begin = rows.begin; begin < rows.end; begin += most) {
       V square[2] = {}, rest[2] = {};
-      int64_t k = 0;
-      for (; k + L < last; k += 2 * L)
+      const A* row = y + begin * pitch;
+      for (int64_t i = begin; i < smaller(rows.end, begin + most); ++i, row += pitch) {
+        int64_t k = 0;
+        for (; k + L < last; k += 2 * L)
 #pragma GCC unroll 2
-        for (int e = 0; e < 2; ++e) {
-          const V d = load(row + k + e * L) - centre;
-          square[e] += d * d, rest[e] += d;
+          for (int e = 0; e < 2; ++e) {
+            const V d = load(row + k + e * L) - centre;
+            square[e] += d * d, rest[e] += d;
+          }
+        for (; k <= last; k += L) {
+          V d = load(row + k) - centre;
+          if (!kNhwc && k == last) d = within(d, tail);
+          square[0] += d * d, rest[0] += d;
         }
-      for (; k <= last; k += L) {
-        V d = load(row + k) - centre;
-        if (!kNhwc && k == last) d = within(d, tail);
-        square[0] += d * d, rest[0] += d;
       }
-      deviations.now[0] += square[0] + square[1], deviations.now[1] += rest[0] + rest[1];
-      deviations.added(g_.out_vectors);
+      deviations.now[0] = square[0] + square[1], deviations.now[1] = rest[0] + rest[1];
+      deviations.flush();
     }
     deviations.finish();
     for (int64_t l = 0; l < kChannels; ++l)
@@ -119,36 +122,33 @@ class PlaneForward : public PlaneTiles<T, kNhwc> {
 
   void write_resident(int64_t n, Activation activation, T* out) const {
     out += offset(n, 0, s_.out_h, s_.out_w);
-    const bool collect = collected(s_.out_w, L);
+    const A* y = y_planes_ + n * size_;
+    if constexpr (kNhwc)
+      for (int64_t i = 0; i < s_.out_h; ++i, y += g_.pitch, out += s_.out_w * s_.channels)
+        unpack(y, plane_, s_.out_w, out,
+               [&](V v, int64_t p, auto...) { return activated(V(v * norm_[p].scale + norm_[p].shift), activation); });
+    else
+      with_activation(activation, [&](auto known) { write_rows<decltype(known)::value>(y, out); });
+  }
+  // NCHW: the rows of an image.
+  template <Activation kActivation>
+  void write_rows(const A* y, T* out) const {
+    const V scale = norm_[0].scale, shift = norm_[0].shift;
+    const int64_t rows = s_.out_h, width = s_.out_w, pitch = g_.pitch, last = larger(0, width - L);
+    const bool collect = collected(width, L);
     if (collect) writer_.begin(out);
-    for (int64_t i = 0; i < s_.out_h; ++i) {
-      const A* y = y_planes_ + n * size_ + i * g_.pitch;
-      if (collect) {
-        write_activated(y, activation, writer_.room());
-        writer_.add(s_.out_w);
-      } else {
-        write_activated(y, activation, out + i * s_.out_w * (kNhwc ? s_.channels : 1));
-      }
+    for (int64_t i = 0; i < rows; ++i, y += pitch, out += width) {
+      T* row = collect ? writer_.room() : out;
+      auto write = [&](int64_t k) { store(row + k, activated(V(load(y + k) * scale + shift), kActivation)); };
+      int64_t k = 0;
+      for (; k + 4 * L <= last; k += 4 * L)
+#pragma GCC unroll 4
+        for (int e = 0; e < 4; ++e) write(k + e * L);
+      for (; k < last; k += L) write(k);
+      write(last);
+      if (collect) writer_.add(width);
     }
     if (collect) writer_.end();
-  }
-
-  // y: a row of the first plane; out: that row in memory (NCHW: or where a whole vector can be stored).
-  void write_activated(const A* y, Activation activation, T* out) const {
-    if constexpr (kNhwc) {
-      unpack(y, plane_, s_.out_w, out,
-             [&](V v, int64_t p, auto...) { return activated(V(v * norm_[p].scale + norm_[p].shift), activation); });
-    } else {
-      const V scale = norm_[0].scale, shift = norm_[0].shift;
-      with_activation(activation, [&](auto known) {
-        const int64_t last = larger(0, s_.out_w - L);
-        auto write = [&](int64_t k) {
-          store(out + k, activated(V(load(y + k) * scale + shift), decltype(known)::value));
-        };
-        for (int64_t k = 0; k < last; k += L) write(k);
-        write(last);
-      });
-    }
   }
 
   void results(int64_t n, IndexRange rows, const T* x, const T* weight, const BatchNorm<A>* norm, T* out) {

@@ -186,11 +186,12 @@ class PlaneLayout {
     if (!cut_.resident || i == 0) return {cut_.resident ? 0 : needed.begin, needed.end};
     return {smaller(inputs_of(piece(i - 1)).end, needed.end), needed.end};
   }
-  // Rows of the gradient of x whose results have all been seen after piece i: those of whole tiles, or all.
+  // Rows of the gradient of x whose results have all been seen after piece i: those of whole tiles (stride 2: of pairs
+  // that are computed together), or all.
   int64_t finished_rows(int64_t i) const {
     if (i + 1 == pieces()) return s_.in_h;
-    const int64_t tile = kRows * s_.rate_h;
-    return larger(0, s_.stride_h * piece(i).end - s_.pad_top) / tile * tile;
+    const int64_t rows = larger(0, s_.stride_h * piece(i).end - s_.pad_top), tile = kRows * s_.rate_h;
+    return s_.stride_h == 1 ? rows / tile * tile : rows;
   }
   IndexRange finished(int64_t i) const { return {i == 0 ? 0 : finished_rows(i - 1), finished_rows(i)}; }
 

@@ -10,6 +10,27 @@
 namespace deeplab_kernels::cpu {
 namespace {
 
+// Elements 0, 2, ... and 1, 3, ... of what two vectors hold.
+template <typename A>
+struct EvenOdd {
+  Vec<A> even, odd;
+};
+template <typename T>
+DK_INLINE EvenOdd<acc_t<T>> load_even_odd(const T* p) {
+  const auto a = load(p), b = load(p + kLanes<acc_t<T>>);
+  return {every_second<0>(a, b), every_second<1>(a, b)};
+}
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Cheap shuffles stay within halves of a vector: the second quarter and the third change places while they are loaded.
+DK_INLINE EvenOdd<float> load_even_odd(const float* p) {
+  auto quarters = [](const float* low) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(low + 8), 1);
+  };
+  const __m256 a = quarters(p), b = quarters(p + 4);
+  return {_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd)};
+}
+#endif
+
 template <typename T, bool kNhwc>
 class PlanePacking : public PlaneLayout<T, kNhwc> {
   using Base = PlaneLayout<T, kNhwc>;
@@ -104,75 +125,90 @@ class PlanePacking : public PlaneLayout<T, kNhwc> {
   template <typename F>
   const A* pack_x(const T* x, int64_t n, IndexRange range, const F& f) const {
     A* row_0 = x_at_row_0(n, range);
-    for (int64_t h = range.begin; h < range.end; ++h) {
-      const T* row = x + offset(n, h, s_.in_h, s_.in_w);
-      A* to = row_0 + h * g_.x_pitch;
-      if (s_.stride_w == 1) {
-        pack_row(row, 1, s_.in_w, to + g_.x_begin, x_plane_, f);
-      } else if constexpr (kNhwc) {
-        const int64_t even = s_.pad_left % 2, q = s_.pad_left;  // the first even column of the padded row
-        pack_row(row + even * s_.channels, 2, (s_.in_w - even + 1) / 2, to + (q + even) / 2 * L, x_plane_, f);
-        pack_row(row + (1 - even) * s_.channels, 2, (s_.in_w + even) / 2, to + g_.x_odd + (q + 1 - even) / 2 * L,
-                 x_plane_, f);
-      } else {
-        deinterleave(row, to);
-      }
-      if constexpr (!kNhwc)
-        if (pre_ != Activation::kNone)
-          for (int64_t k = 0; k < g_.x_pitch; k += L) store(to + k, f(load(to + k)));  // the padding stays zero
+    const T* from = x + offset(n, range.begin, s_.in_h, s_.in_w);
+    A* to = row_0 + range.begin * g_.x_pitch;
+    const int64_t rows = range.end - range.begin;
+    if constexpr (kNhwc) {
+      for (int64_t h = 0; h < rows; ++h, from += s_.in_w * s_.channels, to += g_.x_pitch) pack_pixels(from, to, f);
+    } else {
+      s_.stride_w == 1 ? copy_rows(from, rows, s_.in_w, to + g_.x_begin, g_.x_pitch) : deinterleave(from, rows, to);
+      if (pre_ != Activation::kNone)  // the padding stays zero
+        for (int64_t k = 0; k < rows * g_.x_pitch; k += L) store(to + k, f(load(to + k)));
     }
     if (range.end == s_.in_h && !cut_.resident)
       __builtin_memset(row_0 + s_.in_h * g_.x_pitch, 0, size_t(x_below_ * g_.x_pitch) * sizeof(A));
     return row_0;
   }
+  template <typename F>
+  void pack_pixels(const T* row, A* to, const F& f) const {
+    if (s_.stride_w == 1) return pack_row(row, 1, s_.in_w, to + g_.x_begin, x_plane_, f);
+    const int64_t even = s_.pad_left % 2, q = s_.pad_left;  // the first even column of the padded row
+    pack_row(row + even * s_.channels, 2, (s_.in_w - even + 1) / 2, to + (q + even) / 2 * L, x_plane_, f);
+    pack_row(row + (1 - even) * s_.channels, 2, (s_.in_w + even) / 2, to + g_.x_odd + (q + 1 - even) / 2 * L, x_plane_,
+             f);
+  }
   // to: the first column of row 0 of the first plane.
   void pack_gradient(const T* grad, int64_t n, IndexRange range, A* to) const {
-    for (int64_t i = range.begin; i < range.end; ++i)
-      pack_row(grad + offset(n, i, s_.out_h, s_.out_w), 1, s_.out_w, to + i * g_.pitch, plane_, [](V v) { return v; });
+    const T* from = grad + offset(n, range.begin, s_.out_h, s_.out_w);
+    if constexpr (kNhwc)
+      for (int64_t i = range.begin; i < range.end; ++i, from += s_.out_w * s_.channels)
+        pack_row(from, 1, s_.out_w, to + i * g_.pitch, plane_, [](V v) { return v; });
+    else
+      copy_rows(from, range.end - range.begin, s_.out_w, to + range.begin * g_.pitch, g_.pitch);
     if (range.end == s_.out_h && !cut_.resident)
       __builtin_memset(to + s_.out_h * g_.pitch, 0, size_t(below_ * g_.pitch) * sizeof(A));
   }
 
-  // Every step-th pixel (NHWC), through f, or all as they are (NCHW).
+  // Every step-th pixel (NHWC), through f.
   template <typename F>
   void pack_row(const T* row, int64_t step, int64_t columns, A* to, int64_t distance, const F& f) const {
-    if constexpr (kNhwc) {
-      const int64_t pixel = step * s_.channels;
-      whole_planes([&](auto planes_at_once, int64_t first) {
-        constexpr int P = decltype(planes_at_once)::value;
-        const T* from = row + first * L;
-        A* column = to + first * distance;
-        for (int64_t w = 0; w < columns; ++w, from += pixel, column += L)
+    const int64_t pixel = step * s_.channels;
+    whole_planes([&](auto planes_at_once, int64_t first) {
+      constexpr int P = decltype(planes_at_once)::value;
+      const T* from = row + first * L;
+      A* column = to + first * distance;
+      for (int64_t w = 0; w < columns; ++w, from += pixel, column += L)
 #pragma GCC unroll 4
-          for (int p = 0; p < P; ++p) store(column + p * distance, f(load(from + p * L)));
-      });
-      if (const int64_t rest = count_ % L) {
-        const int64_t p = count_ / L;
-        for (int64_t w = 0; w < columns; ++w)
-          store(to + p * distance + w * L, f(load_part(row + p * L + w * pixel, rest)));
-      }
-    } else {
-      copy_widened(row, to, columns);
+        for (int p = 0; p < P; ++p) store(column + p * distance, f(load(from + p * L)));
+    });
+    if (const int64_t rest = count_ % L) {
+      const int64_t p = count_ / L;
+      for (int64_t w = 0; w < columns; ++w)
+        store(to + p * distance + w * L, f(load_part(row + p * L + w * pixel, rest)));
     }
   }
 
-  // The even and the odd columns of a padded row (NCHW).
-  void deinterleave(const T* row, A* to) const {
-    const int64_t q = s_.pad_left;
-    A* even = to + (q + 1) / 2;  // of the padded row; the image's column w is its column w + q
-    A* odd = to + g_.x_odd + q / 2;
-    A *first = q % 2 == 0 ? even : odd, *second = q % 2 == 0 ? odd : even;
-    const int64_t pairs = s_.in_w / 2;
-    auto vectors = [&](int64_t i) {
-      const V a = load(row + 2 * i), b = load(row + 2 * i + L);
-      store(first + i, every_second<0>(a, b));
-      store(second + i, every_second<1>(a, b));
-    };
-    int64_t i = 0;
-    for (; i + L <= pairs; i += L) vectors(i);
-    if (i < pairs && pairs >= L) vectors(pairs - L), i = pairs;
-    for (; i < pairs; ++i) first[i] = widen(row[2 * i]), second[i] = widen(row[2 * i + 1]);
-    if (s_.in_w % 2 == 1) first[pairs] = widen(row[2 * pairs]);
+  // Rows of an image as they are (NCHW).
+  static void copy_rows(const T* from, int64_t rows, int64_t columns, A* to, int64_t pitch) {
+    for (int64_t h = 0; h < rows; ++h, from += columns, to += pitch) {
+      int64_t k = 0;
+      for (; k + 4 * L <= columns; k += 4 * L)
+#pragma GCC unroll 4
+        for (int e = 0; e < 4; ++e) store(to + k + e * L, load(from + k + e * L));
+      for (; k + L <= columns; k += L) store(to + k, load(from + k));
+      if (k < columns && columns >= L) k = columns - L, store(to + k, load(from + k)), k = columns;
+      for (; k < columns; ++k) to[k] = widen(from[k]);
+    }
+  }
+
+  // The even and the odd columns of padded rows (NCHW).
+  void deinterleave(const T* row, int64_t rows, A* to) const {
+    // The image's column w is column w + pad_left of the padded row.
+    const int64_t q = s_.pad_left, width = s_.in_w, pitch = g_.x_pitch, pairs = width / 2;
+    A *first = to + (q + 1) / 2, *second = to + g_.x_odd + q / 2;
+    if (q % 2 == 1) std::swap(first, second);
+    for (int64_t h = 0; h < rows; ++h, row += width, first += pitch, second += pitch) {
+      auto vectors = [&](int64_t i) {
+        const auto v = load_even_odd(row + 2 * i);
+        store(first + i, v.even), store(second + i, v.odd);
+      };
+      int64_t i = 0;
+      for (; i + 2 * L <= pairs; i += 2 * L) vectors(i), vectors(i + L);
+      for (; i + L <= pairs; i += L) vectors(i);
+      if (i < pairs && pairs >= L) vectors(pairs - L), i = pairs;
+      for (; i < pairs; ++i) first[i] = widen(row[2 * i]), second[i] = widen(row[2 * i + 1]);
+      if (width % 2 == 1) first[pairs] = widen(row[2 * pairs]);
+    }
   }
 
   // A row of the planes, `distance` apart, to memory; each vector through f(v, plane, offset in the row, channels).

@@ -21,34 +21,57 @@ class PlaneStrided : public PlaneForward<T, kNhwc> {
   // even, kernel row 1 of (a - rate) / 2 if it is odd; the same holds for columns. At rate 1 an even row and the odd
   // one below share what they read (NCHW).
   void gradient_of_strided_x(const BackwardTensors<T>& z, int64_t n, IndexRange rows, const A* grad) {
-    const int64_t size = kNhwc ? both_size() : 0;
-    const bool collect = collected(s_.in_w, 2 * L + s_.pad_left % 2);
-    if (collect) writer_.begin(z.grad_x + offset(n, rows.begin, s_.in_h, s_.in_w));
+    auto result_row = [&](int64_t p, int64_t i) {
+      return i < 0 || i >= s_.out_h ? zeros_ : grad + p * plane_ + i * g_.pitch;
+    };
+    if constexpr (kNhwc)
+      strided_pixels(z, n, rows, result_row);
+    else
+      strided_rows(z, n, rows, result_row);
+  }
+
+  template <typename ResultRow>
+  void strided_pixels(const BackwardTensors<T>& z, int64_t n, IndexRange rows, const ResultRow& result_row) {
+    const int64_t size = both_size();
     for (int64_t h = rows.begin; h < rows.end; ++h) {
       const int64_t a = h + s_.pad_top;
       T* to = z.grad_x + offset(n, h, s_.in_h, s_.in_w);
-      const T* x = z.x + (to - z.grad_x);
       for (int64_t p = 0; p < active_; ++p) {
         if (active_ > 1 || h == rows.begin) load_weights(z.weight, p);
-        auto row = [&](int64_t i) { return i < 0 || i >= s_.out_h ? zeros_ : grad + p * plane_ + i * g_.pitch; };
-        const bool even = a % 2 == 0;
-        const A* near = row(even ? a / 2 : (a - s_.rate_h) / 2);
-        const A* far = even ? row(a / 2 - s_.rate_h) : zeros_;
-        if constexpr (kNhwc) {
-          A* both = both_ + 2 * p * size;
-          even ? strided_row<Parity::kEven>(near, far, both) : strided_row<Parity::kOdd>(near, far, both);
+        A* both = both_ + 2 * p * size;
+        if (a % 2 == 0)
+          strided_row<Parity::kEven>(result_row(p, a / 2), result_row(p, a / 2 - s_.rate_h), both);
+        else
+          strided_row<Parity::kOdd>(result_row(p, (a - s_.rate_h) / 2), zeros_, both);
+      }
+      write_both(to, z.x + (to - z.grad_x));
+    }
+  }
+
+  template <typename ResultRow>
+  void strided_rows(const BackwardTensors<T>& z, int64_t n, IndexRange rows, const ResultRow& result_row) {
+    load_weights(z.weight, 0);
+    const bool collect = collected(s_.in_w, 2 * L + s_.pad_left % 2);
+    if (collect) writer_.begin(z.grad_x + offset(n, rows.begin, s_.in_h, s_.in_w));
+    for (int64_t h = rows.begin, count = 0; h < rows.end; h += count) {  // count: rows of x
+      const int64_t a = h + s_.pad_top, at = offset(n, h, s_.in_h, s_.in_w);
+      T* results = collect ? writer_.room() : z.grad_x + at;
+      const T* x = z.x + at;
+      count = 1;
+      if (a % 2 == 1) {
+        strided_rows_to_memory<Parity::kOdd>(result_row(0, (a - s_.rate_h) / 2), zeros_, 1, results, x);
+      } else {
+        const int64_t i = a / 2;
+        const A *near = result_row(0, i), *far = result_row(0, i - s_.rate_h);
+        if (margins_ && h + 1 < rows.end) {
+          const bool inside = i >= s_.rate_h && i < s_.out_h && !collect;
+          const int64_t pairs = inside ? smaller((rows.end - h) / 2, s_.out_h - i) : 1;
+          strided_rows_to_memory<Parity::kPair>(near, far, pairs, results, x), count = 2 * pairs;
         } else {
-          T* results = collect ? writer_.room() : to;
-          const bool pair = even && margins_ && h + 1 < rows.end;
-          if (pair)
-            strided_row_to_memory<Parity::kPair>(near, far, results, x), ++h;
-          else
-            even ? strided_row_to_memory<Parity::kEven>(near, far, results, x)
-                 : strided_row_to_memory<Parity::kOdd>(near, far, results, x);
-          if (collect) writer_.add(pair ? 2 * s_.in_w : s_.in_w);
+          strided_rows_to_memory<Parity::kEven>(near, far, 1, results, x);
         }
       }
-      if constexpr (kNhwc) write_both(to, x);
+      if (collect) writer_.add(count * s_.in_w);
     }
     if (collect) writer_.end();
   }
@@ -78,13 +101,14 @@ class PlaneStrided : public PlaneForward<T, kNhwc> {
     }
     return result;
   }
-  // NCHW. Rows of less than two vectors go to memory of the writer: they are written whole vectors at a time.
+  // NCHW: `count` times such rows. Rows of less than two vectors go to memory of the writer: they are written whole
+  // vectors at a time.
   template <Parity kParity>
-  DK_INLINE void strided_row_to_memory(const A* near, const A* far, T* to, const T* x) const {
+  DK_INLINE void strided_rows_to_memory(const A* near, const A* far, int64_t count, T* to, const T* x) const {
     if (pre_ == Activation::kNone)
-      strided_row_to_memory<kParity>(near, far, to, [](auto v, auto...) { return v; });
+      strided_rows_to_memory<kParity>(near, far, count, to, [](auto v, auto...) { return v; });
     else
-      strided_row_to_memory<kParity>(near, far, to, [&](auto v, int64_t k, int64_t values) {
+      strided_rows_to_memory<kParity>(near, far, count, to, [&](auto v, int64_t k, int64_t values) {
         if constexpr (sizeof(v) == sizeof(A))
           return masked(v, A(widen(x[k])), this->pre_);
         else
@@ -92,34 +116,36 @@ class PlaneStrided : public PlaneForward<T, kNhwc> {
       });
   }
   template <Parity kParity, typename F>
-  void strided_row_to_memory(const A* near, const A* far, T* to, const F& f) const {
+  void strided_rows_to_memory(const A* near, const A* far, int64_t count, T* to, const F& f) const {
     constexpr int kRows = Strided<kParity>::kRows;
-    const int64_t q = s_.pad_left, width = s_.in_w;
-    auto vectors = [&](int64_t w, int64_t first, int64_t second) {  // w: an even padded column
-      const auto v = strided_at<kParity>(near, far, (w + q) / 2);
+    const int64_t q = s_.pad_left, width = s_.in_w, pitch = g_.pitch;
+    for (int64_t row = 0; count > 0; --count, row += kRows * width, near += pitch, far += pitch) {
+      auto vectors = [&](int64_t w, int64_t first, int64_t second) {  // w: an even padded column
+        const auto v = strided_at<kParity>(near, far, (w + q) / 2);
 #pragma GCC unroll 2
-      for (int r = 0; r < kRows; ++r) {
-        const int64_t k = r * width + w;
-        store(to + k, f(interleaved<0>(v.even[r], v.odd[r]), k, first));
-        store(to + k + L, f(interleaved<1>(v.even[r], v.odd[r]), k + L, second));
+        for (int r = 0; r < kRows; ++r) {
+          const int64_t k = row + r * width + w;
+          store(to + k, f(interleaved<0>(v.even[r], v.odd[r]), k, first));
+          store(to + k + L, f(interleaved<1>(v.even[r], v.odd[r]), k + L, second));
+        }
+      };
+      auto column = [&](int64_t w) {
+        const auto v = strided_at<kParity>(near, far, (w + q) / 2);
+        for (int r = 0; r < kRows; ++r) {
+          const int64_t k = row + r * width + w;
+          narrow(f((w + q) % 2 == 0 ? v.even[r][0] : v.odd[r][0], k, 1), to + k);
+        }
+      };
+      int64_t w = q % 2;
+      if (width - w < 2 * L) {  // in the writer's memory
+        vectors(w, smaller(L, width - w), larger(0, width - w - L));
+      } else {
+        for (; w + 2 * L <= width; w += 2 * L) vectors(w, L, L);
+        if (w + 1 < width) w = width - (width - q) % 2, vectors(w - 2 * L, L, L);
+        if (w < width) column(w);
       }
-    };
-    auto column = [&](int64_t w) {
-      const auto v = strided_at<kParity>(near, far, (w + q) / 2);
-      for (int r = 0; r < kRows; ++r) {
-        const int64_t k = r * width + w;
-        narrow(f((w + q) % 2 == 0 ? v.even[r][0] : v.odd[r][0], k, 1), to + k);
-      }
-    };
-    int64_t w = q % 2;
-    if (width - w < 2 * L) {  // in the writer's memory
-      vectors(w, smaller(L, width - w), larger(0, width - w - L));
-    } else {
-      for (; w + 2 * L <= width; w += 2 * L) vectors(w, L, L);
-      if (w + 1 < width) w = width - (width - q) % 2, vectors(w - 2 * L, L, L);
-      if (w < width) column(w);
+      if (q % 2 == 1) column(0);  // the vectors of the row above may have reached it
     }
-    if (q % 2 == 1) column(0);  // the vectors of the row above may have reached it
   }
   // Even columns of a padded row, then the odd ones.
   template <Parity kParity>
