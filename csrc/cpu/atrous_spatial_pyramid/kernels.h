@@ -6,6 +6,10 @@
 //
 // Passes over memory (X: x or one result): inference X + R X, training the same, backward X + R X + X; rate by rate
 // they are 2 R X + X (the mean), 2 R X + X, and 2 R X + X + R X + (R - 1) 3 X.
+//
+// For atrous_depthwise/planes_*_kernels.cpp, which compile what the pyramid and the single convolution share once.
+#pragma once
+
 #include "../atrous_depthwise/planes.h"
 #include "isa.h"
 
@@ -355,9 +359,6 @@ bool PyramidKernels<T>::backward(const PyramidShape& shape, const PyramidGradien
     return PyramidPasses<T, true>::backward(shape, tensors, norm, batch_statistics, parallel);
   return PyramidPasses<T, false>::backward(shape, tensors, norm, batch_statistics, parallel);
 }
-
-template struct PyramidKernels<float>;
-template struct PyramidKernels<BFloat16Bits>;
 
 }  // namespace DK_ISA
 }  // namespace deeplab_kernels::cpu
