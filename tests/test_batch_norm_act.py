@@ -10,11 +10,13 @@ from _cases import DTYPES, LAYOUTS, activate, assert_as_exact_as_torch, leaves
 from _instruction_sets import run_tests_with
 from _threads import assert_same_bits
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deeplab_kernels import reference
 from deeplab_kernels.nn import AtrousSeparableConv2d
 from deeplab_kernels.nn.functional import norm_act, pointwise
-from deeplab_kernels.ops import batch_norm_act
+from deeplab_kernels.ops import atrous_depthwise_bn_act, batch_norm_act
+from deeplab_kernels.ops._pointwise import pointwise_bn_act
 
 TRAINING = torch.ops.deeplab_kernels.batch_norm_act_training.default
 BACKWARD = torch.ops.deeplab_kernels.batch_norm_act_backward.default
@@ -218,6 +220,30 @@ def test_saved_for_backward():
         if residual and activation is None:
             grad = torch.randn_like(out)
             assert torch.autograd.grad(out, inputs[1], grad)[0].data_ptr() == grad.data_ptr()
+
+
+def test_backward_fills_nothing_with_zeros():
+    """Statistics and what is kept for backward are outputs without gradients: no zeros are made in their place."""
+    ran: list[str] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            ran.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    x, _, gamma, beta = random_inputs((2, 16, 9, 9))
+    norm = {"gamma": gamma, "beta": beta, "running_mean": None, "running_var": None}
+    depthwise, pointwise_weight = torch.randn(16, 1, 3, 3), torch.randn(16, 16, 1, 1)
+    for out in (
+        batch_norm_act(x, **norm),
+        pointwise_bn_act(x, pointwise_weight, **norm),
+        atrous_depthwise_bn_act(x, depthwise, **norm, training=True, padding=1, save_conv=True),
+    ):
+        grad = torch.randn_like(out)
+        with Record():
+            torch.autograd.grad(out, x, grad)
+    assert sum("backward" in name for name in ran) >= 3
+    assert not [name for name in ran if "zeros" in name or "fill" in name]
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])

@@ -1,9 +1,9 @@
 """The 1x1 convolution of training, alone and with the batch normalisation that follows it.
 
 On the CPU, float32 and float64, its three products are blocked matrix products of the maps as they lie
-(csrc/cpu/pointwise/kernels.cpp). oneDNN, which torch calls, takes up to twice as long where channels are few in NCHW, and
-a third longer for the gradient of large weights in channels_last. With many channels on both sides it is faster in the
-other two products, and serves (benchmarks/NOTES_models.md).
+(csrc/cpu/pointwise/kernels.cpp). oneDNN, which torch calls, takes up to twice as long where channels are few in NCHW,
+and a third longer for the gradient of large weights in channels_last. With many channels on both sides it is faster in
+the other two products, and serves (benchmarks/NOTES_models.md).
 
 Where the convolution's own kernel serves, the batch normalisation after it is part of the operator. In channels_last
 its mean and variance are gathered while the product's results are in registers (csrc/cpu/pointwise/statistics.h), which
@@ -163,6 +163,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     told = out if residual is not None and ctx.activation else None
     ctx.save_for_backward(x, weight, z, gamma, beta, told, mean, var)
     ctx.mark_non_differentiable(z, mean, var)
+    ctx.set_materialize_grads(False)  # no zeros for these, of which z is large
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:

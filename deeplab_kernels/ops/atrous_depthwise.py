@@ -335,6 +335,7 @@ def _training_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     _, y, mean, var = output
     ctx.save_for_backward(x, weight, gamma, beta, y, mean, var)
     ctx.mark_non_differentiable(y, mean, var)
+    ctx.set_materialize_grads(False)  # no zeros for these, of which y may be large
 
 
 def _training_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -345,18 +346,24 @@ def _training_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
 _EAGER: dict[str, type[torch.autograd.Function]] = {}
 
 
-def _register_autograd(name: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
+def _register_autograd(name: str, backward: Callable[..., tuple[Any, ...]], setup: Callable[..., None]) -> None:
     """The formula of an operator, for torch.compile and wherever the dispatcher meets it, and as the autograd function
     that eager calls use: it does the same in a third of the time."""
-    torch.library.register_autograd(f"deeplab_kernels::{name}", backward, setup_context=setup)
     operator = getattr(_ops, name).default
+
+    def backward_of_some(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if all(grad is None for grad in grads):  # where setup asked for no zeros
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, *grads)
+
+    torch.library.register_autograd(f"deeplab_kernels::{name}", backward_of_some, setup_context=setup)
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         output = _below_autograd(operator, *inputs)
         setup(ctx, inputs, output)
         return output
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_some)}
     _EAGER[name] = type(f"Eager_{name}", (torch.autograd.Function,), methods)
 
 

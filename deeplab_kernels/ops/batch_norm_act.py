@@ -115,6 +115,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     out, mean, var = output
     ctx.save_for_backward(z, gamma, beta, out if residual is not None and ctx.activation else None, mean, var)
     ctx.mark_non_differentiable(mean, var)
+    ctx.set_materialize_grads(False)  # no zeros for these
 
 
 def norm_gradients(
