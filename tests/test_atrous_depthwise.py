@@ -141,10 +141,31 @@ def test_random_geometry(axes, batch, channels, multiplier, layout, dtype):
     torch.testing.assert_close(weight.grad.double(), exact[1].grad, **tolerance)
 
 
+# Maps of several bands of rows, of columns that fill no vector; rows taken rate by rate, rate and stride together.
+LARGE = [
+    Case((2, 3, 600, 257), padding="same", dilation=5),
+    Case((1, 2, 150, 1031), padding="same", dilation=(24, 7)),
+    Case((2, 24, 37, 21), padding="same", dilation=(7, 2)),
+    Case((1, 17, 51, 66), padding="same", dilation=36),
+    Case((2, 24, 37, 21), stride=(2, 1), padding=(3, 2), dilation=(3, 2)),
+    Case((3, 9, 7, 40), padding=1),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", **by_case(LARGE))
+def test_large_maps(case, layout, dtype):
+    inputs = random_conv(case, DTYPES[dtype], layout, requires_grad=False)
+    expected = conv_by_definition(*(t.double() for t in inputs), case)
+    tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == "fp32" else {"atol": 1e-2, "rtol": 1e-2}
+    torch.testing.assert_close(ours(*inputs, case).double(), expected, **tolerance)
+
+
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_other_instruction_sets(isa, tmp_path):
     files = ["test_atrous_depthwise.py", "test_atrous_depthwise_bn_act.py"]
-    selection = "(test_values_and_gradients and cpu and not fp16) or test_random_geometry"
+    selection = "(test_values_and_gradients and cpu and not fp16) or test_random_geometry or test_large_maps"
     run_tests_with(isa, files, selection, tmp_path)
 
 

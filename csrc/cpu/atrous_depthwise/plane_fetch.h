@@ -13,7 +13,8 @@ class PlaneFetch : public PlanePacking<T, kNhwc> {
 
  protected:
   using Base::Base;
-  using Base::L, Base::s_, Base::cut_, Base::first_, Base::pieces, Base::piece, Base::fresh_inputs, Base::finished;
+  using Base::L, Base::s_, Base::cut_, Base::first_, Base::pieces, Base::piece, Base::fresh_inputs, Base::finished,
+      Base::band, Base::inputs_of;
 
   // Memory that will be wanted soon, fetched by the loops over tiles a few lines with every vector: more at once would
   // have to wait for one another. The first is as large as x, the second as large as the results.
@@ -72,6 +73,14 @@ class PlaneFetch : public PlanePacking<T, kNhwc> {
     const Place next = following(n, i);
     aim(0, x, next.channel, next.image, fresh_inputs(next.piece), s_.in_h, s_.in_w);
     if (n == 0 && i + 1 == pieces()) aim(1, out, first_, 0, piece(0), s_.out_h, s_.out_w);
+  }
+  // What the next task reads and writes.
+  void fetch_for_inference(int64_t task, const T* x, const T* out) const {
+    if (kNhwc) return;
+    const int64_t channel = task / (cut_.bands * s_.batch), n = task / cut_.bands % s_.batch;
+    const IndexRange rows = band(task % cut_.bands, s_.out_h);
+    aim(0, x, channel, n, inputs_of(rows), s_.in_h, s_.in_w);
+    aim(1, out, channel, n, rows, s_.out_h, s_.out_w);
   }
   void fetch_for_sums(const BackwardTensors<T>& z, int64_t n, int64_t i) const {
     if (kNhwc) return;

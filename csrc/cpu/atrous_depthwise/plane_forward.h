@@ -16,8 +16,9 @@ class PlaneForward : public PlaneTiles<T, kNhwc> {
       Base::plane_, Base::x_plane_, Base::first_, Base::count_, Base::active_, Base::band, Base::inputs_of, Base::held,
       Base::select, Base::offset, Base::pieces, Base::piece, Base::fresh_inputs, Base::pre_, Base::y_planes_,
       Base::tile_, Base::writer_, Base::collected, Base::norm_, Base::moments_, Base::tail_, Base::at_row_0,
-      Base::pack_x, Base::unpack, Base::before_pre_activation, Base::fetch_for_forward, Base::load_weights,
-      Base::load_flipped_weights, Base::prepare_norm, Base::tiles, Base::row_bytes, Base::within, Base::tail_at;
+      Base::pack_x, Base::unpack, Base::before_pre_activation, Base::fetch_for_forward, Base::fetch_for_inference,
+      Base::load_weights, Base::load_flipped_weights, Base::prepare_norm, Base::tiles, Base::row_bytes, Base::within,
+      Base::tail_at;
   using typename Base::A, typename Base::V, typename Base::Moments;
 
  public:
@@ -28,6 +29,7 @@ class PlaneForward : public PlaneTiles<T, kNhwc> {
     if (norm)
       for (int64_t p = 0; p < active_; ++p) prepare_norm(*norm, p, norm->mean, norm->var);
     const IndexRange rows = band(task % cut_.bands, s_.out_h);
+    fetch_for_inference(task + 1, x, out);
     results(n, rows, x, weight, norm, out);
   }
 

@@ -188,7 +188,10 @@ class PlaneTiles : public PlaneFetch<T, kNhwc> {
     const A* data = plane + first * pitch;
     if (first >= held.begin && first + (kMost - 1) * rate < held.end) return {data, 0, kMost};  // no divisions, mostly
     auto before = [&](int64_t bound) {
-      return bound > first ? int(smaller((bound - first + rate - 1) / rate, kMost)) : 0;
+      int count = 0;
+#pragma GCC unroll 9
+      for (int c = 0; c < kMost; ++c) count += first + c * rate < bound;
+      return count;
     };
     return {data, before(held.begin), before(held.end)};
   }

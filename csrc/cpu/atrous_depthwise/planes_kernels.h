@@ -32,8 +32,8 @@ namespace DK_ISA {
 template <typename T>
 bool PlaneKernels<T>::forward(const DepthwiseShape& shape, const T* x, const T* weight, const BatchNorm<A>* norm,
                               T* out, const Parallel& parallel) {
-  // One pass gains where rows are short (NCHW).
-  if (shape.channels_last || shape.out_w > 6 * kLanes<A>) return false;
+  // One pass gains in NCHW; at stride 2 where rows are short.
+  if (shape.channels_last || (shape.stride_w != 1 && shape.out_w > 6 * kLanes<A>)) return false;
   using P = Planes<T, false>;
   return by_planes<P>(shape, P::Pass::kInference, parallel,
                       [&](P& planes, int64_t task) { planes.inference(task, x, weight, norm, out); });
