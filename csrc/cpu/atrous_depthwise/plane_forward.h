@@ -71,8 +71,9 @@ class PlaneForward : public PlaneTiles<T, kNhwc> {
       V sum = total.now[0];
       this->template convolve_x<R>(x, row, count, columns, last, [&](int64_t i, int64_t k, V(&acc)[R]) {
         V together = {};
+        A* first = to + (i * tile + k);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) store(result_rows.at(to + i * tile + k, r), acc[r]), together += acc[r];
+        for (int r = 0; r < R; ++r) store(result_rows.at(first, r), acc[r]), together += acc[r];
         sum += kNhwc ? together : within(together, tail_at(k, last));
       });
       total.now[0] = sum, total.added(R * count * (columns.end - columns.begin));
@@ -199,16 +200,17 @@ class PlaneForward : public PlaneTiles<T, kNhwc> {
         const V scale = norm_[p].scale, shift = norm_[p].shift;
         A* tile = tile_ + p * kTile - columns.begin * L;
         auto emit = [&](int64_t i, int64_t k, V(&acc)[R]) {
+          const int64_t at = kNhwc ? 0 : i * (R * width) + k;
+          [[maybe_unused]] T* first = results + at;
+          [[maybe_unused]] const T* first_x = row_x + at;
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r) {
             if constexpr (kNorm) acc[r] = activated(V(acc[r] * scale + shift), kActivation);
             if constexpr (kNhwc) {
               store(tile + r * kTileColumns * L + k, acc[r]);
             } else {
-              const int64_t at = i * (R * width) + k;
-              if constexpr (kMasked)
-                acc[r] = before_pre_activation(acc[r], x_rows.at(row_x + at, r), smaller(L, width));
-              store(out_rows.at(results + at, r), acc[r]);
+              if constexpr (kMasked) acc[r] = before_pre_activation(acc[r], x_rows.at(first_x, r), smaller(L, width));
+              store(out_rows.at(first, r), acc[r]);
             }
           }
         };

@@ -75,13 +75,14 @@ struct TileRows {
 };
 
 // Calls f(input, taps of the kernel, result) for the products of a vector of columns: input is loaded once for all
-// results it takes part in. rows: those of x, a rate apart.
+// results it takes part in. rows: those of x, a rate apart; taps: of kernel row 0, from where the first result is.
 template <int R, int kStride, Present kPresent, typename A, typename F>
-DK_INLINE void products(const Sources<A>& from, const TileRows& rows, int64_t k, const int64_t* taps, const F& f) {
+DK_INLINE void products(const Sources<A>& from, const TileRows& rows, int64_t k, const A* const (&taps)[3],
+                        const F& f) {
   constexpr int kSources = kStride * (R - 1) + 3;
   const A* data[3];
 #pragma GCC unroll 3
-  for (int v = 0; v < 3; ++v) data[v] = from.data + taps[v] + k;
+  for (int v = 0; v < 3; ++v) data[v] = taps[v] + k;
 #pragma GCC unroll 9
   for (int c = 0; c < kSources; ++c) {
     if (kPresent == Present::kSome && (c < from.begin || c >= from.end)) continue;
@@ -214,23 +215,26 @@ class PlaneTiles : public PlaneFetch<T, kNhwc> {
   DK_INLINE void convolve(const Sources<A>& from, int64_t pitch, const int64_t* row_taps, int64_t count,
                           IndexRange vectors, int64_t last, const Emit& emit) const {
     const TileRows x_rows(row_bytes(pitch));
-    const int64_t taps[3] = {row_taps[0], row_taps[1], row_taps[2]};
+    const int64_t step = R * kStride * pitch, width = s_.out_w;
+    const A* taps[3] = {from.data + row_taps[0], from.data + row_taps[1], from.data + row_taps[2]};
     V weight[9];
 #pragma GCC unroll 9
     for (int t = 0; t < 9; ++t) weight[t] = weights_[t];
     const auto fetch = this->template next_fetch<R, kStride>(count);
-    Sources<A> tile = from;
-    for (int64_t i = 0; i < count; ++i, tile.data += R * kStride * pitch)
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t before = i * width;
       for (int64_t n = vectors.begin; n < vectors.end; ++n) {
         const int64_t k = kNhwc ? n * L : smaller(n * L, last);
-        fetch(i * s_.out_w + k);
+        fetch(before + k);
         V acc[R];
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) acc[r] = V{};
-        products<R, kStride, kPresent>(tile, x_rows, k, taps,
+        products<R, kStride, kPresent>(from, x_rows, k, taps,
                                        [&](V input, int t, int r) { acc[r] += weight[t] * input; });
         emit(i, k, acc);
       }
+      for (const A*& tap : taps) tap += step;
+    }
   }
   // Of x planes; plane: row 0 of the image.
   template <int R, typename Emit>

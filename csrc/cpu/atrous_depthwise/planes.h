@@ -165,13 +165,14 @@ class Planes : public PlaneStrided<T, kNhwc> {
       V sum = sums.now[0], dot = sums.now[1];
       this->template convolve_x<R>(x, row, count, columns, last, [&](int64_t i, int64_t k, V(&acc)[R]) {
         const V tail = tail_at(k, last);
+        A *first_y = y_row + (i * tile + k), *first_grad = grad_row + (i * tile + k);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          A* g = result_rows.at(grad_row + i * tile + k, r);
+          A* g = result_rows.at(first_grad, r);
           const V masked_grad = masked(load(g), V(acc[r] * norm.scale + norm.shift), kActivation);
           V d = acc[r] - norm.mean;
           if constexpr (!kNhwc) d = within(d, tail);
-          store(result_rows.at(y_row + i * tile + k, r), acc[r]), store(g, masked_grad);
+          store(result_rows.at(first_y, r), acc[r]), store(g, masked_grad);
           sum += masked_grad, dot += masked_grad * d;
         }
       });
@@ -230,7 +231,8 @@ class Planes : public PlaneStrided<T, kNhwc> {
                                IndexRange columns, int64_t p) {
     const TileRows x_rows(row_bytes(pitch)), result_rows(row_bytes(g_.pitch));
     const int64_t last = (g_.out_vectors - 1) * L;
-    const int64_t taps[3] = {g_.taps[0], g_.taps[1], g_.taps[2]};
+    const int64_t step = R * kStride * pitch, result_step = R * g_.pitch, width = s_.out_w;
+    const A* taps[3] = {from.data + g_.taps[0], from.data + g_.taps[1], from.data + g_.taps[2]};
     const Norm& norm = norm_[p];
     const V scale = norm.scale, mean = norm.mean;
     const V slope = -norm.scale * norm.inv_std * norm.mean_dot, constant = -norm.scale * norm.mean_grad;
@@ -238,10 +240,10 @@ class Planes : public PlaneStrided<T, kNhwc> {
 #pragma GCC unroll 9
     for (int t = 0; t < 9; ++t) sum[t] = weight_sums_[p].now[t];
     const auto fetch = this->template next_fetch<R, kStride>(count);
-    Sources<A> tile = from;
     for (int64_t i = 0; i < count; ++i) {
+      const int64_t before = i * width;
       for (int64_t k = columns.begin * L; k < columns.end * L; k += L) {
-        fetch(i * s_.out_w + k);
+        fetch(before + k);
         const V tail = tail_at(k, last);
         V g[R];
 #pragma GCC unroll 4
@@ -254,9 +256,10 @@ class Planes : public PlaneStrided<T, kNhwc> {
           }
           store(to, g[r]);
         }
-        products<R, kStride, kPresent>(tile, x_rows, k, taps, [&](V input, int t, int r) { sum[t] += g[r] * input; });
+        products<R, kStride, kPresent>(from, x_rows, k, taps, [&](V input, int t, int r) { sum[t] += g[r] * input; });
       }
-      tile.data += R * kStride * pitch, y_row += R * g_.pitch, grad_row += R * g_.pitch;
+      for (const A*& tap : taps) tap += step;
+      y_row += result_step, grad_row += result_step;
     }
 #pragma GCC unroll 9
     for (int t = 0; t < 9; ++t) weight_sums_[p].now[t] = sum[t];
