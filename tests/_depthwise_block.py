@@ -72,6 +72,7 @@ def as_double(tensors):
 # Maps at rate 1 that are worked on in several pieces, whole in the caches or band by band.
 PIECES = [Case((2, 9, 70, 65), padding=1), Case((2, 9, 71, 66), stride=2, padding=1),
           Case((1, 8, 75, 67), padding=(0, 2, 2, 1)), Case((2, 8, 73, 64), stride=2, padding=(2, 0, 0, 2)),
+          Case((2, 8, 69, 49), stride=2, padding=(0, 1, 1, 0)),
           Case((2, 8, 450, 400), padding=1), Case((2, 8, 643, 640), stride=2, padding=1)]  # fmt: skip
 # By planes in NCHW though rows fill no vector (8 floats with AVX2, of which the gradient of x at stride 2 takes two):
 # tall maps in several pieces and bands, rows of results that do and do not follow one another.

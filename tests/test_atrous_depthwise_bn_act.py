@@ -395,7 +395,7 @@ def test_chunks_of_channels(training, channels):
 # Shapes that run by planes and by pixels, at both strides, with channels that fill no vector.
 PRE_ACTIVATED = [*TRAINABLE, *NARROW[:8], Case((2, 37, 34, 41), padding="same"),
                  Case((2, 70, 33, 35), stride=2, padding="same"), Case((1, 40, 193, 190), padding="same", dilation=3),
-                 Case((1, 40, 193, 190), stride=2, padding=1)]  # fmt: skip
+                 Case((1, 40, 193, 190), stride=2, padding=1), *PIECES[1:5:2]]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
