@@ -3,7 +3,6 @@ in float64, with any number of threads and every instruction set, and by itself 
 
 from __future__ import annotations
 
-from pathlib import Path
 
 import pytest
 import torch
