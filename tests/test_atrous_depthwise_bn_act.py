@@ -98,10 +98,18 @@ def test_pieces_of_a_map(case):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("training", [False, True], ids=["frozen", "training"])
+@pytest.mark.parametrize(("training", "kept"), [(False, None), (True, False), (True, True)])
 @pytest.mark.parametrize("case", **by_case(BY_PIXELS))
-def test_values_and_gradients_by_pixels(case, training, dtype):
-    check_values_and_gradients(case, list(ACTIVATIONS)[BY_PIXELS.index(case) % 3], training, "nhwc", dtype, "cpu")
+def test_values_and_gradients_by_pixels(case, training, kept, dtype):
+    activation = list(ACTIVATIONS)[BY_PIXELS.index(case) % 3]
+    check_values_and_gradients(case, activation, training, "nhwc", dtype, "cpu", kept)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", **by_case(TRAINABLE))
+def test_values_and_gradients_with_the_convolution_kept_on_cpu(case, layout):
+    activation = list(ACTIVATIONS)[TRAINABLE.index(case) % 3]
+    check_values_and_gradients(case, activation, True, layout, "fp32", "cpu", True)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -111,13 +119,13 @@ def test_values_and_gradients_of_narrow_maps_on_cpu(case, training, dtype):
     check_values_and_gradients(case, list(ACTIVATIONS)[NARROW.index(case) % 3], training, "nchw", dtype, "cpu")
 
 
-def check_values_and_gradients(case, activation, training, layout, dtype, device):
+def check_values_and_gradients(case, activation, training, layout, dtype, device, save_conv=None):
     inputs, statistics = random_block(case, DTYPES[dtype], layout, device)
     options = {"training": training, "activation": activation, "eps": 1e-3, "momentum": 0.2}
     plain, exact = leaves(*inputs), leaves(*inputs, dtype=torch.float64)
     plain_statistics, exact_statistics = [t.clone() for t in statistics], as_double(statistics)
     results = [
-        ours(inputs, statistics, case, **options),
+        ours(inputs, statistics, case, save_conv=save_conv, **options),
         composed(conv_of_torch, plain, plain_statistics, case, **options),
         composed(conv_by_definition, exact, exact_statistics, case, **options),
     ]
@@ -358,34 +366,47 @@ def test_per_channel_vectors_of_any_kind():
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("training", [False, True])
 def test_same_bits_with_any_number_of_threads(training, layout, dtype):
-    for case in [*FEW, *PIECES[:2], *(BY_PIXELS[1:5] if layout == "nhwc" else [])]:
+    cases = [(case, None) for case in [*FEW, *PIECES[:2]]]
+    if layout == "nhwc":
+        cases += [(case, kept) for case in BY_PIXELS[1:5] for kept in ((False, True) if training else (None,))]
+    for case, kept in cases:
         inputs, statistics = random_block(case, DTYPES[dtype], layout)
         grad = torch.randn(case.out_size).to(DTYPES[dtype])
 
-        def results(case=case, inputs=inputs, statistics=statistics, grad=grad):
+        def results(case=case, kept=kept, inputs=inputs, statistics=statistics, grad=grad):
             copies, copied_statistics = leaves(*inputs), [s.clone() for s in statistics]
-            out = ours(copies, copied_statistics, case, training=training)
+            out = ours(copies, copied_statistics, case, training=training, save_conv=kept)
             out.backward(grad)
             return out.detach(), *copied_statistics, *(t.grad for t in copies)
 
         assert_same_bits(results, (1, 2, 3, 4), case)
 
 
-@pytest.mark.parametrize("channels", [131, 144])
-@pytest.mark.parametrize("training", [False, True])
-def test_chunks_of_channels(training, channels):
-    """Channels that are taken in several parts, the last one no whole number of vectors: as in the other layout.
+@pytest.mark.parametrize(
+    "case",
+    **by_case(
+        [
+            Case((1, 131, 174, 190), padding="same", dilation=2),
+            Case((1, 144, 174, 190), padding="same", dilation=2),
+            Case((1, 131, 174, 190), stride=2, padding=(1, 2, 3, 0)),
+            Case((1, 200, 130, 190), padding="same", dilation=12),
+        ]
+    ),
+)
+@pytest.mark.parametrize(("training", "kept"), [(False, None), (True, False), (True, True)])
+def test_chunks_of_channels(training, kept, case):
+    """Channels and columns that are taken in several parts, the last channels no whole number of vectors: as in the
+    other layout.
 
     144 channels are whole cache lines of an image beyond most last-level caches, which is written past them.
     """
-    case = Case((1, channels, 174, 190), padding="same", dilation=2)
     inputs, statistics = random_block(case, torch.float32)
     grad = torch.randn(case.out_size)
     results = []
-    for layout in LAYOUTS.values():
+    for layout, save_conv in ((torch.contiguous_format, False), (torch.channels_last, kept)):
         copies, copied_statistics = leaves(*inputs), [s.clone() for s in statistics]
         copies[0] = inputs[0].detach().to(memory_format=layout).requires_grad_()
-        out = ours(copies, copied_statistics, case, training=training, activation=None)
+        out = ours(copies, copied_statistics, case, training=training, activation=None, save_conv=save_conv)
         out.backward(grad)
         results.append([out.detach(), *copied_statistics, *(t.grad for t in copies)])
     for nchw, nhwc in zip(*results, strict=True):

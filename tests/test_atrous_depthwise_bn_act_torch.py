@@ -276,6 +276,46 @@ def test_what_training_keeps_is_a_choice(layout):
         ours(inputs, (None, None), case, training=True, save_conv=1)
 
 
+@pytest.mark.parametrize(
+    ("size", "options", "layout", "dtype", "kept"),
+    [
+        ((2, 33, 320, 200), {}, "nhwc", "fp32", True),
+        ((2, 33, 170, 190), {"stride": 2}, "nhwc", "fp32", True),
+        ((2, 33, 310, 200), {}, "nhwc", "fp32", False),  # x has less than 16 MiB
+        ((2, 33, 160, 190), {"stride": 2}, "nhwc", "fp32", False),  # less than 8
+        ((2, 270, 80, 100), {}, "nhwc", "fp32", False),  # few pixels
+        ((2, 33, 320, 200), {}, "nchw", "fp32", False),
+        ((2, 33, 320, 200), {}, "nhwc", "bf16", False),
+        ((2, 15, 470, 300), {}, "nhwc", "fp32", False),  # no vector, with AVX-512
+        ((2, 33, 320, 200), {"dilation": 5}, "nhwc", "fp32", False),
+        ((2, 33, 320, 200), {"stride": 3}, "nhwc", "fp32", False),
+        ((2, 33, 320, 200), {"kernel": 5}, "nhwc", "fp32", False),
+        ((2, 33, 320, 200), {"multiplier": 2}, "nhwc", "fp32", False),
+    ],
+)
+def test_what_training_keeps_by_default_on_a_cpu(size, options, layout, dtype, kept):
+    case = Case(size, padding=5, **options)
+    inputs, _ = random_block(case, DTYPES[dtype], layout)
+
+    assert len(kept_of_size(inputs, case)) == 1 + kept
+
+
+def test_autocast_keeps_its_copy_of_x_alone():
+    case = Case((2, 33, 320, 200), padding=1)
+    inputs, _ = random_block(case, torch.float32, "nhwc")
+    with torch.autocast("cpu", torch.bfloat16):
+        (x,) = kept_of_size(inputs, case)
+    assert x.dtype == torch.bfloat16
+
+
+def kept_of_size(inputs, case):
+    """The tensors of the activation's size that training keeps for backward."""
+    found = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: found.setdefault(t.data_ptr(), t), lambda t: t):
+        out = ours(inputs, (None, None), case, training=True)
+    return [t for t in found.values() if t.numel() >= min(out.numel(), inputs[0].numel())]
+
+
 def test_meta_device():
     for case in TRAINABLE:
         for training in (False, True):

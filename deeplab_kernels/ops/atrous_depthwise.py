@@ -119,8 +119,9 @@ def atrous_depthwise_bn_act(
         activation: "relu", "relu6", or None / "none".
         save_conv: what training keeps for backward: False for x and the per-channel statistics, the convolution being
             computed again; True for x and the convolution's result, a tensor of the output's size. None takes what is
-            expected to be faster on x's device: False on the CPU, True elsewhere. Costs measured:
-            docs/atrous_separable.md.
+            expected to be faster: on the CPU True for large maps in float32 and channels_last (3x3 kernels, rates up
+            to 4, x over 16 MiB and 16384 pixels in the batch, or stride 2 and over 8 MiB), otherwise False; elsewhere
+            True. Costs measured: docs/atrous_separable.md.
         pre_activation: of x, as ``activation``; in training, on the CPU, it is neither written nor kept.
 
     Returns:
@@ -155,7 +156,7 @@ def atrous_depthwise_bn_act(
     out, _, mean, var = _call(
         "atrous_depthwise_bn_act_training",
         (x, weight, gamma_acc, beta_acc),
-        eps, code, g.stride, g.padding, g.dilation, save_conv_default(x) if save_conv is None else save_conv,
+        eps, code, g.stride, g.padding, g.dilation, _keeps_conv(x, weight, g) if save_conv is None else save_conv,
         pre,
     )  # fmt: skip
     update_running_statistics(running_mean, running_var, mean, var, count, momentum)
@@ -175,6 +176,23 @@ def update_running_statistics(
 def save_conv_default(x: Tensor) -> bool:
     """Whether training keeps conv(x) for backward, or recomputes it from x, whichever is faster on x's device."""
     return x.device.type != "cpu"
+
+
+def _keeps_conv(x: Tensor, weight: Tensor, g: _validation.Geometry) -> bool:
+    """save_conv_default; on the CPU also where reading the convolution's result back was measured to be faster
+    (benchmarks/NOTES.md): in channels_last where the maps exceed the caches."""
+    if save_conv_default(x):
+        return True
+    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    if weight.shape[0] != x.shape[1] or x.shape[1] < 16 or tuple(weight.shape[2:]) != (3, 3):
+        return False
+    if max(g.stride) > 2 or max(g.dilation) > 4 or output_memory_format(x) != torch.channels_last:
+        return False
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    if max(g.stride) == 2:
+        return pixels * x.shape[1] > 2 << 20
+    return pixels > 1 << 14 and pixels * x.shape[1] > 4 << 20
 
 
 def _output_size(

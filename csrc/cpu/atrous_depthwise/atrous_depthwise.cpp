@@ -116,9 +116,9 @@ void atrous_depthwise_bn_act_training(const DepthwiseShape& shape, const T* x, c
                                       const NormParameters<acc_t<T>>& norm, T* out, T* y, acc_t<T>* mean, acc_t<T>* var,
                                       Activation pre_activation, const Parallel& parallel) {
   const BatchNorm<acc_t<T>> batch_norm{norm.gamma, norm.beta, mean, var, norm.eps, norm.activation};
-  if (!y && by_pixels<T>(shape, [&](auto kernels) {
-        return kernels.training(shape, stored(x), stored(weight), batch_norm, stored(out), mean, var, pre_activation,
-                                parallel);
+  if (by_pixels<T>(shape, [&](auto kernels) {
+        return kernels.training(shape, stored(x), stored(weight), batch_norm, stored(out), stored(y), mean, var,
+                                pre_activation, parallel);
       }))
     return;
   const bool exact = !weights_finite(shape, weight);

@@ -7,9 +7,35 @@
 #pragma once
 
 #include "pixels.h"
+#include "plane_tiles.h"  // with_activation
 
 namespace deeplab_kernels::cpu {
 namespace {
+
+// As add_taps; and sums[v] += tap v of result b times inputs[b], for each b.
+template <int kTaps, int kShared, typename A, typename V, int B>
+DK_INLINE void add_taps_and_products(const A* p, int64_t tap, int64_t result, const V (&weights)[kTaps],
+                                     const V (&inputs)[B], V (&acc)[B], V (&sums)[kTaps]) {
+  if constexpr (kShared > 0) {
+#pragma GCC unroll 16
+    for (int column = 0; column < (B - 1) * kShared + kTaps; ++column) {
+      const V source = load(p + column * tap);
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) {
+        const int v = column - b * kShared;
+        if (v >= 0 && v < kTaps) acc[b] += weights[v] * source, sums[v] += inputs[b] * source;
+      }
+    }
+  } else {
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b)
+#pragma GCC unroll 3
+      for (int v = 0; v < kTaps; ++v) {
+        const V source = load(p + b * result + v * tap);
+        acc[b] += weights[v] * source, sums[v] += inputs[b] * source;
+      }
+  }
+}
 
 template <typename A>
 class PixelRows {
@@ -42,16 +68,16 @@ class PixelRows {
     int rows;
   };
 
-  // Packed rows of an image, `step` apart; row h lies in slot h / step % 3.
+  // Packed rows of an image, `step` apart; row h lies in slot h / step % slots.
   struct Ring {
     A* memory;
-    int64_t size, step;
+    int64_t size, step, slots;
     int64_t held[3];
     void clear() { held[0] = held[1] = held[2] = -1; }
     // Calls fill(where it belongs) if row h is not there.
     template <typename Fill>
     const A* row(int64_t h, const Fill& fill) {
-      const int64_t slot = h / step % 3;
+      const int64_t slot = h / step % slots;
       A* to = memory + slot * size;
       if (held[slot] != h) held[slot] = h, fill(to);
       return to;
@@ -69,12 +95,10 @@ class PixelRows {
 
   // ---- what becomes of the results
 
-  // A vector of channels of a block of results; distances in values.
+  // A vector of channels of a block of results.
   struct At {
-    int64_t k;                    // the vector
-    int64_t j, apart;             // the first result, and from one to the next
-    int64_t source, tap, result;  // where its first tap lies in a row, from one tap to the next, from result to result
-    int64_t first;                // that tap's number
+    int64_t k;         // the vector
+    int64_t j, apart;  // the first result, and from one to the next
   };
 
   // Sums of floats stay short: they move into doubles after about a hundred terms.
@@ -95,6 +119,10 @@ class PixelRows {
       terms = 0;
     }
   };
+
+  // A pass whose inputs are multiplied with what its results are computed from, for sums beside the weights.
+  template <typename Pass>
+  static constexpr bool kHasProducts = requires { requires Pass::kProducts; };
 
   // Mean and m2 (sum of squared deviations), from the deviations from the mean so far.
   struct Statistics {
@@ -157,85 +185,102 @@ class PixelRows {
     DK_INLINE void added(int64_t) const {}
   };
 
+  template <Activation kActivation>
   struct GradientSums {
     const A *scale, *shift, *mean;
-    Activation activation;
     const A* grad;
     int64_t pixel;
     Sums sums;
     template <int kTaps, bool kWhole, int B>
     DK_INLINE void take(V (&y)[B], const At& at, const Lines&) const {
-      const V factor = load(scale + at.k * L), summand = load(shift + at.k * L), centre = load(mean + at.k * L);
-      A* now = sums.now + 2 * at.k * L;
+      V g[B];
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) g[b] = load(grad + (at.j + b * at.apart) * pixel + at.k * L);
+      add(g, y, at.k);
+    }
+    template <int B>
+    DK_INLINE void add(const V (&g)[B], const V (&y)[B], int64_t k) const {
+      const V factor = load(scale + k * L), summand = load(shift + k * L), centre = load(mean + k * L);
+      A* now = sums.now + 2 * k * L;
       V sum = load(now), dot = load(now + L);
 #pragma GCC unroll 4
       for (int b = 0; b < B; ++b) {
-        const V g = load(grad + (at.j + b * at.apart) * pixel + at.k * L);
-        const V masked_grad = masked(g, V(y[b] * factor + summand), activation);
+        const V masked_grad = masked(g[b], V(y[b] * factor + summand), kActivation);
         sum += masked_grad, dot += masked_grad * (y[b] - centre);
       }
       store(now, sum), store(now + L, dot);
     }
     DK_INLINE void added(int64_t count) { sums.added(count); }
+
+    // A row in memory.
+    template <typename T>
+    void take_row(const T* g, const T* y, int64_t columns, int64_t step, const Channels& channels) {
+      auto pixels = [&](auto together) __attribute__((always_inline)) {
+        constexpr int B = decltype(together)::kValue;
+        for (; columns >= B; columns -= B, g += B * step, y += B * step, added(B))
+          for (int64_t k = 0; k < channels.vectors; ++k) {
+            V gs[B], ys[B];
+#pragma GCC unroll 4
+            for (int b = 0; b < B; ++b)
+              gs[b] = load(g + b * step + channels.at(k)), ys[b] = load(y + b * step + channels.at(k));
+            add(gs, ys, k);
+          }
+      };
+      pixels(Number<4>());
+      pixels(Number<1>());
+    }
   };
 
-  // The gradient of the output becomes that of conv(x); its products with the taps are summed.
-  struct Gradients {
+  // From the gradient of the output and conv(x) to the gradient of conv(x).
+  struct Backward {
     const A *scale, *shift, *mean, *slope, *constant;
-    Activation activation;
-    bool norm, batch;
-    bool summed;  // the products
+    bool batch;  // whether mean and variance depend on x
+    template <Activation kActivation>
+    DK_INLINE V operator()(V grad, V y, int64_t k) const {
+      const V factor = load(scale + k * L);
+      V g = factor * masked(grad, V(y * factor + load(shift + k * L)), kActivation);
+      if (batch) g += (y - load(mean + k * L)) * load(slope + k * L) + load(constant + k * L);
+      return g;
+    }
+  };
+
+  // The packed gradient of the output becomes that of conv(x).
+  template <Activation kActivation>
+  struct Gradients {
+    const Backward& backward;
     A* grad;
     int64_t pixel;
-    Sums sums;
     template <int kTaps, bool kWhole, int B>
-    DK_INLINE void take(V (&y)[B], const At& at, const Lines& lines) const {
+    DK_INLINE void take(V (&y)[B], const At& at, const Lines&) const {
       A* to = grad + at.j * pixel + at.k * L;
-      V g[B];
 #pragma GCC unroll 4
-      for (int b = 0; b < B; ++b) g[b] = load(to + b * at.apart * pixel);
-      if (norm) {
-        const V factor = load(scale + at.k * L), summand = load(shift + at.k * L);
-#pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) g[b] = factor * masked(g[b], V(y[b] * factor + summand), activation);
-        if (batch) {
-          const V centre = load(mean + at.k * L), s = load(slope + at.k * L), c = load(constant + at.k * L);
-#pragma GCC unroll 4
-          for (int b = 0; b < B; ++b) g[b] += (y[b] - centre) * s + c;
-        }
-      }
-#pragma GCC unroll 4
-      for (int b = 0; b < B; ++b) store(to + b * at.apart * pixel, g[b]);
-      if (!summed) return;
-#pragma GCC unroll 3
-      for (int u = 0; u < (kWhole ? 3 : lines.rows); ++u) {
-        const A* p = lines.row[u] + at.source;
-        A* now = lines.products[u] + at.first * L + at.k * 9 * L;
-        V sum[kTaps];
-#pragma GCC unroll 3
-        for (int v = 0; v < kTaps; ++v) sum[v] = load(now + v * L);
-#pragma GCC unroll 4
-        for (int b = 0; b < B; ++b)
-#pragma GCC unroll 3
-          for (int v = 0; v < kTaps; ++v) sum[v] += g[b] * load(p + b * at.result + v * at.tap);
-#pragma GCC unroll 3
-        for (int v = 0; v < kTaps; ++v) store(now + v * L, sum[v]);
-      }
+      for (int b = 0; b < B; ++b, to += at.apart * pixel)
+        store(to, backward.template operator()<kActivation>(load(to), y[b], at.k));
     }
-    DK_INLINE void added(int64_t count) {
-      if (summed) sums.added(count);
-    }
+    DK_INLINE void added(int64_t) const {}
   };
 
-  struct InputGradient {
+  // The gradient of x; the products of x with what it is computed from are summed.
+  template <bool kSummed>
+  struct InputGradients {
+    static constexpr bool kProducts = kSummed;
+    const A* x;
     A* out;
     int64_t step;
+    Sums sums;
+    template <int B>
+    DK_INLINE void inputs(const At& at, V (&values)[B]) const {
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) values[b] = load(x + (at.j + b * at.apart) * step + at.k * L);
+    }
     template <int kTaps, bool kWhole, int B>
     DK_INLINE void take(V (&y)[B], const At& at, const Lines&) const {
 #pragma GCC unroll 4
       for (int b = 0; b < B; ++b) store(out + (at.j + b * at.apart) * step + at.k * L, y[b]);
     }
-    DK_INLINE void added(int64_t) const {}
+    DK_INLINE void added(int64_t count) {
+      if (kSummed) sums.added(count);
+    }
   };
 
   // The results of a row, all or those in `within`.
@@ -333,7 +378,9 @@ class PixelRows {
     const int rows = kWhole ? 3 : lines.rows;
     for (int64_t k = 0; k < vectors; ++k) {
       const int64_t source = offset + k * L;
-      V acc[B] = {};
+      const At at{k, j, apart};
+      V acc[B] = {}, inputs[B];
+      if constexpr (kHasProducts<Pass>) pass.inputs(at, inputs);
 #pragma GCC unroll 3
       for (int u = 0; u < rows; ++u) {
         const A* p = lines.row[u] + source;
@@ -341,9 +388,19 @@ class PixelRows {
         V weights[kTaps];
 #pragma GCC unroll 3
         for (int v = 0; v < kTaps; ++v) weights[v] = load(w + v * weight_step);
-        add_taps<kTaps, kShared>(p, tap, result, weights, acc);
+        if constexpr (kHasProducts<Pass>) {
+          A* now = lines.products[u] + weight + k * 9 * L;
+          V sums[kTaps];
+#pragma GCC unroll 3
+          for (int v = 0; v < kTaps; ++v) sums[v] = load(now + v * weight_step);
+          add_taps_and_products<kTaps, kShared>(p, tap, result, weights, inputs, acc, sums);
+#pragma GCC unroll 3
+          for (int v = 0; v < kTaps; ++v) store(now + v * weight_step, sums[v]);
+        } else {
+          add_taps<kTaps, kShared>(p, tap, result, weights, acc);
+        }
       }
-      pass.template take<kTaps, kWhole>(acc, At{k, j, apart, source, tap, result, first}, lines);
+      pass.template take<kTaps, kWhole>(acc, at, lines);
     }
   }
 };

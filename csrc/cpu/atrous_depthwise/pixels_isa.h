@@ -13,7 +13,7 @@ namespace deeplab_kernels::cpu {
   struct PixelKernels {                                                                                              \
     using A = acc_t<T>;                                                                                              \
     static bool training(const DepthwiseShape& shape, const T* x, const T* weight, const BatchNorm<A>& norm, T* out, \
-                         A* mean, A* var, Activation pre_activation, const Parallel& parallel);                      \
+                         T* y, A* mean, A* var, Activation pre_activation, const Parallel& parallel);                \
     static bool backward(const DepthwiseShape& shape, const BackwardTensors<T>& tensors, const BatchNorm<A>* norm,   \
                          bool batch_statistics, const Parallel& parallel);                                           \
   };                                                                                                                 \
