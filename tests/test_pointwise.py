@@ -3,7 +3,6 @@ in float64, with any number of threads and every instruction set, and by itself 
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 import torch.nn.functional as F
