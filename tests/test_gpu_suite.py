@@ -56,7 +56,7 @@ def test_tests_are_counted_by_file(tmp_path: Path) -> None:
 
 def test_rehearsal_of_tests_and_measurements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     steps = gpu_suite.REHEARSAL
-    quick = gpu_suite.Step("test", "tests/gpu/test_permutohedral.py", 0.5, "strided")
+    quick = gpu_suite.Step("test", "tests/gpu/test_permutohedral.py", 0.9, "strided")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_suite, "REHEARSAL", (quick, *(step for step in steps if step.where in ("crf", "pyramid"))))
         folder = tmp_path / "rehearsed"
