@@ -143,8 +143,8 @@ def test_random_geometry(axes, batch, channels, multiplier, layout, dtype):
 
 # Maps of several bands of rows, of columns that fill no vector; rows taken rate by rate, rate and stride together.
 LARGE = [
-    Case((2, 3, 600, 257), padding="same", dilation=5),
-    Case((1, 2, 150, 1031), padding="same", dilation=(24, 7)),
+    Case((2, 8, 600, 257), padding="same", dilation=5),
+    Case((1, 16, 150, 1031), padding="same", dilation=(24, 7)),
     Case((2, 24, 37, 21), padding="same", dilation=(7, 2)),
     Case((1, 17, 51, 66), padding="same", dilation=36),
     Case((2, 24, 37, 21), stride=(2, 1), padding=(3, 2), dilation=(3, 2)),

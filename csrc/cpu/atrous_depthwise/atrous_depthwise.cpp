@@ -69,6 +69,10 @@ void backward(const DepthwiseShape& shape, const BackwardTensors<typename Stored
   if (!exact && grad_weight && !weights_finite(shape, grad_weight)) run(true);
 }
 
+// Whether planes would be too few for the threads, where rows are long enough to do without them. Of the shape alone,
+// so that results do not depend on the number of threads.
+bool few_wide_planes(const DepthwiseShape& s) { return s.batch * s.channels < 16 && s.out_w > 48; }
+
 // norm null: the convolution alone.
 template <typename T>
 void forward(const DepthwiseShape& shape, const T* x, const T* weight, const BatchNorm<acc_t<T>>* norm, T* out,
@@ -78,7 +82,7 @@ void forward(const DepthwiseShape& shape, const T* x, const T* weight, const Bat
       forward<T>(sampled_shape, sampled, weight, norm, out, parallel);
     });
   const bool exact = !weights_finite(shape, weight);
-  if (!exact && by_planes<T>([&](auto kernels) {
+  if (!exact && !few_wide_planes(shape) && by_planes<T>([&](auto kernels) {
         return kernels.forward(shape, stored(x), stored(weight), norm, stored(out), parallel);
       }))
     return;

@@ -7,87 +7,11 @@
 // are loaded once for these four. Taps in the padding are left out, never multiplied.
 #pragma once
 
-#include "../last_level_cache.h"
-#include "../microkernels.h"
-#include "../scratch.h"
 #include "../workspace.h"
+#include "pixel_columns.h"
 
 namespace deeplab_kernels::cpu {
 namespace {
-
-template <int kNumber>
-struct Number {
-  static constexpr int kValue = kNumber;
-};
-
-// acc[b] += the kTaps taps of a kernel row of result b, which lie `tap` apart from p + b * result on. kShared: results
-// read the same pixels that many taps later, and each is loaded once; 0: they do not.
-template <int kTaps, int kShared, typename T, typename V, int kWeights, int B>
-DK_INLINE void add_taps(const T* p, int64_t tap, int64_t result, const V (&weights)[kWeights], V (&acc)[B]) {
-  if constexpr (kShared > 0) {
-#pragma GCC unroll 16
-    for (int column = 0; column < (B - 1) * kShared + kTaps; ++column) {
-      const V input = load(p + column * tap);
-#pragma GCC unroll 4
-      for (int b = 0; b < B; ++b)
-        if (column >= b * kShared && column < b * kShared + kTaps) acc[b] += weights[column - b * kShared] * input;
-    }
-  } else {
-#pragma GCC unroll 4
-    for (int b = 0; b < B; ++b)
-#pragma GCC unroll 3
-      for (int v = 0; v < kTaps; ++v) acc[b] += weights[v] * load(p + b * result + v * tap);
-  }
-}
-
-// Columns of results whose taps [first, first + taps) of each kernel row lie inside the image.
-struct ColumnSegment {
-  IndexRange columns;
-  int first, taps;
-};
-
-// Cuts the columns [0, count), of which tap v of a kernel row serves inside[v], into segments. Returns their number.
-DK_INLINE int cut_columns(const IndexRange (&inside)[3], int64_t count, ColumnSegment (&segments)[7]) {
-  int64_t cuts[8] = {0, count};
-  for (int v = 0; v < 3; ++v)
-    cuts[2 + 2 * v] = inside[v].begin, cuts[3 + 2 * v] = larger(inside[v].begin, inside[v].end);
-  for (int a = 1; a < 8; ++a)
-    for (int b = a; b > 0 && cuts[b - 1] > cuts[b]; --b) {
-      const int64_t greater = cuts[b - 1];
-      cuts[b - 1] = cuts[b], cuts[b] = greater;
-    }
-  int n = 0;
-  for (int k = 0; k < 7; ++k) {
-    if (cuts[k] == cuts[k + 1]) continue;
-    ColumnSegment segment{{cuts[k], cuts[k + 1]}, 0, 0};
-    for (int v = 2; v >= 0; --v)
-      if (inside[v].begin <= cuts[k] && cuts[k] < inside[v].end) segment.first = v, ++segment.taps;
-    segments[n++] = segment;
-  }
-  return n;
-}
-
-// Whether to write pixels past the caches: x and the output together exceed them, and pixels are whole vectors.
-template <typename T>
-DK_INLINE bool streams(const T* to, const DepthwiseShape& s) {
-  constexpr int64_t kVector = kLanes<acc_t<T>> * int64_t(sizeof(T));
-  const int64_t pixel = s.channels * int64_t(sizeof(T));
-  return reinterpret_cast<uintptr_t>(to) % kVector == 0 && pixel % kVector == 0 &&
-         s.batch * pixel * (s.in_h * s.in_w + s.out_h * s.out_w) > last_level_cache_bytes();
-}
-
-// `count` vectors, value(k) for each, past the caches; not the parts of cache lines at the ends, which memory would
-// have to take by parts.
-template <typename T, typename F>
-DK_INLINE void stream_vectors(T* to, int64_t count, const F& value) {
-  constexpr int64_t L = kLanes<acc_t<T>>, kOfLine = larger(1, 64 / (L * int64_t(sizeof(T))));
-  int64_t k = 0;
-  for (; k < count && reinterpret_cast<uintptr_t>(to + k * L) % 64 != 0; ++k) store(to + k * L, value(k));
-  for (; k + kOfLine <= count; k += kOfLine)
-#pragma GCC unroll 4
-    for (int64_t n = k; n < k + kOfLine; ++n) stream(to + n * L, value(n));
-  for (; k < count; ++k) store(to + k * L, value(k));
-}
 
 template <typename T>
 class Pixels {
@@ -151,12 +75,22 @@ class Pixels {
   void run(const Cut& cut, int64_t begin, int64_t end, const T* x, T* out) {
     // Runs of parked vectors end where lines do.
     streams_ = streams(out, s_) && s_.channels % (L * kVectorsOfLine) == 0;
+    // Pixels of a multiple of 2 KB compete for the same places of the first-level cache: fewer at once are better. So
+    // they are where all waits for memory.
+    pairs_ = s_.stride_h == 1 && s_.channels * int64_t(sizeof(T)) % 2048 != 0 && !exceeds_last_level_cache<T>(s_);
     for (int64_t piece = begin; piece < end; ++piece) {
-      const int64_t strip = piece / s_.out_h, i = row_at(piece % s_.out_h);
+      const int64_t strip = piece / s_.out_h, place = piece % s_.out_h, i = row_at(place);
+      // In pairs, where both rows of results have all their rows of x.
+      const bool pair = pairs_ && piece + 1 < end && place + 1 < s_.out_h && row_at(place + 1) == i + row_step_ &&
+                        i >= s_.pad_top && i + row_step_ - s_.pad_top + 2 * s_.rate_h < s_.in_h;
       const int64_t image = strip / cut.tiles, tile = strip % cut.tiles;
       const IndexRange columns{s_.out_w * tile / cut.tiles, s_.out_w * (tile + 1) / cut.tiles};
       const T* x_image = x + image * s_.in_h * s_.in_w * s_.channels;
-      row(i, columns, x_image, out + (image * s_.out_h + i) * s_.out_w * s_.channels);
+      T* out_row = out + (image * s_.out_h + i) * s_.out_w * s_.channels;
+      if (pair)
+        rows<true>(i, columns, x_image, out_row), ++piece;
+      else
+        rows<false>(i, columns, x_image, out_row);
     }
     if (streams_) finish_streams();
   }
@@ -164,6 +98,7 @@ class Pixels {
  private:
   static constexpr int64_t kFewestPieces = 32;
   static constexpr int64_t kParked = 16;
+  static constexpr int kOfPair = 4;  // rows of x that two rows of results read
   static constexpr int kTogether = kVectorBytes < 64 ? 2 : 1;
 
   // What a block of results reads and writes; distances in values.
@@ -179,6 +114,8 @@ class Pixels {
     Activation activation;
     A* parked;  // null: results go through the caches
     int64_t vectors, last_channel;
+    // Of a pair of rows: from one to the other, of results and of pixels ahead (0: of the first alone).
+    int64_t next_row, next_ahead;
   };
 
   // The row at a place in the order of rows 0, step, 2 step, ..., 1, 1 + step, ...
@@ -195,7 +132,8 @@ class Pixels {
     segment_count_ = cut_columns(inside, s_.out_w, segments_);
   }
 
-  void row(int64_t i, const IndexRange& columns, const T* x, T* out) const {
+  template <bool kPair>
+  void rows(int64_t i, const IndexRange& columns, const T* x, T* out) const {
     int first = 3, taps = 0;
     for (int u = 2; u >= 0; --u) {
       const int64_t h = tap_input(i, u, s_.stride_h, s_.rate_h, s_.pad_top);
@@ -206,6 +144,23 @@ class Pixels {
       segment.columns.begin = larger(segment.columns.begin, columns.begin);
       segment.columns.end = smaller(segment.columns.end, columns.end);
       if (segment.columns.begin >= segment.columns.end) continue;
+      if constexpr (kPair) {
+        switch (segment.taps) {
+          case 0:
+            results<0, 0>(i, 0, segment, x, out);
+            results<0, 0>(i + row_step_, 0, segment, x, out + row_step_ * s_.out_w * s_.channels);
+            break;
+          case 1:
+            results<kOfPair, 1>(i, 0, segment, x, out);
+            break;
+          case 2:
+            results<kOfPair, 2>(i, 0, segment, x, out);
+            break;
+          default:
+            results<kOfPair, 3>(i, 0, segment, x, out);
+        }
+        continue;
+      }
       if (taps == 0 || segment.taps == 0) {
         results<0, 0>(i, 0, segment, x, out);
         continue;
@@ -241,12 +196,14 @@ class Pixels {
     }
   }
 
-  // The results of a segment of row i, whose taps first ... first + kTapsV - 1 down the image lie inside it.
+  // The results of a segment of row i, whose taps first ... first + kTapsV - 1 down the image lie inside it. kTapsV =
+  // kOfPair: of row i and the next that shares its rows of x, all of which lie inside it.
   template <int kTapsV, int kTapsH>
   void results(int64_t i, int first, const ColumnSegment& segment, const T* x, T* out) const {
     const int64_t c = s_.channels, end = segment.columns.end;
     const int64_t h = kTapsV > 0 ? tap_input(i, first, s_.stride_h, s_.rate_h, s_.pad_top) : 0;
     const int64_t new_h = h + (kTapsV - 1) * s_.rate_h + row_step_ * s_.stride_h;
+    const bool more_than_one = kTapsV == kOfPair && new_h + s_.rate_h < s_.in_h;
     const bool more = kTapsV > 0 && kTapsH > 0 && new_h < s_.in_h;
     auto block = [&](int64_t j, int64_t apart) -> Block {
       const int64_t w = kTapsH > 0 ? tap_input(j, segment.first, s_.stride_w, s_.rate_w, s_.pad_left) : 0;
@@ -263,7 +220,9 @@ class Pixels {
               prepared_.activation,
               streams_ ? parked_ : nullptr,
               vectors_,
-              c - L};
+              c - L,
+              row_step_ * s_.out_w * c,
+              more_than_one ? s_.rate_h * s_.in_w * c : 0};
     };
     int64_t j = segment.columns.begin;
     // Results whose taps fall on each other's share what they read: a rate apart at stride 1, any at stride 2, rate 1.
@@ -289,8 +248,61 @@ class Pixels {
     // A copy, which the compiler knows that no store changes.
     const Block block = given;
     int64_t k = 0;
+    if constexpr (kTapsV == kOfPair) {
+      for (; k < block.vectors; ++k) at_vector_of_pair<kTapsH, B, kShared>(block, k);
+      return;
+    }
     for (; k + kTogether <= block.vectors; k += kTogether) at_vectors<kTapsV, kTapsH, B, kShared, kTogether>(block, k);
     for (; k < block.vectors; ++k) at_vectors<kTapsV, kTapsH, B, kShared, 1>(block, k);
+  }
+
+  // B results of each of two rows: inputs are loaded once for both, three vectors a result instead of 4.5.
+  template <int kTapsH, int B, int kShared>
+  DK_INLINE void at_vector_of_pair(const Block& block, int64_t k) const {
+    const int64_t c = smaller(k * L, block.last_channel);
+    if (block.ahead && k % kVectorsOfLine == 0) {
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) __builtin_prefetch(block.ahead + b * block.result + c, 0, 2);
+      if (block.next_ahead)
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) __builtin_prefetch(block.ahead + block.next_ahead + b * block.result + c, 0, 2);
+    }
+    V acc[2][B] = {};
+    const A* weights = block.weights + k * 9 * L;
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) {
+      V weight[2][3];
+#pragma GCC unroll 3
+      for (int v = 0; v < kTapsH; ++v) {
+        if (u < 3) weight[0][v] = load(weights + (3 * u + v) * L);
+        if (u > 0) weight[1][v] = load(weights + (3 * u - 3 + v) * L);
+      }
+      const T* p = block.x + u * block.row + c;
+      constexpr int kColumns = kShared > 0 ? (B - 1) * kShared + kTapsH : B * kTapsH;
+#pragma GCC unroll 16
+      for (int column = 0; column < kColumns; ++column) {
+        const V input = load(kShared > 0 ? p + column * block.tap
+                                         : p + column / kTapsH * block.result + column % kTapsH * block.tap);
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) {
+          const int v = kShared > 0 ? column - b * kShared : column - b * kTapsH;
+          if (v < 0 || v >= kTapsH) continue;
+          if (u < 3) acc[0][b] += weight[0][v] * input;
+          if (u > 0) acc[1][b] += weight[1][v] * input;
+        }
+      }
+    }
+    if (block.scale) {
+      const V factor = load(block.scale + k * L), summand = load(block.shift + k * L);
+#pragma GCC unroll 2
+      for (int r = 0; r < 2; ++r)
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) acc[r][b] = activated(V(acc[r][b] * factor + summand), block.activation);
+    }
+#pragma GCC unroll 2
+    for (int r = 0; r < 2; ++r)
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) store(block.out + r * block.next_row + b * block.next + c, acc[r][b]);
   }
 
   // Vectors k ... k + N - 1: of a kernel row all N, while its cache lines are there. Pixels of a multiple of 4 KB
@@ -351,7 +363,7 @@ class Pixels {
   int64_t vectors_;
   int64_t row_step_;  // rows of results that read the same rows of x lie this far apart
   const Prepared& prepared_;
-  bool streams_ = false;
+  bool streams_ = false, pairs_ = false;
   alignas(64) mutable A parked_[4 * kParked * L];  // up to four results' vectors on their way past the caches
   ColumnSegment segments_[7];
   int segment_count_;

@@ -6,6 +6,7 @@
 // conv(x) kept or computed again: the sums for the gradients of the normalisation; then row by row the gradient of
 // conv(x), and from a ring of these rows at once the gradients of x and, as products with x, of the weights. Rows that
 // read the same rows follow each other.
+#include "../scratch.h"
 #include "pixel_pieces.h"
 #include "pixels_isa.h"
 
