@@ -1,5 +1,6 @@
 // Atrous depthwise convolution, alone and fused with batch normalisation and activation, on CUDA: the calls that the
-// bindings and the emulator's driver make. Same operators and conventions as csrc/cpu/atrous_depthwise/atrous_depthwise.h.
+// bindings and the emulator's driver make. Same operators and conventions as
+// csrc/cpu/atrous_depthwise/atrous_depthwise.h.
 //
 // All pointers are device pointers to dense tensors in the layout shape.channels_last names; weight is (C*m, kh, kw),
 // contiguous. Per-channel vectors are float (double for float64 x). Everything runs on context.stream, asynchronously,

@@ -1,5 +1,6 @@
 // Mean-field inference of the fully connected CRF over permutohedral lattices, on CUDA: the calls that the bindings and
-// the emulator's driver make. Same operators and conventions as csrc/cpu/dense_crf/dense_crf.h and csrc/cuda/permutohedral.h.
+// the emulator's driver make. Same operators and conventions as csrc/cpu/dense_crf/dense_crf.h and
+// csrc/cuda/permutohedral.h.
 //
 //   Q_0 = softmax(-U)      E_t = -U - sum_m C_m F_m Q_{t-1}      Q_t = softmax(E_t)
 #pragma once
